@@ -1,0 +1,120 @@
+"""Bytes of an image file to one image tensor, without trusting them.
+
+The header is checked against the pixel limit before a single pixel is decoded: 17 KB of PNG can hold 144 megapixels.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Literal
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageFile
+from torch import Tensor
+
+from guard.errors import ImageError, TooLargeError, one_line
+from guard.images import InputSpec
+
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "PPM")
+"""Formats that are decoded. Anything else (TIFF, PSD, ...) widens the attack surface and is refused."""
+
+_NAMES = "JPEG, PNG, BMP, GIF, WebP or PPM"
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one request may cost before it is looked at.
+
+    Args:
+        max_bytes: Size of an encoded image.
+        max_pixels: Width times height, read from the header before decoding.
+    """
+
+    max_bytes: int = 10 * 1024 * 1024
+    max_pixels: int = 16_000_000
+
+
+def decode_image(data: bytes | bytearray | memoryview, spec: InputSpec, limits: Limits | None = None) -> Tensor:
+    """Decode one image file and bring it to the model's channels and size.
+
+    Grey becomes RGB and RGB becomes grey (ITU-R 601 luma) as the model needs; palettes and CMYK become RGB; 16-bit grey
+    keeps its precision; an alpha channel is dropped when it is opaque throughout and refused otherwise, because what
+    lies under transparency is not what a person sees. The first frame of an animation counts.
+
+    Args:
+        data: The encoded file.
+        spec: The model's input.
+        limits: Byte and pixel limits; the defaults when None.
+
+    Returns:
+        (C, H, W), float32, in [0, 1].
+
+    Raises:
+        ImageError: Not an image, truncated, or not convertible to the model's channels and size.
+        TooLargeError: Over a limit.
+    """
+    limits = limits or Limits()
+    if len(data) == 0:
+        raise ImageError(f"expected an image ({_NAMES}), got 0 bytes")
+    if len(data) > limits.max_bytes:
+        raise TooLargeError(f"expected at most {limits.max_bytes} bytes, got {len(data)}: send a smaller image")
+    image = _open(data, limits)
+    if image.size != (spec.width, spec.height) and not spec.resize:
+        width, height = image.size
+        raise ImageError(f"expected {spec.width}x{spec.height} pixels, got {width}x{height}: resize the image first")
+    try:
+        image.load()
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, MemoryError) as error:
+        raise ImageError(f"expected a complete image, got one that can't be decoded ({one_line(error)})") from error
+    return torch.from_numpy(_to_array(image, spec)).permute(2, 0, 1).contiguous()
+
+
+def _open(data: bytes | bytearray | memoryview, limits: Limits) -> ImageFile.ImageFile:
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise TooLargeError(f"expected at most {limits.max_pixels} pixels, got far more: send a smaller image") from error
+    except (OSError, SyntaxError, ValueError, EOFError, TypeError, OverflowError) as error:
+        raise ImageError(f"expected an image ({_NAMES}), got {len(data)} bytes that are none") from error
+    width, height = image.size
+    if width * height > limits.max_pixels:
+        raise TooLargeError(f"expected at most {limits.max_pixels} pixels, got {width}x{height}: send a smaller image")
+    return image
+
+
+def _to_array(image: Image.Image, spec: InputSpec) -> NDArray[np.float32]:
+    """(H, W, C) in [0, 1], at the model's size."""
+    if spec.channels not in (1, 3):
+        raise ImageError(
+            f"expected arrays with {spec.channels} channels for this model, got an image file: call it with arrays"
+        )
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.float32) / 65535.0
+        return _fit(np.repeat(grey[:, :, None], spec.channels, axis=2), spec)
+    if image.mode in ("I", "F"):
+        raise ImageError(f"expected 8-bit or 16-bit grey or colour, got 32-bit pixels (mode {image.mode}): convert the image")
+    if image.mode == "1":
+        image = image.convert("L")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema() != (255, 255):
+            raise ImageError("expected an opaque image, got one with transparent pixels: flatten it onto a background")
+        image = image.convert("RGB")
+    wanted: Literal["L", "RGB"] = "L" if spec.channels == 1 else "RGB"
+    if image.mode != wanted:
+        image = image.convert(wanted)
+    pixels = np.asarray(image, dtype=np.float32) / np.float32(255.0)
+    return _fit(pixels.reshape(image.height, image.width, spec.channels), spec)
+
+
+def _fit(pixels: NDArray[np.float32], spec: InputSpec) -> NDArray[np.float32]:
+    if pixels.shape[:2] == (spec.height, spec.width):
+        return np.ascontiguousarray(pixels)
+    planes = [
+        np.asarray(Image.fromarray(pixels[:, :, channel]).resize((spec.width, spec.height), Image.Resampling.BILINEAR))
+        for channel in range(pixels.shape[2])
+    ]
+    fitted: NDArray[np.float32] = np.clip(np.stack(planes, axis=2), np.float32(0.0), np.float32(1.0))
+    return fitted

@@ -1,0 +1,170 @@
+"""STRIP: a trigger keeps a prediction constant when clean images are superimposed on the input.
+
+    H(x) = (1/N) sum_n h_n,   h_n = -sum_j y_nj log2 y_nj,   y_n = f(blend(x, o_n))
+
+in bits, entropy over the classes. The score is -H: low entropy is suspicious. Every h_n is >= 0 and floating-point
+addition of non-negative numbers never decreases a sum, so once the running mean (sum so far / N) is over the threshold
+in bits, the full mean is too: `inspect` stops there and accepts with the verdict that all N passes would give.
+
+Blind to: source-specific and all-to-all backdoors, triggers that a blend destroys (faint or spread over the image), and
+attackers who train against it. A model that returns only labels is tested by the entropy of the histogram of its N
+labels, which needs all N passes.
+
+Reference: Gao et al., STRIP, arXiv:1902.06531; clamped addition as in CoDefend, Algorithm 1; `demeaned`, ours.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from guard.detectors.detector import Detector, Inspection, at_or_over
+from guard.errors import CalibrationError
+from guard.images import check_images
+from guard.predictors.predictor import Predictor
+
+Blend = Literal["add", "mix", "demeaned"]
+"""`add`: x + a*o. `mix`: (1-a)*x + a*o. `demeaned`: x + a*(o - mean(o)). Each clamped to [0, 1]."""
+
+
+def blend_images(images: Tensor, overlays: Tensor, blend: Blend = "add", alpha: float = 1.0) -> Tensor:
+    """Superimpose each overlay on each image.
+
+    Args:
+        images: (B, C, H, W), in [0, 1].
+        overlays: (N, C, H, W), in [0, 1].
+        blend: How.
+        alpha: The overlay's weight.
+
+    Returns:
+        (B, N, C, H, W), in [0, 1].
+    """
+    layers = overlays - overlays.mean(dim=(1, 2, 3), keepdim=True) if blend == "demeaned" else overlays
+    base = images * (1.0 - alpha) if blend == "mix" else images
+    return (base.unsqueeze(1) + (alpha * layers).unsqueeze(0)).clamp_(0.0, 1.0)
+
+
+def entropy_bits(probabilities: Tensor) -> Tensor:
+    """Shannon entropy over the classes, in bits, clamped at 0 from below.
+
+    Args:
+        probabilities: (..., M), rows summing to one.
+
+    Returns:
+        (...), float64; NaN where a row is NaN.
+    """
+    nats: Tensor = torch.special.entr(probabilities.to(torch.float64)).sum(dim=-1)
+    return nats.div(math.log(2.0)).clamp_min(0.0)
+
+
+@final
+@dataclass(frozen=True)
+class Strip(Detector):
+    """STRIP over a predictor.
+
+    Args:
+        predictor: The suspicious model.
+        overlays: (N, C, H, W), float32, clean images in [0, 1], in the order in which they are tried.
+        blend: How they are superimposed.
+        alpha: The overlay's weight, in (0, 1] for `mix` and over 0 otherwise.
+        stage_rows: Blends in a stage's batch, at least; stages also grow to half of what went before, so that a lone
+            input takes few forward calls.
+
+    Raises:
+        CalibrationError: No overlays, or an alpha out of range.
+        InputError: The overlays are not images.
+    """
+
+    predictor: Predictor
+    overlays: Tensor
+    blend: Blend = "add"
+    alpha: float = 1.0
+    stage_rows: int = 4
+
+    def __post_init__(self) -> None:
+        """Validate once."""
+        if self.overlays.ndim == 4 and self.overlays.shape[0] == 0:
+            raise CalibrationError("expected at least one overlay, got none: calibrate with more clean images")
+        check_images(self.overlays)
+        if not (0.0 < self.alpha <= (1.0 if self.blend == "mix" else float("inf"))):
+            raise CalibrationError(f"expected alpha in (0, 1] for mix and over 0 otherwise, got {self.alpha} for {self.blend}")
+
+    @property
+    def name(self) -> str:
+        """`strip`."""
+        return "strip"
+
+    def pass_entropies(self, images: Tensor) -> Tensor:
+        """Each overlay's entropy, for models that give probabilities.
+
+        Args:
+            images: (B, C, H, W), in [0, 1].
+
+        Returns:
+            (B, N), float64, bits.
+        """
+        return entropy_bits(self._answers(images, self.overlays))
+
+    def score(self, images: Tensor) -> Tensor:
+        """Minus the mean entropy of all N passes, in bits; (B,), float32."""
+        if self.predictor.labels_only:
+            return -entropy_bits(self._answers(images, self.overlays).mean(dim=1)).to(torch.float32)
+        return _score(_add(torch.zeros(len(images), dtype=torch.float64), self.pass_entropies(images)), len(self.overlays))
+
+    def inspect(self, images: Tensor, threshold: float) -> Inspection:
+        """Compare `score(images)` with a threshold, stopping for each image as soon as the verdict is certain.
+
+        Args:
+            images: (B, C, H, W), in [0, 1].
+            threshold: On the score: minus bits.
+        """
+        total = len(self.overlays)
+        batch = len(images)
+        if self.predictor.labels_only:
+            scores = self.score(images)
+            passes = torch.full((batch,), total)
+            return Inspection(at_or_over(scores, threshold), scores, torch.ones(batch, dtype=torch.bool), passes)
+        sums = torch.zeros(batch, dtype=torch.float64)
+        passes = torch.zeros(batch, dtype=torch.int64)
+        active = torch.arange(batch)
+        done = 0
+        while done < total and len(active):
+            step = min(total - done, max(-(-self.stage_rows // len(active)), done // 2, 1))
+            answers = self._answers(images[active.to(images.device)], self.overlays[done : done + step])
+            sums[active] = _add(sums[active], entropy_bits(answers))
+            done += step
+            passes[active] = done
+            active = active[at_or_over(_score(sums[active], total), threshold)]
+        scores = _score(sums, total)
+        return Inspection(at_or_over(scores, threshold), scores, passes == total, passes)
+
+    def _answers(self, images: Tensor, overlays: Tensor) -> Tensor:
+        """(B, n, M) on the CPU: answers to every blend, in forward passes of at most the predictor's `max_rows`."""
+        overlays = overlays.to(images.device)
+        rows = max(1, self.predictor.max_rows // len(overlays))
+        parts = []
+        for part in images.split(rows):
+            columns = [
+                self.predictor(blend_images(part, some, self.blend, self.alpha).flatten(0, 1)).unflatten(
+                    0, (len(part), len(some))
+                )
+                for some in overlays.split(self.predictor.max_rows)
+            ]
+            parts.append(torch.cat(columns, dim=1))
+        return torch.cat(parts).cpu()
+
+
+def _add(sums: Tensor, entropies: Tensor) -> Tensor:
+    """Add columns one by one, in float64: the same order, so the same sum, wherever the stages were cut."""
+    for column in entropies.unbind(dim=1):
+        sums = sums + column
+    return sums
+
+
+def _score(sums: Tensor, total: int) -> Tensor:
+    """Rounding is monotone, so a larger sum never gets a larger score."""
+    return -(sums / total).to(torch.float32)

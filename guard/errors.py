@@ -1,0 +1,119 @@
+"""Every error that the product raises, as one tree.
+
+    GuardError
+    |-- InputError            what the caller sent can't be inspected   (HTTP 400)
+    |   |-- ImageError        bytes that are no image we decode         (HTTP 400)
+    |   `-- TooLargeError     over the byte or the pixel limit          (HTTP 413)
+    |-- RejectedError         a wrapped predict function refused rows
+    |-- ModelError            a model can't be loaded, or its answers can't be used   (HTTP 503)
+    |-- ProfileError          a profile is missing, damaged, newer, or for another model
+    |-- CalibrationError      no threshold can be set from this clean set
+    |   `-- TooFewImagesError it says how many images would do
+    |-- ExportError           an export failed, or differs from the original
+    |-- QuarantineError       a quarantine folder or item can't be used
+    `-- MissingExtraError     an optional dependency is not installed
+
+Each message is one line and says what was expected, what arrived, and what to do. ``code`` is the stable, machine
+readable reason that HTTP answers and logs carry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class GuardError(Exception):
+    """Root of the tree: catch it to catch everything that this product raises on purpose."""
+
+    code = "guard-failed"
+
+
+class InputError(GuardError):
+    """What the caller sent can't be inspected."""
+
+    code = "bad-input"
+
+
+class ImageError(InputError):
+    """The bytes are not an image that can be decoded and brought to the model's channels and size."""
+
+    code = "not-an-image"
+
+
+class TooLargeError(InputError):
+    """The input is over the byte or the pixel limit."""
+
+    code = "too-large"
+
+
+class RejectedError(GuardError):
+    """A wrapped predict function refused rows of its batch.
+
+    Attributes:
+        rows: Indices of the refused rows.
+    """
+
+    code = "backdoor-suspected"
+
+    def __init__(self, message: str, rows: Sequence[int]) -> None:
+        super().__init__(message)
+        self.rows = tuple(rows)
+
+
+class ModelError(GuardError):
+    """A model can't be loaded, or its answers can't be used."""
+
+    code = "model-failed"
+
+
+class ProfileError(GuardError):
+    """A profile is missing, damaged, of a newer schema, or belongs to another model."""
+
+    code = "bad-profile"
+
+
+class CalibrationError(GuardError):
+    """No threshold can be set from this clean set."""
+
+    code = "calibration-failed"
+
+
+class TooFewImagesError(CalibrationError):
+    """The clean set is too small for the false rejection rate that was asked for.
+
+    Attributes:
+        needed: How many images would do.
+        available: How many there were.
+    """
+
+    def __init__(self, message: str, needed: int, available: int) -> None:
+        super().__init__(message)
+        self.needed = needed
+        self.available = available
+
+
+class ExportError(GuardError):
+    """An export failed, or its outputs differ from the original's."""
+
+    code = "export-failed"
+
+
+class QuarantineError(GuardError):
+    """A quarantine folder or one of its items can't be used."""
+
+    code = "quarantine-failed"
+
+
+class MissingExtraError(GuardError):
+    """An optional dependency is not installed."""
+
+    code = "missing-extra"
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"this needs {package}, which is not installed: pip install 'backdoor-guard[{extra}]'")
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """An error's own words on one printable line: our errors as they are, foreign ones with their type."""
+    text = str(error) if isinstance(error, GuardError) else f"{type(error).__name__}: {error}"
+    return "".join(character for character in " ".join(text.split()) if character.isprintable())[:limit]

@@ -1,0 +1,281 @@
+"""The guard: predictor, detectors, preprocessor and policy in one."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import secrets
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Concatenate, Literal, ParamSpec, TypeVar, cast, final
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from guard.detectors.detector import Detector, Inspection
+from guard.errors import InputError, ModelError, RejectedError, one_line
+from guard.images import Array
+from guard.predictors.predictor import Predictor
+from guard.preprocessors import Preprocessor
+from guard.quarantine import Quarantine
+from guard.verdict import Finding, Policy, Reason, Verdict
+
+logger = logging.getLogger("guard")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_B = TypeVar("_B", bound=Array)
+
+
+@final
+@dataclass(frozen=True)
+class CalibratedDetector:
+    """A detector with the threshold that calibration set for it.
+
+    Args:
+        detector: The test.
+        threshold: On its score.
+    """
+
+    detector: Detector
+    threshold: float
+
+
+@final
+class Guard:
+    """Decides for each image whether the model's answer may be given out. Safe to call from several threads.
+
+    Args:
+        predictor: The model that answers.
+        detectors: Online tests; each holds the model it looks at. They see the raw image.
+        preprocessor: Applied before the model answers; None for none.
+        policy: What follows from a finding.
+        quarantine: Where suspicious images are kept; None to keep none.
+        seed: Of the preprocessor's draws; None (serving) seeds from the operating system, so that they can't be replayed.
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        detectors: Sequence[CalibratedDetector],
+        *,
+        preprocessor: Preprocessor | None = None,
+        policy: Policy | None = None,
+        quarantine: Quarantine | None = None,
+        seed: int | None = None,
+    ) -> None:
+        self.predictor = predictor
+        self.detectors = tuple(detectors)
+        self.preprocessor = preprocessor
+        self.policy = policy or Policy()
+        self.quarantine = quarantine
+        self._generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
+        self._generator_lock = threading.Lock()
+
+    @classmethod
+    def load(
+        cls,
+        profile: str | Path,
+        model: object | None = None,
+        *,
+        policy: Policy | None = None,
+        quarantine: Quarantine | None = None,
+        device: str = "cpu",
+        seed: int | None = None,
+    ) -> Guard:
+        """Build a guard from a profile folder.
+
+        Args:
+            profile: The folder that `guard calibrate` wrote.
+            model: The model in memory, for profiles of models without a file; otherwise read from the folder.
+            policy: Replaces the profile's.
+            quarantine: Where suspicious images are kept.
+            device: Where PyTorch models run, `cpu` or `cuda`.
+            seed: Of the preprocessor's draws; leave None for serving.
+
+        Raises:
+            ProfileError: The profile is damaged, newer, or belongs to another model.
+            ModelError: The model can't be loaded.
+        """
+        from guard.loading import load_guard
+
+        return load_guard(Path(profile), model, policy=policy, quarantine=quarantine, device=device, seed=seed)
+
+    def __call__(self, images: Tensor) -> tuple[Verdict, ...]:
+        """Judge and answer a batch.
+
+        Args:
+            images: (B, C, H, W), float32, RGB, in [0, 1].
+
+        Returns:
+            B verdicts, in order. A failure of the guard or of the model becomes a verdict, not an exception.
+
+        Raises:
+            InputError: The batch is not what the model takes.
+        """
+        self.predictor.spec.check(images)
+        verdicts = self._judge(images)
+        if len(images) > 1 and any(verdict.failed for verdict in verdicts):
+            verdicts = [  # one bad image must not take its neighbours down
+                self._judge(images[row : row + 1])[0] if verdict.failed else verdict for row, verdict in enumerate(verdicts)
+            ]
+        return tuple(self._store(image, verdict) for image, verdict in zip(images, verdicts, strict=True))
+
+    def answer(self, images: Tensor) -> Tensor:
+        """The model's own answer through the preprocessor, with the detectors off.
+
+        Args:
+            images: (B, C, H, W), in [0, 1].
+
+        Returns:
+            (B, M), float32 probabilities.
+        """
+        return self.predictor(self._preprocess(images))
+
+    def wrap(
+        self, predict: Callable[Concatenate[_B, _P], _R], on_reject: Literal["raise", "abstain"] = "raise"
+    ) -> Callable[Concatenate[_B, _P], _R]:
+        """Put the guard in front of a predict function; the result has its signature.
+
+        Args:
+            predict: Takes a batch in the layout and type of the profile's input spec, returns one row per image.
+            on_reject: `raise` a `RejectedError` that names the rows, or `abstain`: a rejected row becomes NaN, or -1
+                where the function returns whole numbers.
+
+        Returns:
+            The guarded function. It calls `predict` once per batch, preprocessed if the profile says so. Further
+            arguments are passed on.
+        """
+        if on_reject not in ("raise", "abstain"):
+            raise InputError(f"expected on_reject 'raise' or 'abstain', got {on_reject!r}")
+
+        def guarded(batch: _B, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+            spec = self.predictor.spec
+            images = spec.from_model(batch)
+            refused = [row for row, verdict in enumerate(self(images)) if not verdict.accepted]
+            if refused and on_reject == "raise":
+                shown = ", ".join(map(str, refused[:10])) + (" ..." if len(refused) > 10 else "")
+                raise RejectedError(f"{len(refused)} of {len(images)} inputs rejected as suspicious: rows {shown}", refused)
+            if self.preprocessor is not None:
+                batch = cast(_B, _like(batch, spec.to_model(self._preprocess(images))))
+            return _abstain(predict(batch, *args, **kwargs), refused, len(images))
+
+        return functools.update_wrapper(guarded, predict)
+
+    def _preprocess(self, images: Tensor) -> Tensor:
+        if self.preprocessor is None:
+            return images
+        with self._generator_lock:
+            return self.preprocessor(images, self._generator)
+
+    def _judge(self, images: Tensor) -> list[Verdict]:
+        inspections = [_inspect(calibrated, images) for calibrated in self.detectors]
+        try:
+            probabilities = self.answer(images).cpu()
+        except Exception as error:  # fail closed: whatever went wrong, there is no answer to give out
+            logger.exception("the model failed: %s", one_line(error))
+            probabilities = torch.full((len(images), self.predictor.num_classes), torch.nan)
+        return [
+            self._verdict(
+                probabilities[row],
+                tuple(_finding(calibrated, found, row) for calibrated, found in zip(self.detectors, inspections, strict=True)),
+            )
+            for row in range(len(images))
+        ]
+
+    def _verdict(self, probabilities: Tensor, findings: tuple[Finding, ...]) -> Verdict:
+        answered = bool(torch.isfinite(probabilities).all())
+        label = int(probabilities.argmax()) if answered else None
+        suspicious = any(finding.suspicious for finding in findings)
+        accepted, reason = self._decide(answered, suspicious, any(not math.isfinite(item.score) for item in findings))
+        with_probabilities = answered and not self.predictor.labels_only
+        return Verdict(
+            accepted=accepted,
+            suspicious=suspicious,
+            reason=reason,
+            label_index=label,
+            label=None if label is None else self.predictor.spec.label_name(label),
+            probability=float(probabilities[label]) if label is not None and with_probabilities else None,
+            probabilities=tuple(probabilities.tolist()) if with_probabilities else (),
+            findings=findings,
+        )
+
+    def _decide(self, answered: bool, suspicious: bool, undecided: bool) -> tuple[bool, Reason | None]:
+        if not answered:
+            return False, "model-failed"
+        if suspicious and self.policy.mode == "enforce":
+            return False, "backdoor-suspected"
+        if undecided:
+            return self.policy.mode == "monitor" or self.policy.on_error == "accept", "guard-failed"
+        return True, None
+
+    def _store(self, image: Tensor, verdict: Verdict) -> Verdict:
+        fired = next((finding for finding in verdict.findings if finding.suspicious), None)
+        if self.quarantine is None or fired is None:
+            return verdict
+        stored = self.quarantine.add(
+            image,
+            detector=fired.detector,
+            score=fired.score,
+            threshold=fired.threshold,
+            label_index=verdict.label_index,
+            label=verdict.label,
+        )
+        return verdict if stored is None else msgspec.structs.replace(verdict, quarantined=stored)
+
+
+def _inspect(calibrated: CalibratedDetector, images: Tensor) -> Inspection:
+    """A detector that raises has found nothing: every score is NaN, and the policy decides."""
+    try:
+        return calibrated.detector.inspect(images, calibrated.threshold)
+    except Exception as error:  # fail closed, see above
+        logger.exception("detector %s failed: %s", calibrated.detector.name, one_line(error))
+        unknown = torch.full((len(images),), torch.nan)
+        zeros = torch.zeros(len(images), dtype=torch.int64)
+        return Inspection(torch.ones_like(zeros, dtype=torch.bool), unknown, torch.zeros_like(zeros, dtype=torch.bool), zeros)
+
+
+def _finding(calibrated: CalibratedDetector, found: Inspection, row: int) -> Finding:
+    score = float(found.scores[row])
+    return Finding(
+        detector=calibrated.detector.name,
+        score=score,
+        threshold=calibrated.threshold,
+        exact=bool(found.exact[row]),
+        suspicious=bool(found.exceeds[row]) and math.isfinite(score),
+        passes=int(found.passes[row]),
+    )
+
+
+def _like(original: Array, batch: Array) -> Array:
+    """`batch` in the array library, device and type of `original`."""
+    if isinstance(original, np.ndarray):
+        array = batch.cpu().numpy() if isinstance(batch, Tensor) else batch
+        return array.astype(original.dtype, copy=False)
+    tensor = batch if isinstance(batch, Tensor) else torch.from_numpy(batch)
+    return tensor.to(original)
+
+
+def _abstain(answers: _R, rows: Sequence[int], batch: int) -> _R:
+    """A copy of the answers with the rejected rows blanked."""
+    if not rows:
+        return answers
+    if isinstance(answers, Tensor):
+        if answers.shape[:1] != (batch,):
+            raise ModelError(f"expected one row per image ({batch}), got {tuple(answers.shape)}: can't abstain for single rows")
+        blank = answers.clone()
+        blank[list(rows)] = torch.nan if blank.dtype.is_floating_point else -1
+        return cast(_R, blank)
+    array = np.array(answers)
+    if array.shape[:1] != (batch,) or array.dtype.kind not in "fiu":
+        raise ModelError(
+            f"expected one row of numbers per image ({batch}), got {type(answers).__name__}: use on_reject='raise'"
+        )
+    if array.dtype.kind == "u":
+        array = array.astype(np.int64)
+    array[list(rows)] = np.nan if array.dtype.kind == "f" else -1
+    return cast(_R, array)

@@ -1,0 +1,114 @@
+"""From a profile folder to a running guard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from guard.detectors import Strip
+from guard.errors import ModelError, ProfileError
+from guard.guard import CalibratedDetector, Guard
+from guard.predictors import Backend, Predictor, wrap
+from guard.predictors.loading import load_backend
+from guard.predictors.module import ModuleBackend
+from guard.predictors.screening import file_sha256
+from guard.profile import ModelRecord, Profile, array_to_overlays, load_profile
+from guard.quarantine import Quarantine
+from guard.verdict import Policy
+
+PROBES = 8
+"""Clean images whose answers a profile remembers, to recognise its model by behaviour."""
+
+_PROBE_TOLERANCE = 0.05
+
+
+def load_guard(
+    folder: Path,
+    model: object | None = None,
+    *,
+    policy: Policy | None = None,
+    quarantine: Quarantine | None = None,
+    device: str = "cpu",
+    seed: int | None = None,
+) -> Guard:
+    """Build a guard from a profile folder; see `Guard.load`."""
+    profile, arrays = load_profile(folder)
+    predictor = Predictor(
+        load_profile_backend(folder, profile.model, model, device),
+        profile.input,
+        profile.model.num_classes,
+        profile.model.output,
+    )
+    overlays = _overlays(profile, arrays)
+    _check_probe(predictor, overlays, arrays, folder)
+    detectors = [
+        CalibratedDetector(Strip(predictor, overlays, record.blend, record.alpha), record.threshold.value)
+        for record in profile.detectors
+    ]
+    return Guard(
+        predictor,
+        detectors,
+        preprocessor=profile.preprocessor,
+        policy=policy or profile.policy,
+        quarantine=quarantine,
+        seed=seed,
+    )
+
+
+def load_profile_backend(folder: Path, record: ModelRecord, model: object | None = None, device: str = "cpu") -> Backend:
+    """Load the model that a profile belongs to, and make sure that it is that one.
+
+    Raises:
+        ProfileError: It is missing, or another one.
+        ModelError: It can't be loaded.
+    """
+    if model is not None:
+        backend = wrap(model)
+        if record.kind == backend.kind and record.sha256 not in (None, backend.fingerprint()):
+            raise ProfileError(f"the profile in {folder} belongs to another model (SHA-256 differs): calibrate for this one")
+        return backend
+    if record.file is None and record.factory is None:
+        raise ProfileError(f"the profile in {folder} is for a model in memory: pass it, Guard.load(profile, model)")
+    path = None if record.file is None else folder / record.file
+    if path is not None and not path.is_file():
+        raise ProfileError(f"expected the model {record.file} in {folder}, got none: copy the whole profile folder")
+    if path is not None and record.kind != "module" and file_sha256(path) != record.sha256:
+        raise ProfileError(f"the profile in {folder} belongs to another model ({record.file} differs): calibrate for this one")
+    backend = load_backend(record.factory, path) if record.factory is not None else load_backend(path or "")
+    if backend.kind != record.kind or backend.fingerprint() != record.sha256:
+        raise ProfileError(f"the profile in {folder} belongs to another model (weights or kind differ): calibrate for this one")
+    return _to_device(backend, device)
+
+
+def _to_device(backend: Backend, device: str) -> Backend:
+    if device != "cpu" and isinstance(backend, ModuleBackend) and isinstance(backend.module, nn.Module):
+        return ModuleBackend(backend.module.to(device))
+    return backend
+
+
+def _overlays(profile: Profile, arrays: dict[str, Tensor]) -> Tensor:
+    try:
+        overlays = array_to_overlays(arrays["strip.overlays"])
+        profile.input.check(overlays)
+    except (KeyError, ValueError) as error:
+        raise ProfileError("expected the array strip.overlays in the profile, got none: calibrate again") from error
+    return overlays
+
+
+def _check_probe(predictor: Predictor, overlays: Tensor, arrays: dict[str, Tensor], folder: Path) -> None:
+    """The model must answer as it did at calibration: catches another model, other weights, other preprocessing."""
+    expected = arrays.get("probe.probabilities")
+    if expected is None or expected.ndim != 2:
+        raise ProfileError(f"expected the array probe.probabilities in {folder}, got none: calibrate again")
+    try:
+        answers = predictor(overlays[: len(expected)]).cpu()
+    except ModelError as error:
+        raise ProfileError(f"the profile in {folder} does not fit this model ({error}): calibrate for this one") from error
+    difference = float((answers - expected).abs().max()) if answers.shape == expected.shape else torch.inf
+    if not difference <= _PROBE_TOLERANCE:
+        raise ProfileError(
+            f"the model answers differently than at calibration (by {difference:.3g} in probability): "
+            f"the profile in {folder} belongs to another model; calibrate for this one"
+        )

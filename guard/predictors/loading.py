@@ -1,0 +1,120 @@
+"""From what a user names as MODEL to a backend: a file, or `package.module:factory`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from guard.errors import ModelError, one_line
+from guard.predictors.exported import ExportedBackend
+from guard.predictors.function import FunctionBackend
+from guard.predictors.module import ModuleBackend
+from guard.predictors.onnx import OnnxBackend
+from guard.predictors.predictor import Backend
+from guard.predictors.torchscript import TorchScriptBackend
+
+_WHAT = "a .onnx, .pt2 or TorchScript .pt file, or package.module:factory"
+
+
+def load_backend(model: str | Path, weights: Path | None = None) -> Backend:
+    """Load a model by file name or factory.
+
+    Args:
+        model: Path of an `.onnx`, `.pt2` or TorchScript `.pt` file, or `package.module:factory`.
+        weights: `.safetensors` for the module that a factory makes.
+
+    Raises:
+        ModelError: It can't be found or loaded.
+    """
+    name = str(model)
+    path = Path(name)
+    if path.exists() or ":" not in name:
+        return _load_file(path)
+    return wrap(load_factory(name, weights))
+
+
+def wrap(model: object) -> Backend:
+    """Give an object that a user holds in memory a backend.
+
+    Args:
+        model: An `nn.Module`, or any callable.
+
+    Raises:
+        ModelError: It is neither.
+    """
+    if isinstance(model, nn.Module):
+        return ModuleBackend(model)
+    if callable(model):
+        return FunctionBackend(model)
+    raise ModelError(f"expected an nn.Module or a function of a batch, got {type(model).__name__}")
+
+
+def load_factory(name: str, weights: Path | None = None) -> object:
+    """Import `package.module:attribute`, make the model and fill in its weights.
+
+    The attribute is a module, a function or class without required arguments that makes one, or itself a predict
+    function of one batch.
+
+    Raises:
+        ModelError: It can't be imported, or the weights don't fit.
+    """
+    module_name, _, attribute = name.partition(":")
+    try:
+        target: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            target = getattr(target, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ModelError(f"expected an importable package.module:factory, got {name} ({one_line(error)}): check it") from error
+    model = target() if _makes_model(target) else target
+    if isinstance(model, nn.Module):
+        if weights is not None:
+            _fill(model, weights)
+        if target is not model:
+            model.eval()  # we made it, so its mode is ours to set
+    elif weights is not None:
+        raise ModelError(f"expected {name} to make an nn.Module for --weights, got {type(model).__name__}: drop --weights")
+    return model
+
+
+def _makes_model(target: object) -> bool:
+    if isinstance(target, nn.Module) or not callable(target):
+        return False
+    if isinstance(target, type):
+        return True
+    parameters = inspect.signature(target).parameters.values()
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return all(item.default is not inspect.Parameter.empty or item.kind in kinds for item in parameters)
+
+
+def _fill(module: nn.Module, weights: Path) -> None:
+    try:
+        state = load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"expected weights in a .safetensors file, got {weights.name}, which does not load") from error
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise ModelError(f"the weights in {weights.name} don't fit the module: {one_line(error)}") from error
+
+
+def _load_file(path: Path) -> Backend:
+    if not path.is_file():
+        raise ModelError(f"expected {_WHAT}, got {path}: no such file")
+    loaders: dict[str, Callable[[Path], Backend]] = {
+        ".onnx": OnnxBackend.load,
+        ".pt2": ExportedBackend.load,
+        ".pt": TorchScriptBackend.load,
+        ".ts": TorchScriptBackend.load,
+        ".torchscript": TorchScriptBackend.load,
+    }
+    loader = loaders.get(path.suffix.lower())
+    if loader is None:
+        raise ModelError(f"expected {_WHAT}, got {path.name}: nothing else is loaded, and nothing is unpickled")
+    return loader(path)

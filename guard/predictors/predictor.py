@@ -1,0 +1,99 @@
+"""A predictor: images in, probabilities out, whatever runs behind it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol, final
+
+import torch
+from torch import Tensor
+
+from guard.errors import GuardError, ModelError, one_line
+from guard.images import Array, InputSpec
+from guard.predictors.outputs import OutputKind, as_tensor, to_probabilities
+
+BackendKind = Literal["module", "torchscript", "torch-export", "onnx", "callable"]
+
+DEFAULT_MEMORY_LIMIT = 1024**3
+_ACTIVATIONS_PER_INPUT = 64  # a VGG-16 holds about 60 times its input while it runs; most nets hold less
+
+
+class Backend(Protocol):
+    """One kind of model that can be wrapped: runs a batch in the model's own layout and type."""
+
+    @property
+    def kind(self) -> BackendKind:
+        """Which kind."""
+        ...
+
+    def __call__(self, batch: Array) -> object:
+        """Run the model on a batch of at least one row."""
+        ...
+
+    def fingerprint(self) -> str | None:
+        """SHA-256 (hex) of the weights or the file; None where there is nothing to hash."""
+        ...
+
+
+@final
+@dataclass(frozen=True)
+class Predictor:
+    """Images to probabilities.
+
+    A predictor never changes a module's train or eval mode.
+
+    Args:
+        backend: Runs the model.
+        spec: Maps images to the model's input.
+        num_classes: M.
+        output: What the model returns.
+        memory_limit: Bytes that one forward pass may take, estimated as 64 times its input.
+    """
+
+    backend: Backend
+    spec: InputSpec
+    num_classes: int
+    output: OutputKind
+    memory_limit: int = DEFAULT_MEMORY_LIMIT
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be a classifier."""
+        if self.num_classes < 2:
+            raise ModelError(f"expected a classifier with at least 2 classes, got {self.num_classes}")
+
+    @property
+    def labels_only(self) -> bool:
+        """True when the model gives labels without probabilities."""
+        return self.output == "labels"
+
+    @property
+    def max_rows(self) -> int:
+        """Images that fit one forward pass under the memory limit."""
+        channels, height, width = self.spec.shape
+        return max(1, self.memory_limit // (channels * height * width * 4 * _ACTIVATIONS_PER_INPUT))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Answer a batch, in as many forward passes as the memory limit needs.
+
+        Args:
+            images: (B, C, H, W), float32, in [0, 1].
+
+        Returns:
+            (B, M), float32, rows summing to one; a row that the model could not answer is NaN.
+
+        Raises:
+            ModelError: The model raised, or returned another shape.
+        """
+        with torch.inference_mode():
+            parts = [self._forward(part) for part in images.split(self.max_rows)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _forward(self, images: Tensor) -> Tensor:
+        try:
+            raw = self.backend(self.spec.to_model(images))
+        except GuardError:
+            raise
+        except Exception as error:  # a model is foreign code: whatever it raises becomes ours
+            raise ModelError(f"the model failed on a batch of {images.shape[0]}: {one_line(error)}") from error
+        answer = to_probabilities(as_tensor(raw), self.output, self.num_classes, images.shape[0])
+        return answer.to(images.device)

@@ -1,0 +1,246 @@
+"""The calibrated artefact: a folder with `guard.json`, `arrays.safetensors` and, for models in files, the model.
+
+Nothing is pickled. Every file is recognised by its SHA-256, and `guard.json` carries a checksum of itself, so that a
+truncated or hand-edited profile, a newer schema or another model is refused with one clear line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from guard.detectors.strip import Blend
+from guard.errors import GuardError, ProfileError
+from guard.images import InputSpec
+from guard.predictors.outputs import OutputKind
+from guard.predictors.predictor import BackendKind
+from guard.predictors.screening import file_sha256
+from guard.preprocessors import Gym
+from guard.verdict import Policy
+
+SCHEMA = 1
+_JSON = "guard.json"
+_ARRAYS = "arrays.safetensors"
+_Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+
+
+class ModelRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which model a profile belongs to.
+
+    Attributes:
+        kind: What runs it.
+        output: What it returns.
+        num_classes: M.
+        file: Model or weights file, relative to the profile's folder; None for a model in the caller's memory.
+        factory: `package.module:factory`, where that makes the model.
+        sha256: Of the file, or of a module's state; None for a callable.
+    """
+
+    kind: BackendKind
+    output: OutputKind
+    num_classes: Annotated[int, msgspec.Meta(ge=2)]
+    file: str | None = None
+    factory: str | None = None
+    sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        """A profile never reaches outside its own folder."""
+        if self.file is not None and (self.file in ("", ".", "..") or Path(self.file).name != self.file):
+            raise ProfileError(f"expected the model's file inside the profile's folder, got {self.file!r}")
+
+
+class ThresholdRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A threshold, and how it was set.
+
+    Attributes:
+        value: On the detector's score; at or over it is suspicious. STRIP's score is minus the entropy in bits.
+        method: `conformal` or `normal`.
+        frr: The false rejection rate asked for.
+        images: Clean images that set it, disjoint from the overlays.
+        rank: k: the k-th most suspicious clean score set it; None for `normal`.
+        frr_low: Lower end of the 95% interval of the FRR on exchangeable clean inputs.
+        frr_high: Upper end.
+        confidence: Probability that the FRR is at most `frr`, where that was asked for.
+    """
+
+    value: float
+    method: Literal["conformal", "normal"]
+    frr: _Share
+    images: int
+    rank: int | None
+    frr_low: _Share
+    frr_high: _Share
+    confidence: float | None = None
+
+
+class StripRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="strip", tag_field="name"):
+    """STRIP's parameters; its overlays are the array `strip.overlays`.
+
+    Attributes:
+        threshold: Where it rejects.
+        blend: How overlays are superimposed.
+        alpha: Their weight.
+        mean_passes: Mean forward passes on the clean calibration images, one image at a time.
+    """
+
+    threshold: ThresholdRecord
+    blend: Blend
+    alpha: float
+    mean_passes: float | None = None
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `guard.json` holds.
+
+    Attributes:
+        schema: Version of this layout.
+        created: ISO 8601, UTC.
+        input: The model's input.
+        model: The model.
+        detectors: In the order in which they run.
+        preprocessor: Before the model answers; detectors see the raw image.
+        policy: What follows from a finding.
+        clean_accuracy: Of the model through the preprocessor, on the threshold-setting images; None without labels.
+        clean_accuracy_raw: The same without the preprocessor.
+        seed: Of every draw that calibration made.
+        libraries: Versions that calibrated it.
+        arrays_sha256: Of `arrays.safetensors`.
+    """
+
+    schema: int
+    created: str
+    input: InputSpec
+    model: ModelRecord
+    detectors: tuple[StripRecord, ...]
+    preprocessor: Gym | None
+    policy: Policy
+    clean_accuracy: float | None
+    clean_accuracy_raw: float | None
+    seed: int
+    libraries: dict[str, str]
+    arrays_sha256: str = ""
+
+
+def save_profile(
+    profile: Profile,
+    arrays: dict[str, Tensor],
+    folder: Path,
+    model_file: Path | None = None,
+    extra: dict[str, bytes] | None = None,
+) -> Profile:
+    """Write a profile folder, all of it or nothing.
+
+    Args:
+        profile: What to write; `arrays_sha256` is filled in.
+        arrays: `strip.overlays`, `probe.probabilities` ...
+        folder: Its target; an existing profile there is replaced, any other non-empty folder refused.
+        model_file: Copied in under `profile.model.file`.
+        extra: Further files, by name (a report, its pictures).
+
+    Returns:
+        The profile as written.
+
+    Raises:
+        ProfileError: The target holds something else, or can't be written.
+    """
+    folder = folder.absolute()
+    if folder.exists() and not (folder / _JSON).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ProfileError(
+            f"expected a new, empty or profile folder, got {folder}, which holds something else: pick another --out"
+        )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+            draft = Path(scratch) / "profile"
+            draft.mkdir()
+            save_file({name: array.contiguous() for name, array in arrays.items()}, draft / _ARRAYS)
+            if model_file is not None and profile.model.file is not None:
+                shutil.copyfile(model_file, draft / profile.model.file)
+            for name, data in (extra or {}).items():
+                (draft / name).write_bytes(data)
+            sealed = msgspec.structs.replace(profile, arrays_sha256=file_sha256(draft / _ARRAYS))
+            (draft / _JSON).write_bytes(_encode(sealed))
+            if folder.exists():
+                os.replace(folder, Path(scratch) / "replaced")
+            os.replace(draft, folder)
+    except OSError as error:
+        raise ProfileError(f"could not write the profile to {folder}: {error.strerror or error}") from error
+    return sealed
+
+
+def load_profile(folder: str | Path) -> tuple[Profile, dict[str, Tensor]]:
+    """Read and verify a profile folder; the model's file is verified where it is loaded.
+
+    Returns:
+        The profile and its arrays.
+
+    Raises:
+        ProfileError: Missing, damaged, edited, or of a newer schema.
+    """
+    path = Path(folder) / _JSON
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ProfileError(f"expected a profile folder with {_JSON}, got {folder}: make one with guard calibrate") from error
+    profile = _decode(data, path)
+    arrays_path = Path(folder) / _ARRAYS
+    try:
+        if file_sha256(arrays_path) != profile.arrays_sha256:
+            raise ProfileError(f"{arrays_path} is damaged or belongs to another profile (SHA-256 differs): calibrate again")
+        return profile, load_file(arrays_path)
+    except (OSError, SafetensorError) as error:
+        raise ProfileError(f"expected {_ARRAYS} in {folder}, got none that can be read: calibrate again") from error
+
+
+def overlays_to_array(overlays: Tensor) -> Tensor:
+    """Overlays as uint8 where that is exact, to keep profiles small."""
+    pixels = overlays.mul(255.0).round()
+    return pixels.to(torch.uint8) if bool(((pixels / 255.0) - overlays).abs().max() < 1e-6) else overlays
+
+
+def array_to_overlays(array: Tensor) -> Tensor:
+    """The inverse of `overlays_to_array`."""
+    return array.to(torch.float32) / 255.0 if array.dtype == torch.uint8 else array
+
+
+def _encode(profile: Profile) -> bytes:
+    body = msgspec.to_builtins(profile)
+    return msgspec.json.format(msgspec.json.encode({**body, "checksum": _checksum(body)}), indent=2) + b"\n"
+
+
+def _checksum(body: object) -> str:
+    return hashlib.sha256(msgspec.json.encode(body, order="sorted")).hexdigest()
+
+
+def _decode(data: bytes, path: Path) -> Profile:
+    try:
+        body = msgspec.json.decode(data, type=dict[str, object])
+    except msgspec.MsgspecError as error:
+        raise ProfileError(f"{path} is truncated or not JSON ({error}): copy the folder again or calibrate again") from error
+    schema = body.get("schema")
+    if not isinstance(schema, int) or isinstance(schema, bool):
+        raise ProfileError(f"expected a profile in {path}, got JSON without a schema version: calibrate again")
+    if schema != SCHEMA:
+        todo = "upgrade backdoor-guard" if schema > SCHEMA else "calibrate again"
+        raise ProfileError(f"expected profile schema {SCHEMA}, got {schema} in {path}: {todo}")
+    checksum = body.pop("checksum", None)
+    try:
+        profile = msgspec.convert(body, type=Profile)
+    except (msgspec.ValidationError, GuardError) as error:
+        raise ProfileError(f"{path} is not a valid profile ({error}): calibrate again") from error
+    if checksum != _checksum(msgspec.to_builtins(profile)):
+        raise ProfileError(
+            f"{path} was changed after calibration (checksum differs): calibrate again; "
+            "the policy is set by options (--mode, --on-error), not in the file"
+        )
+    return profile

@@ -1,0 +1,233 @@
+"""A bounded folder of rejected images.
+
+Each item is a picture (`ID.png`, or `ID.npy` where PNG would lose precision) and `ID.json`, which is written last: an
+item exists when its JSON does. Writes are atomic, ids sort by time, and the oldest items leave first when the folder is
+over its bounds. Several processes may share a folder.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import re
+import secrets
+import threading
+import time
+from pathlib import Path
+from typing import final
+
+import msgspec
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from guard.errors import QuarantineError
+
+logger = logging.getLogger("guard.quarantine")
+_ID = re.compile(r"^\d{19}-[0-9a-f]{8}$")
+
+
+class Item(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is known of a quarantined image.
+
+    Attributes:
+        id: Sorts by time.
+        time: Seconds since the epoch.
+        image: File name of the picture, in the same folder.
+        detector: What fired.
+        score: Its score.
+        threshold: The threshold at that time.
+        label_index: What the model would have answered.
+        label: That class's name.
+    """
+
+    id: str
+    time: float
+    image: str
+    detector: str
+    score: float
+    threshold: float
+    label_index: int | None
+    label: str | None
+
+
+@final
+class Quarantine:
+    """A folder of rejected images, bounded by count and bytes.
+
+    Args:
+        folder: Made on the first write.
+        max_items: Items kept.
+        max_bytes: Bytes kept, pictures and JSON together.
+    """
+
+    def __init__(self, folder: str | Path, max_items: int = 10_000, max_bytes: int = 1024**3) -> None:
+        if max_items < 1 or max_bytes < 1:
+            raise QuarantineError(f"expected positive bounds, got {max_items} items and {max_bytes} bytes")
+        self.folder = Path(folder)
+        self.max_items = max_items
+        self.max_bytes = max_bytes
+        self.failures = 0
+        self._lock = threading.Lock()
+
+    def add(
+        self,
+        image: Tensor,
+        *,
+        detector: str,
+        score: float,
+        threshold: float,
+        label_index: int | None = None,
+        label: str | None = None,
+    ) -> str | None:
+        """Store one image; never raises on a full or read-only disk, because requests must still be answered.
+
+        Args:
+            image: (C, H, W), float32, in [0, 1].
+            detector: What fired.
+            score: Its score.
+            threshold: The threshold that the score reached.
+            label_index: What the model would have answered.
+            label: That class's name.
+
+        Returns:
+            The item's id, or None when it could not be stored; then `failures` has grown and the log says why.
+        """
+        now = time.time_ns()
+        name = f"{now:019d}-{secrets.token_hex(4)}"
+        data, suffix = _encode(image)
+        item = Item(
+            id=name, time=now / 1e9, image=name + suffix, detector=detector, score=score, threshold=threshold,
+            label_index=label_index, label=label,
+        )  # fmt: skip
+        record = msgspec.json.format(msgspec.json.encode(item), indent=1)
+        try:
+            if len(data) + len(record) > self.max_bytes:
+                raise OSError(f"item of {len(data) + len(record)} bytes is over the folder's bound of {self.max_bytes}")
+            with self._lock:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                _write(self.folder / item.image, data)
+                _write(self.folder / f"{name}.json", record)
+                self._evict()
+        except OSError as error:
+            with self._lock:
+                self.failures += 1
+            logger.warning("quarantine: could not store an image (%s); %d so far", error.strerror or error, self.failures)
+            self._discard(name)
+            return None
+        return name
+
+    def items(self) -> list[Item]:
+        """All items, oldest first; records that can't be read are left out."""
+        found = []
+        for path in sorted(self.folder.glob("*.json")):
+            try:
+                if _ID.match(path.stem):
+                    found.append(self._read(path))
+            except (OSError, QuarantineError) as error:
+                logger.warning("quarantine: skipped %s (%s)", path.name, error)
+        return found
+
+    def get(self, item_id: str) -> Item:
+        """One item by id.
+
+        Raises:
+            QuarantineError: There is none, or its record is damaged.
+        """
+        path = self._record(item_id)
+        if not path.is_file():
+            raise QuarantineError(f"expected the id of an item in {self.folder}, got {item_id}: see guard quarantine list")
+        return self._read(path)
+
+    def image(self, item: Item) -> Tensor:
+        """An item's picture, (C, H, W), float32, in [0, 1].
+
+        Raises:
+            QuarantineError: It is missing or damaged.
+        """
+        path = self.folder / item.image
+        try:
+            if path.suffix == ".npy":
+                return torch.from_numpy(np.load(path, allow_pickle=False))
+            with Image.open(path, formats=("PNG",)) as picture:
+                pixels = np.asarray(picture, dtype=np.float32) / np.float32(255.0)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise QuarantineError(f"expected a picture in {path}, got one that can't be read: delete the item") from error
+        return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).contiguous()
+
+    def delete(self, item_id: str) -> None:
+        """Remove one item.
+
+        Raises:
+            QuarantineError: There is no such item.
+        """
+        self.get(item_id)
+        self._discard(item_id)
+
+    def _record(self, item_id: str) -> Path:
+        if not _ID.match(item_id):
+            raise QuarantineError(f"expected an item's id like {time.time_ns()}-0a1b2c3d, got {item_id!r}")
+        return self.folder / f"{item_id}.json"
+
+    def _read(self, path: Path) -> Item:
+        try:
+            item = msgspec.json.decode(path.read_bytes(), type=Item)
+        except msgspec.MsgspecError as error:
+            raise QuarantineError(f"expected an item's record in {path}, got a damaged one ({error})") from error
+        if item.id != path.stem or item.image not in (f"{item.id}.png", f"{item.id}.npy"):
+            raise QuarantineError(f"expected the record of {path.stem} in {path}, got that of {item.id}: delete it")
+        return item
+
+    def _discard(self, item_id: str) -> None:
+        for suffix in (".json", ".png", ".npy"):
+            try:
+                (self.folder / (item_id + suffix)).unlink(missing_ok=True)
+            except OSError:
+                continue
+
+    def _evict(self) -> None:
+        """Oldest out first, until both bounds hold; what another process removes meanwhile counts as gone."""
+        sizes: dict[str, int] = {}
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                stem = entry.name.partition(".")[0]
+                if _ID.match(stem):
+                    try:
+                        sizes[stem] = sizes.get(stem, 0) + entry.stat().st_size
+                    except FileNotFoundError:
+                        continue
+        total = sum(sizes.values())
+        for count, stem in enumerate(sorted(sizes)):
+            if len(sizes) - count <= self.max_items and total <= self.max_bytes:
+                return
+            self._discard(stem)
+            total -= sizes[stem]
+
+
+def _encode(image: Tensor) -> tuple[bytes, str]:
+    """PNG where that is exact, `.npy` elsewhere."""
+    values = image.detach().cpu().to(torch.float32)
+    pixels = values.mul(255.0).round()
+    buffer = io.BytesIO()
+    if values.shape[0] in (1, 3) and bool(((pixels / 255.0) - values).abs().max() < 1e-6):
+        array = pixels.to(torch.uint8).permute(1, 2, 0).numpy()
+        Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(buffer, format="PNG")
+        return buffer.getvalue(), ".png"
+    np.save(buffer, values.numpy(), allow_pickle=False)
+    return buffer.getvalue(), ".npy"
+
+
+def _write(path: Path, data: bytes) -> None:
+    """All or nothing: a reader never sees half a file."""
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

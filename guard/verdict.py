@@ -1,0 +1,91 @@
+"""What the guard says of one image, and the policy behind it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Reason = Literal["backdoor-suspected", "guard-failed", "model-failed"]
+
+
+class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What follows from a finding.
+
+    Args:
+        mode: `enforce` rejects suspicious inputs; `monitor` never blocks and records what it would have done.
+        on_error: What happens to an input that the guard could not judge: `reject` (fail closed) or `accept`.
+    """
+
+    mode: Literal["enforce", "monitor"] = "enforce"
+    on_error: Literal["reject", "accept"] = "reject"
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """One detector's result for one image.
+
+    Attributes:
+        detector: Its name.
+        score: Higher is more suspicious; NaN when the detector failed.
+        threshold: A score at or over it is suspicious.
+        exact: False where the detector stopped early, so that the score is an upper bound.
+        suspicious: The score reached the threshold.
+        passes: Forward passes of the detector's model spent on this image.
+    """
+
+    detector: str
+    score: float
+    threshold: float
+    exact: bool
+    suspicious: bool
+    passes: int
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+    """What the guard says of one image.
+
+    Attributes:
+        accepted: Whether the answer may be given out.
+        suspicious: A detector fired, whether or not the policy blocks.
+        reason: Why it was rejected, or failed under a policy that accepts; None otherwise.
+        label_index: The model's answer; None when it gave none.
+        label: The answer's class name, or its index as text.
+        probability: Of that answer; None for models that return only labels.
+        probabilities: All classes; empty for models that return only labels, or on failure.
+        findings: One per detector that ran, in order.
+        quarantined: Id of the stored copy, if one was stored.
+    """
+
+    accepted: bool
+    suspicious: bool
+    reason: Reason | None
+    label_index: int | None
+    label: str | None
+    probability: float | None
+    probabilities: tuple[float, ...]
+    findings: tuple[Finding, ...]
+    quarantined: str | None = None
+
+    @property
+    def verdict(self) -> Literal["accepted", "rejected"]:
+        """The outcome in one word."""
+        return "accepted" if self.accepted else "rejected"
+
+    @property
+    def failed(self) -> bool:
+        """True when the guard or the model failed, rather than finding something."""
+        return self.reason in ("guard-failed", "model-failed")
+
+    @property
+    def rejected_by(self) -> str | None:
+        """The first detector that fired."""
+        return next((finding.detector for finding in self.findings if finding.suspicious), None)
+
+    @property
+    def passes(self) -> int:
+        """Forward passes that the detectors spent; the answer itself takes one more."""
+        return sum(finding.passes for finding in self.findings)
+
+    def finding(self, detector: str) -> Finding | None:
+        """The result of one detector, by name."""
+        return next((finding for finding in self.findings if finding.detector == detector), None)
