@@ -1,0 +1,1 @@
+"""Thin adapters from a server to the guard: TorchServe and ASGI."""
