@@ -113,7 +113,11 @@ class Strip(Detector):
         """Minus the mean entropy of all N passes, in bits; (B,), float32."""
         if self.predictor.labels_only:
             return -entropy_bits(self._answers(images, self.overlays).mean(dim=1)).to(torch.float32)
-        return _score(_add(torch.zeros(len(images), dtype=torch.float64), self.pass_entropies(images)), len(self.overlays))
+        return self.score_passes(self.pass_entropies(images))
+
+    def score_passes(self, entropies: Tensor) -> Tensor:
+        """The score that follows from every overlay's entropy; (B, N), float64, to (B,), float32."""
+        return _score(_add(torch.zeros(len(entropies), dtype=torch.float64), entropies), len(self.overlays))
 
     def inspect(self, images: Tensor, threshold: float) -> Inspection:
         """Compare `score(images)` with a threshold, stopping for each image as soon as the verdict is certain.
@@ -133,7 +137,7 @@ class Strip(Detector):
         active = torch.arange(batch)
         done = 0
         while done < total and len(active):
-            step = min(total - done, max(-(-self.stage_rows // len(active)), done // 2, 1))
+            step = _next_stage(done, total, len(active), self.stage_rows)
             answers = self._answers(images[active.to(images.device)], self.overlays[done : done + step])
             sums[active] = _add(sums[active], entropy_bits(answers))
             done += step
@@ -156,6 +160,21 @@ class Strip(Detector):
             ]
             parts.append(torch.cat(columns, dim=1))
         return torch.cat(parts).cpu()
+
+
+def stage_ends(total: int, active: int = 1, stage_rows: int = 4) -> list[int]:
+    """How many overlays have been tried after each stage, while `active` images remain."""
+    ends: list[int] = []
+    done = 0
+    while done < total:
+        done += _next_stage(done, total, active, stage_rows)
+        ends.append(done)
+    return ends
+
+
+def _next_stage(done: int, total: int, active: int, stage_rows: int) -> int:
+    """Overlays of the next stage: enough rows to be worth a call, and growing, so that the calls stay few."""
+    return min(total - done, max(-(-stage_rows // active), done // 2, 1))
 
 
 def _add(sums: Tensor, entropies: Tensor) -> Tensor:

@@ -1,0 +1,5 @@
+"""Simulated attackers: used to measure, never to serve."""
+
+from calibration.attacks.badnets import BadNets
+
+__all__ = ["BadNets"]

@@ -1,0 +1,220 @@
+"""Labelled images from disk: a folder in the ImageFolder convention, or an `.npz` with `x` and `y`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from guard.decoding import FORMATS, Limits, decode_image
+from guard.errors import CalibrationError, InputError
+from guard.images import InputSpec
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm")
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much is done, and of how much."""
+
+_GREY = ("1", "L", "I;16", "I;16B", "I;16L")
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """Show nothing."""
+
+
+@final
+@dataclass(frozen=True)
+class ImageSet:
+    """Images with their labels.
+
+    Attributes:
+        pixels: (N, C, H, W), uint8 in 0..255 or float32 in [0, 1].
+        labels: (N,), int64; None when unknown.
+        class_names: In label order; empty when unknown.
+        names: One per image, for reports; empty when there are none.
+        skipped: Files that could not be read, each with the reason.
+    """
+
+    pixels: Tensor
+    labels: Tensor | None = None
+    class_names: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
+
+    def __len__(self) -> int:
+        return int(self.pixels.shape[0])
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        _, channels, height, width = self.pixels.shape
+        return (channels, height, width)
+
+    def images(self, rows: Tensor | slice) -> Tensor:
+        """Some images as (B, C, H, W), float32, in [0, 1]."""
+        chosen = self.pixels[rows]
+        return chosen.to(torch.float32) / 255.0 if chosen.dtype == torch.uint8 else chosen
+
+    def select(self, rows: Tensor) -> ImageSet:
+        """The images at these indices, as a set of their own."""
+        labels = None if self.labels is None else self.labels[rows]
+        names = tuple(self.names[row] for row in rows.tolist()) if self.names else ()
+        return ImageSet(self.pixels[rows], labels, self.class_names, names)
+
+
+def load_images(
+    path: str | Path,
+    shape: tuple[int, int, int] | None = None,
+    *,
+    skip_unreadable: bool = False,
+    progress: Progress = no_progress,
+) -> ImageSet:
+    """Load images and labels.
+
+    Args:
+        path: A folder of images, or of one sub-folder per class in label order of their sorted names (ImageFolder); or
+            an `.npz` with `x`, uint8 or float in [0, 1], (N, H, W), (N, H, W, C) or (N, C, H, W), and labels `y` (N,).
+        shape: (C, H, W) to bring images of a folder to; None takes the files' own size, which must then be the same.
+        skip_unreadable: Leave out files that are no images, and list them, instead of refusing.
+        progress: Told about each file.
+
+    Raises:
+        CalibrationError: Nothing there, or unreadable files and no leave to skip them.
+        InputError: Arrays of another shape, type or range.
+    """
+    source = Path(path)
+    if source.is_dir():
+        return _load_folder(source, shape, skip_unreadable, progress)
+    if not source.is_file():
+        raise CalibrationError(f"expected a folder of images or an .npz, got {source}: no such file or folder")
+    if source.suffix.lower() != ".npz":
+        raise CalibrationError(f"expected a folder of images or an .npz with x and y, got {source.name}")
+    loaded = load_npz(source)
+    if shape is not None and loaded.shape != shape:
+        raise InputError(f"expected images of shape {shape}, got {loaded.shape} in {source.name}: resize them first")
+    return loaded
+
+
+def load_npz(path: Path) -> ImageSet:
+    """Load `x` and, where there is one, `y` from an `.npz`; nothing is unpickled.
+
+    Raises:
+        InputError: Damaged, or arrays of another shape, type or range.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if "x" not in archive.files:
+                found = ", ".join(archive.files) or "nothing"
+                raise InputError(f"expected arrays x and y in {path.name}, got {found}: save with np.savez(path, x=..., y=...)")
+            x = archive["x"]
+            y = archive["y"] if "y" in archive.files else None
+            names = tuple(str(name) for name in archive["class_names"]) if "class_names" in archive.files else ()
+    except InputError:
+        raise
+    except (OSError, ValueError, EOFError, KeyError) as error:
+        raise InputError(f"expected an .npz of plain arrays, got {path.name}, which does not load: save it again") from error
+    pixels = _to_pixels(x, path.name)
+    return ImageSet(pixels, None if y is None else _to_labels(y, len(pixels), path.name), names)
+
+
+def _to_pixels(x: NDArray[np.generic], name: str) -> Tensor:
+    if x.ndim == 3:
+        x = x[:, None]
+    elif x.ndim == 4 and x.shape[3] in (1, 3):
+        x = np.moveaxis(x, 3, 1)
+    elif x.ndim != 4 or x.shape[1] not in (1, 3):
+        raise InputError(f"expected x of shape (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3, got {x.shape} in {name}")
+    if x.shape[0] == 0:
+        raise CalibrationError(f"expected images, got an empty x in {name}")
+    if x.dtype == np.uint8:
+        return torch.from_numpy(np.array(x, dtype=np.uint8, order="C"))
+    if x.dtype.kind != "f":
+        raise InputError(f"expected x as uint8 0..255 or float 0..1, got {x.dtype} in {name}: convert it")
+    values = np.array(x, dtype=np.float32, order="C")
+    bad = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(axis=1))
+    if len(bad):
+        shown = ", ".join(map(str, bad[:5])) + (" ..." if len(bad) > 5 else "")
+        raise InputError(f"expected finite pixels, got NaN or Inf in {len(bad)} images of {name} (rows {shown}): drop them")
+    if values.min() < 0.0 or values.max() > 1.0:
+        got = f"{values.min():.4g} to {values.max():.4g}"
+        raise InputError(f"expected float pixels in [0, 1], got {got} in {name}: divide by 255, or save as uint8")
+    return torch.from_numpy(values)
+
+
+def _to_labels(y: NDArray[np.generic], count: int, name: str) -> Tensor:
+    if y.shape not in ((count,), (count, 1)) or y.dtype.kind not in "iuf":
+        raise InputError(f"expected {count} whole-number labels y, got {y.dtype} of shape {y.shape} in {name}")
+    labels = y.reshape(-1).astype(np.float64)
+    if not (np.isfinite(labels).all() and (labels == np.round(labels)).all() and (labels >= 0).all()):
+        raise InputError(f"expected labels y as whole numbers from 0, got others in {name}")
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Image files directly in a folder, sorted by name."""
+    return sorted(item for item in folder.iterdir() if item.suffix.lower() in SUFFIXES and item.is_file())
+
+
+def _load_folder(folder: Path, shape: tuple[int, int, int] | None, skip: bool, progress: Progress) -> ImageSet:
+    classes = sorted(item for item in folder.iterdir() if item.is_dir() and not item.name.startswith("."))
+    files: list[tuple[Path, int]] = [(path, label) for label, item in enumerate(classes) for path in list_images(item)]
+    if not files:
+        classes = []
+        files = [(path, -1) for path in list_images(folder)]
+    if not files:
+        raise CalibrationError(f"expected images ({', '.join(SUFFIXES)}) in {folder} or its class folders, got none")
+    spec = _common_spec([path for path, _ in files], shape)
+    pixels, labels, names, skipped = [], [], [], []
+    for done, (path, label) in enumerate(files, start=1):
+        try:
+            pixels.append(decode_image(path.read_bytes(), spec, Limits(max_bytes=100 * 1024**2, max_pixels=100_000_000)))
+            labels.append(label)
+            names.append(str(path.relative_to(folder)))
+        except (InputError, OSError) as error:
+            skipped.append((str(path.relative_to(folder)), str(error)))
+        progress("reading images", done, len(files))
+    if skipped and (not skip or not pixels):
+        first, reason = skipped[0]
+        raise CalibrationError(
+            f"{len(skipped)} of {len(files)} files can't be read, first {first}: {reason}; mend them or pass --skip-unreadable"
+        )
+    stacked = torch.stack(pixels)
+    whole = stacked.mul(255.0).round()
+    exact = bool(((whole / 255.0) - stacked).abs().max() < 1e-6)
+    return ImageSet(
+        whole.to(torch.uint8) if exact else stacked,
+        torch.tensor(labels) if classes else None,
+        tuple(item.name for item in classes),
+        tuple(names),
+        tuple(skipped),
+    )
+
+
+def _common_spec(files: Sequence[Path], shape: tuple[int, int, int] | None) -> InputSpec:
+    """The size to decode to: the one asked for, or the files' own."""
+    if shape is not None:
+        return InputSpec(channels=shape[0], height=shape[1], width=shape[2], resize=True)
+    sizes: Counter[tuple[int, int]] = Counter()
+    grey = True
+    for path in files:
+        try:
+            with Image.open(path, formats=FORMATS) as image:
+                sizes[image.size] += 1
+                grey = grey and image.mode in _GREY
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            continue  # named when it is decoded
+    if len(sizes) > 1:
+        (width, height), _ = sizes.most_common(1)[0]
+        raise InputError(
+            f"expected images of one size, got {len(sizes)} sizes: say what the model takes, e.g. --shape 3,{height},{width}"
+        )
+    (width, height) = next(iter(sizes), (1, 1))
+    return InputSpec(channels=1 if grey else 3, height=height, width=width)

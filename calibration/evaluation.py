@@ -1,0 +1,203 @@
+"""What a guard is worth: accuracy, attack success, false rejections and acceptances, each with a 95% interval.
+
+Rates follow the STRIP paper's usage: FRR, clean inputs rejected; FAR, triggered inputs accepted. A rejected input counts
+as not correct, and as a failure of the attack. Triggered inputs whose true label is the target are left out throughout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from calibration.data import ImageSet, Progress, no_progress
+from calibration.statistics import Estimate, auroc, proportion
+from guard import Guard
+from guard.detectors.detector import at_or_over
+from guard.errors import InputError
+
+_BATCH = 64
+
+
+class Counts(msgspec.Struct, frozen=True, kw_only=True):
+    """Numerators and denominators."""
+
+    clean: int
+    clean_rejected: int
+    clean_correct: int | None
+    clean_correct_guarded: int | None
+    triggered: int | None = None
+    triggered_successful: int | None = None
+    triggered_successful_guarded: int | None = None
+    triggered_accepted: int | None = None
+    successful_accepted: int | None = None
+
+
+class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
+    """The figures; None where the data to measure one is missing.
+
+    Attributes:
+        clean_accuracy: Of the model through the preprocessor, detectors off.
+        guarded_clean_accuracy: With them on.
+        attack_success_rate: Triggered inputs answered with the target, detectors off.
+        guarded_attack_success_rate: With them on.
+        frr: Clean inputs rejected.
+        far: Triggered inputs accepted.
+        far_successful: Accepted among those on which the attack succeeds with the detectors off.
+        auroc: Of full-N scores, clean against those.
+        counts: Behind the rates.
+    """
+
+    clean_accuracy: Estimate | None
+    guarded_clean_accuracy: Estimate | None
+    attack_success_rate: Estimate | None
+    guarded_attack_success_rate: Estimate | None
+    frr: Estimate
+    far: Estimate | None
+    far_successful: Estimate | None
+    auroc: Estimate | None
+    counts: Counts
+
+
+@final
+@dataclass(frozen=True)
+class Judged:
+    """A set of images as a guard sees it.
+
+    Attributes:
+        answers: (n,), int64, labels with the detectors off; -1 where the model gave none.
+        rejected: (n,), bool.
+        scores: (n,), float32, the first detector's, all passes.
+    """
+
+    answers: Tensor
+    rejected: Tensor
+    scores: NDArray[np.float32]
+
+
+def judge(guard: Guard, images: ImageSet, what: str, progress: Progress = no_progress) -> Judged:
+    """Answer and score a set in full, without curtailing; the verdicts are the same.
+
+    Args:
+        guard: The guard; its mode is ignored, as if it enforced.
+        images: What to judge.
+        what: For the progress display.
+        progress: Told how far it is.
+    """
+    answers, rejected, scores = [], [], []
+    for part in torch.arange(len(images)).split(_BATCH):
+        batch = images.images(part)
+        probabilities = guard.answer(batch).cpu()
+        missing = torch.isnan(probabilities).any(dim=1)
+        answers.append(torch.where(missing, -1, probabilities.argmax(dim=1)))
+        fired = missing.clone()
+        for number, item in enumerate(guard.detectors):
+            score = item.detector.score(batch).cpu()
+            fired |= at_or_over(score, item.threshold)
+            if number == 0:
+                scores.append(score)
+        rejected.append(fired)
+        progress(what, int(part[-1]) + 1, len(images))
+    return Judged(torch.cat(answers), torch.cat(rejected), torch.cat(scores).numpy() if scores else np.zeros(0, np.float32))
+
+
+def evaluate(
+    guard: Guard,
+    clean: ImageSet,
+    triggered: ImageSet | None = None,
+    target_label: int | None = None,
+    progress: Progress = no_progress,
+) -> Evaluation:
+    """Measure a guard.
+
+    Args:
+        guard: The guard; seed it for a preprocessor that draws.
+        clean: Clean images, with labels for the accuracies.
+        triggered: Images with the trigger, and their true labels.
+        target_label: What the attack wants them answered with.
+        progress: Told how far it is.
+
+    Raises:
+        InputError: Triggered images without target or true labels, or of another shape.
+    """
+    _check(guard, clean, triggered, target_label)
+    return summarise(
+        judge(guard, clean, "clean images", progress),
+        clean.labels,
+        None if triggered is None else judge(guard, triggered, "triggered images", progress),
+        None if triggered is None else triggered.labels,
+        target_label,
+    )
+
+
+def summarise(
+    clean: Judged, clean_labels: Tensor | None, triggered: Judged | None, true_labels: Tensor | None, target_label: int | None
+) -> Evaluation:
+    """The figures that follow from judged sets; see `evaluate`."""
+    total = len(clean.answers)
+    refused = int(clean.rejected.sum())
+    right = None if clean_labels is None else clean.answers == clean_labels
+    correct = None if right is None else int(right.sum())
+    guarded = None if right is None else int((right & ~clean.rejected).sum())
+    counts = Counts(clean=total, clean_rejected=refused, clean_correct=correct, clean_correct_guarded=guarded)
+    result = Evaluation(
+        clean_accuracy=None if correct is None else proportion(correct, total),
+        guarded_clean_accuracy=None if guarded is None else proportion(guarded, total),
+        attack_success_rate=None,
+        guarded_attack_success_rate=None,
+        frr=proportion(refused, total),
+        far=None,
+        far_successful=None,
+        auroc=None,
+        counts=counts,
+    )
+    if triggered is None or true_labels is None or target_label is None:
+        return result
+    return _with_attack(result, clean, triggered, true_labels, target_label)
+
+
+def _with_attack(result: Evaluation, clean: Judged, triggered: Judged, true_labels: Tensor, target_label: int) -> Evaluation:
+    counted = true_labels != target_label
+    total = int(counted.sum())
+    if total == 0:
+        raise InputError(f"expected triggered images of classes other than the target {target_label}, got none")
+    accepted = counted & ~triggered.rejected
+    success = counted & (triggered.answers == target_label)
+    successes, passed, both = int(success.sum()), int(accepted.sum()), int((success & accepted).sum())
+    scored = success.numpy() & np.isfinite(triggered.scores) if len(triggered.scores) else np.zeros(0, dtype=bool)
+    return msgspec.structs.replace(
+        result,
+        attack_success_rate=proportion(successes, total),
+        guarded_attack_success_rate=proportion(both, total),
+        far=proportion(passed, total),
+        far_successful=proportion(both, successes) if successes else None,
+        auroc=auroc(clean.scores[np.isfinite(clean.scores)], triggered.scores[scored]) if scored.any() else None,
+        counts=msgspec.structs.replace(
+            result.counts,
+            triggered=total,
+            triggered_successful=successes,
+            triggered_successful_guarded=both,
+            triggered_accepted=passed,
+            successful_accepted=both,
+        ),
+    )
+
+
+def _check(guard: Guard, clean: ImageSet, triggered: ImageSet | None, target_label: int | None) -> None:
+    for images in (clean, triggered):
+        if images is not None and images.shape != guard.predictor.spec.shape:
+            raise InputError(f"expected images of shape {guard.predictor.spec.shape}, got {images.shape}: resize them first")
+    if triggered is None:
+        return
+    classes = guard.predictor.num_classes
+    if target_label is None or not 0 <= target_label < classes:
+        raise InputError(
+            f"expected --target, the attack's label from 0 to {classes - 1}, with triggered images, got {target_label}"
+        )
+    if triggered.labels is None:
+        raise InputError("expected the true labels y of the triggered images: rates leave out those of the target class")

@@ -1,0 +1,53 @@
+"""Which clean images become STRIP's overlays, and in which order they are tried."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def choose_overlays(labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Pick overlays at random, as evenly over the classes as they go.
+
+    Args:
+        labels: (n,), int64, given or predicted.
+        count: N; at least one per class when there are that many.
+        generator: Decides.
+
+    Returns:
+        (min(N, n),), int64, distinct indices.
+    """
+    shuffled = torch.randperm(len(labels), generator=generator)
+    seen: dict[int, int] = {}
+    turns = []
+    for label in labels[shuffled].tolist():
+        turns.append(seen.get(label, 0))
+        seen[label] = turns[-1] + 1
+    by_turn = torch.argsort(torch.tensor(turns), stable=True)  # every class's first image, then every second, ...
+    return shuffled[by_turn][:count]
+
+
+def order_overlays(entropies: NDArray[np.float64], bound: float) -> NDArray[np.int64]:
+    """Order overlays so that the running sum of entropies passes a bound as soon as possible on clean images.
+
+    Greedy: each next overlay adds most to sum_i min(bound, S_i). The order changes no full sum, so it does not bias the
+    threshold set on the same images.
+
+    Args:
+        entropies: (n, N), bits, of each clean image under each overlay.
+        bound: N times the threshold, in bits.
+
+    Returns:
+        (N,), a permutation of the overlays.
+    """
+    sums = np.zeros(len(entropies))
+    left = list(range(entropies.shape[1]))
+    order: list[int] = []
+    while left:
+        gains = np.minimum(sums[:, None] + entropies[:, left], bound).sum(axis=0)
+        best = left.pop(int(np.argmax(gains)))
+        order.append(best)
+        sums = np.minimum(sums + entropies[:, best], bound)
+    return np.array(order, dtype=np.int64)

@@ -1,0 +1,114 @@
+"""A threshold on a detector's score, from clean images alone.
+
+`conformal` (default): with n clean scores that are exchangeable with later clean inputs, k = floor(frr * (n + 1)), an
+input is rejected only when its score is strictly over the k-th largest clean score. Its expected FRR is at most frr,
+whatever the scores' distribution; ties don't break that, because the comparison is strict. With a confidence c, k is the
+largest with P(FRR <= frr) >= c, where FRR ~ Beta(k, n + 1 - k).
+
+`normal` (the STRIP paper's): a normal distribution is fitted to the clean scores and cut at its percentile.
+
+Reference: Vovk et al., Algorithmic Learning in a Random World (2005); Gao et al., STRIP, arXiv:1902.06531, section V.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from calibration.statistics import proportion
+from guard.errors import CalibrationError, TooFewImagesError
+from guard.profile import ThresholdRecord
+
+Method = Literal["conformal", "normal"]
+
+
+def set_threshold(
+    scores: NDArray[np.float32], frr: float, method: Method = "conformal", confidence: float | None = None
+) -> ThresholdRecord:
+    """Set the threshold for a false rejection rate.
+
+    Args:
+        scores: (n,), float32, of clean images; higher is more suspicious.
+        frr: The share of clean inputs that may be rejected, in (0, 1).
+        method: `conformal` or `normal`.
+        confidence: For `conformal`, the probability with which FRR <= frr must hold, in (0, 1); None bounds its mean.
+
+    Raises:
+        TooFewImagesError: It says how many images the rate needs.
+        CalibrationError: Rates out of range, or scores that are not finite.
+    """
+    if not 0.0 < frr < 1.0:
+        raise CalibrationError(f"expected a false rejection rate between 0 and 1, got {frr}: 0.01 is one in a hundred")
+    if confidence is not None and not 0.0 < confidence < 1.0:
+        raise CalibrationError(f"expected a confidence between 0 and 1, got {confidence}")
+    if confidence is not None and method != "conformal":
+        raise CalibrationError("expected --confidence with the conformal method only: the normal fit gives no guarantee")
+    if not np.isfinite(scores).all():
+        count = int((~np.isfinite(scores)).sum())
+        raise CalibrationError(
+            f"expected finite scores, got {count} of {len(scores)} that are not: the model returns NaN or Inf"
+        )
+    return _conformal(scores, frr, confidence) if method == "conformal" else _normal(scores, frr)
+
+
+def needed_images(frr: float, confidence: float | None = None) -> int:
+    """The fewest clean images from which a conformal threshold for this rate can be set."""
+    if confidence is None:
+        return max(1, math.ceil(1.0 / frr - 1e-9) - 1)
+    return math.ceil(math.log1p(-confidence) / math.log1p(-frr))
+
+
+def rank(n: int, frr: float, confidence: float | None = None) -> int:
+    """k: the threshold lies just over the k-th largest of n clean scores; 0 when n is too small."""
+    k = math.floor(frr * (n + 1) + 1e-9)  # 0.01 * 100 must count as 1
+    if confidence is None:
+        return min(k, n)
+    while k > 0 and stats.beta.cdf(frr, k, n + 1 - k) < confidence:
+        k -= 1
+    return k
+
+
+def _conformal(scores: NDArray[np.float32], frr: float, confidence: float | None) -> ThresholdRecord:
+    n = len(scores)
+    k = rank(n, frr, confidence)
+    if k < 1:
+        needed = needed_images(frr, confidence)
+        sure = "" if confidence is None else f" with confidence {confidence:g}"
+        raise TooFewImagesError(
+            f"a false rejection rate of {frr:g}{sure} needs at least {needed} clean images besides the overlays, got {n}: "
+            "add images, use fewer overlays, or allow a higher rate",
+            needed=needed,
+            available=n,
+        )
+    kth = np.sort(scores)[::-1][k - 1]
+    low, high = stats.beta.ppf([0.025, 0.975], k, n + 1 - k)
+    return ThresholdRecord(
+        value=_just_over(kth),
+        method="conformal",
+        frr=frr,
+        images=n,
+        rank=k,
+        frr_low=float(low),
+        frr_high=float(high),
+        confidence=confidence,
+    )
+
+
+def _normal(scores: NDArray[np.float32], frr: float) -> ThresholdRecord:
+    if len(scores) < 2:
+        raise TooFewImagesError(f"a normal fit needs at least 2 clean images, got {len(scores)}", 2, len(scores))
+    mean, deviation = stats.norm.fit(scores.astype(np.float64))
+    value = float(np.float32(stats.norm.ppf(1.0 - frr, mean, max(deviation, np.finfo(np.float64).tiny))))
+    seen = proportion(int((scores >= np.float32(value)).sum()), len(scores))
+    return ThresholdRecord(
+        value=value, method="normal", frr=frr, images=len(scores), rank=None, frr_low=seen.low, frr_high=seen.high
+    )
+
+
+def _just_over(score: np.float32) -> float:
+    """The next float32: `score >= threshold` then means strictly over the score itself."""
+    return float(np.nextafter(np.float32(score), np.float32(np.inf)))
