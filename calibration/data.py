@@ -58,6 +58,17 @@ class ImageSet:
         _, channels, height, width = self.pixels.shape
         return (channels, height, width)
 
+    @property
+    def known_labels(self) -> Tensor:
+        """(N,), int64.
+
+        Raises:
+            InputError: There are no labels.
+        """
+        if self.labels is None:
+            raise InputError("expected labels with these images, got none: add y to the .npz, or class folders")
+        return self.labels
+
     def images(self, rows: Tensor | slice) -> Tensor:
         """Some images as (B, C, H, W), float32, in [0, 1]."""
         chosen = self.pixels[rows]

@@ -125,7 +125,7 @@ def evaluate(
     Raises:
         InputError: Triggered images without target or true labels, or of another shape.
     """
-    _check(guard, clean, triggered, target_label)
+    check_sets(guard, clean, triggered, target_label)
     return summarise(
         judge(guard, clean, "clean images", progress),
         clean.labels,
@@ -188,7 +188,8 @@ def _with_attack(result: Evaluation, clean: Judged, triggered: Judged, true_labe
     )
 
 
-def _check(guard: Guard, clean: ImageSet, triggered: ImageSet | None, target_label: int | None) -> None:
+def check_sets(guard: Guard, clean: ImageSet, triggered: ImageSet | None, target_label: int | None) -> None:
+    """Raise unless these sets fit the guard and each other; see `evaluate`."""
     for images in (clean, triggered):
         if images is not None and images.shape != guard.predictor.spec.shape:
             raise InputError(f"expected images of shape {guard.predictor.spec.shape}, got {images.shape}: resize them first")

@@ -11,6 +11,7 @@
     |   `-- TooFewImagesError it says how many images would do
     |-- ExportError           an export failed, or differs from the original
     |-- QuarantineError       a quarantine folder or item can't be used
+    |-- ServingError          a server can't be started or configured
     `-- MissingExtraError     an optional dependency is not installed
 
 Each message is one line and says what was expected, what arrived, and what to do. ``code`` is the stable, machine
@@ -102,6 +103,12 @@ class QuarantineError(GuardError):
     """A quarantine folder or one of its items can't be used."""
 
     code = "quarantine-failed"
+
+
+class ServingError(GuardError):
+    """A server can't be started or configured."""
+
+    code = "serving-failed"
 
 
 class MissingExtraError(GuardError):

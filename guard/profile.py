@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import msgspec
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from guard.detectors.strip import Blend
@@ -163,7 +163,7 @@ def save_profile(
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
             draft = Path(scratch) / "profile"
             draft.mkdir()
-            save_file({name: array.contiguous() for name, array in arrays.items()}, draft / _ARRAYS)
+            (draft / _ARRAYS).write_bytes(save({name: array.contiguous() for name, array in arrays.items()}))
             if model_file is not None and profile.model.file is not None:
                 shutil.copyfile(model_file, draft / profile.model.file)
             for name, data in (extra or {}).items():

@@ -166,6 +166,25 @@ class Quarantine:
         self.get(item_id)
         self._discard(item_id)
 
+    def release(self, item_id: str, folder: Path) -> Path:
+        """Move one item's picture into a folder, and forget the item.
+
+        Returns:
+            Where the picture lies now.
+
+        Raises:
+            QuarantineError: There is no such item, or the folder can't be written.
+        """
+        item = self.get(item_id)
+        target = folder / item.image
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(target, (self.folder / item.image).read_bytes())
+        except OSError as error:
+            raise QuarantineError(f"could not move {item_id} to {folder}: {error.strerror or error}") from error
+        self._discard(item_id)
+        return target
+
     def _record(self, item_id: str) -> Path:
         if not _ID.match(item_id):
             raise QuarantineError(f"expected an item's id like {time.time_ns()}-0a1b2c3d, got {item_id!r}")

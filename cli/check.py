@@ -1,0 +1,113 @@
+"""`guard check`."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+import torch
+import typer
+from torch import Tensor
+
+from cli import options
+from cli.display import show_rows
+from cli.inputs import read_images
+from guard import Guard, GuardError, Limits, Policy, Quarantine, Verdict
+
+_BATCH = 32
+
+
+class Line(msgspec.Struct, frozen=True, kw_only=True):
+    """One image's verdict, as `--json` prints it; `reason` and `message` tell why there is none."""
+
+    image: str
+    verdict: Literal["accepted", "rejected"]
+    label: str | None = None
+    label_index: int | None = None
+    probability: float | None = None
+    entropy: float | None = None
+    entropy_exact: bool | None = None
+    threshold: float | None = None
+    passes: int = 0
+    reason: str | None = None
+    message: str | None = None
+    quarantined: str | None = None
+
+
+def check(
+    profile: options.ProfileArgument,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files, folders, or .npz with x.")],
+    quarantine: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep copies of rejected images there.")] = None,
+    mode: Annotated[Literal["enforce", "monitor"], typer.Option(help="monitor accepts all, and tells.")] = "enforce",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    as_json: options.JsonOption = False,
+) -> None:
+    """Judge images: one line each, accepted with a label, or rejected.
+
+    Exit code 0 when every image was judged, whatever the verdicts; 2 when some could not be read.
+
+    Example: guard check profile photo.png --json
+    """
+    store = None if quarantine is None else Quarantine(quarantine)
+    guard = Guard.load(profile, policy=Policy(mode=mode), quarantine=store, device=device)
+    stream = read_images(images, guard.predictor.spec, Limits())
+    unreadable = total = 0
+    while batch := list(itertools.islice(stream, _BATCH)):
+        lines = _judge(guard, batch)
+        total += len(lines)
+        unreadable += sum(line.message is not None for line in lines)
+        _print(lines, as_json)
+    if store is not None and store.failures:
+        raise GuardError(
+            f"{store.failures} rejected images could not be written to {quarantine}: is the disk full or read-only?"
+        )
+    if unreadable:
+        raise GuardError(f"{unreadable} of {total} inputs could not be read and were rejected: see reason and message")
+
+
+def _judge(guard: Guard, batch: list[tuple[str, Tensor | GuardError]]) -> list[Line]:
+    readable = [item for _, item in batch if isinstance(item, Tensor)]
+    verdicts = iter(guard(torch.stack(readable)) if readable else ())
+    return [
+        _line(name, next(verdicts))
+        if isinstance(item, Tensor)
+        else Line(image=name, verdict="rejected", reason=item.code, message=str(item))
+        for name, item in batch
+    ]
+
+
+def _line(name: str, verdict: Verdict) -> Line:
+    strip = verdict.finding("strip")
+    return Line(
+        image=name,
+        verdict=verdict.verdict,
+        label=verdict.label,
+        label_index=verdict.label_index,
+        probability=verdict.probability,
+        entropy=None if strip is None else -strip.score + 0.0,
+        entropy_exact=None if strip is None else strip.exact,
+        threshold=None if strip is None else -strip.threshold,
+        passes=verdict.passes,
+        reason="backdoor-suspected" if verdict.suspicious else verdict.reason,
+        quarantined=verdict.quarantined,
+    )
+
+
+def _print(lines: list[Line], as_json: bool) -> None:
+    if as_json:
+        for line in lines:
+            typer.echo(msgspec.json.encode(line).decode())
+        return
+    rows = [
+        (
+            line.image,
+            line.verdict,
+            line.message or f"{line.label}" + (f" ({line.probability:.3f})" if line.probability is not None else ""),
+            "" if line.entropy is None else f"{'' if line.entropy_exact else '>= '}{line.entropy:.4f} bits",
+            "" if line.message else f"{line.passes} passes",
+        )
+        for line in lines
+    ]
+    show_rows("", rows)

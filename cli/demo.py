@@ -1,0 +1,31 @@
+"""`guard demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from cli.extras import needs
+from cli.stopping import stop_on_sigterm
+
+
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Everything but the archive is written there.")] = Path("build/demo"),
+    model_store: Annotated[Path, typer.Option(metavar="DIR", help="Where the archive goes.")] = Path("model-store"),
+    engine: Annotated[
+        Literal["auto", "torchserve", "asgi"], typer.Option(help="auto: TorchServe, or ASGI where Java is missing.")
+    ] = "auto",
+    seed: Annotated[int, typer.Option(help="Of split, training and calibration.")] = 0,
+) -> None:
+    """Show it all on real digits, in about a minute.
+
+    Trains a small classifier on poisoned digits, calibrates a guard on clean ones, exports it, starts a server, sends
+    clean and triggered images over HTTP, prints what was answered and what was rejected, and stops what it started.
+    """
+    with needs("calibration"):
+        from cli.demonstration.run import run
+
+    stop_on_sigterm()
+    run(out, model_store, engine, seed)

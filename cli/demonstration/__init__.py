@@ -1,0 +1,1 @@
+"""What `guard demo` shows: its data and victim, its HTTP client, its steps."""

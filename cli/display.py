@@ -1,0 +1,41 @@
+"""What commands show: progress on stderr, tables on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+@contextlib.contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """One bar per step of a long command, on stderr; yields the function that the steps report to."""
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield report
+
+
+def show_rows(title: str, rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> None:
+    """Print a table whose first column names and whose others are figures."""
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=bool(header), box=None, pad_edge=False)
+    for number in range(len(rows[0])):
+        table.add_column(header[number] if header else "", justify="left" if number == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

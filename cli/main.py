@@ -1,0 +1,76 @@
+"""`guard`: the command, its subcommands in the order of a tour, and how it fails."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+import typer
+
+from cli import calibrate, check, demo, evaluate, export, quarantine, serve
+from guard import GuardError, __version__
+
+app = typer.Typer(
+    name="guard",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help=(
+        "Put a vision model that somebody else trained into production safely.\n\n"
+        "A model may hold a backdoor: it behaves well until an input carries the attacker's trigger. This command sets up and "
+        "runs a guard that refuses such inputs.\n\n"
+        "A tour: [bold]guard demo[/] shows it all on real digits. [bold]guard calibrate[/] MODEL --data CLEAN --out PROFILE "
+        "sets the threshold from clean images alone. [bold]guard check[/] PROFILE IMAGE judges images, [bold]guard evaluate[/] "
+        "measures the guard, [bold]guard serve[/] PROFILE answers over HTTP, [bold]guard export[/] PROFILE makes a TorchServe "
+        "archive, and [bold]guard quarantine[/] shows what was rejected.\n\n"
+        "MODEL is a .onnx, .pt2 or TorchScript .pt file, or package.module:factory with --weights. CLEAN is a folder with one "
+        "sub-folder of images per class, or an .npz with x and y."
+    ),
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"guard {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", help="Show the version and leave.", callback=_version, is_eager=True),
+) -> None:
+    """Everything happens in the subcommands."""
+
+
+app.command("demo", rich_help_panel="Start here")(demo.demo)
+app.command("calibrate", rich_help_panel="Before serving")(calibrate.calibrate_command)
+app.command("check", rich_help_panel="Before serving")(check.check)
+app.command("evaluate", rich_help_panel="Before serving")(evaluate.evaluate_command)
+app.command("export", rich_help_panel="Serving")(export.export)
+app.command("serve", rich_help_panel="Serving")(serve.serve)
+app.add_typer(quarantine.app, name="quarantine", rich_help_panel="Serving")
+
+
+def main() -> None:
+    """Run the command; a problem is one line on stderr and exit code 2."""
+    sys.path.insert(0, os.getcwd())  # so that package.module:factory finds the user's own code
+    try:
+        code = app(standalone_mode=False)
+    except GuardError as error:
+        _fail(str(error))
+    except click.UsageError as error:
+        _fail(f"{error.format_message()} (see: {error.ctx.command_path if error.ctx else 'guard'} --help)")
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> None:
+    typer.echo(f"guard: {' '.join(message.split())}", err=True)
+    sys.exit(2)

@@ -1,0 +1,109 @@
+"""`guard serve`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from cli import options
+from cli.export import export_to_scratch
+from cli.extras import needs
+from cli.stopping import stop_on_sigterm
+from guard import Guard, Limits, Policy, Quarantine, load_profile
+from guard.errors import InputError
+
+
+def serve(
+    profile: options.ProfileArgument,
+    engine: Annotated[Literal["asgi", "torchserve"], typer.Option(help="torchserve needs Java.")] = "asgi",
+    host: Annotated[str, typer.Option(help="Address to bind; TorchServe binds 127.0.0.1 only.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for a free one.")] = 8080,
+    name: Annotated[str | None, typer.Option(help="Of the model, in the path.", show_default="the folder's name")] = None,
+    mode: Annotated[
+        Literal["enforce", "monitor"] | None, typer.Option(help="monitor never blocks.", show_default="the profile's")
+    ] = None,
+    on_error: Annotated[
+        Literal["reject", "accept"] | None, typer.Option(help="When the guard fails.", show_default="the profile's")
+    ] = None,
+    quarantine: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep copies of suspicious images there.")] = None,
+    max_bytes: Annotated[int, typer.Option(min=1, help="Of one encoded image.")] = Limits().max_bytes,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Of one image, by its header.")] = Limits().max_pixels,
+    expose_scores: Annotated[bool, typer.Option(help="Put scores into answers; they help an attacker.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="TorchServe's worker processes.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests that a TorchServe worker judges at once.")] = 8,
+    device: Annotated[str, typer.Option(help="cpu or cuda; TorchServe chooses by itself.")] = "cpu",
+) -> None:
+    """Answer images over HTTP: POST the bytes of one to /predictions/NAME.
+
+    200 with the label, 422 for a suspicious image, 400 or 413 for one that can't be judged, 503 when the guard fails.
+    Metrics for Prometheus are at /metrics (TorchServe: on a port of their own). One JSON line per request goes to stderr.
+
+    Example: guard serve profile, then curl --data-binary @photo.png http://127.0.0.1:8080/predictions/profile
+    """
+    stop_on_sigterm()
+    model = name or profile.absolute().name
+    limits = Limits(max_bytes=max_bytes, max_pixels=max_pixels)
+    settings, _ = load_profile(profile)
+    policy = Policy(mode=mode or settings.policy.mode, on_error=on_error or settings.policy.on_error)
+    if engine == "asgi":
+        _serve_asgi(profile, model, host, port, policy, limits, quarantine, expose_scores, device)
+        return
+    if host != "127.0.0.1":
+        raise InputError(
+            f"expected --host 127.0.0.1 with TorchServe, which gets no security fixes any more, got {host}: use a proxy"
+        )
+    extra: dict[str, object] = {
+        "mode": policy.mode,
+        "on_error": policy.on_error,
+        "max_bytes": limits.max_bytes,
+        "max_pixels": limits.max_pixels,
+        "expose_scores": expose_scores,
+    }
+    if quarantine is not None:
+        extra["quarantine"] = str(quarantine.absolute())
+    _serve_torchserve(profile, model, port, workers, batch_size, max_bytes, extra)
+
+
+def _serve_asgi(
+    profile: Path,
+    model: str,
+    host: str,
+    port: int,
+    policy: Policy,
+    limits: Limits,
+    quarantine: Path | None,
+    expose_scores: bool,
+    device: str,
+) -> None:
+    with needs("asgi"):
+        from handlers.asgi import create_app
+        from handlers.asgi_server import serve_asgi
+        from handlers.request_log import configure_logging
+        from handlers.service import ImageService
+
+    configure_logging()
+    store = None if quarantine is None else Quarantine(quarantine)
+    guard = Guard.load(profile, policy=policy, quarantine=store, device=device)
+    serve_asgi(create_app({model: ImageService(guard, model, limits, expose_scores)}), host, port)
+
+
+def _serve_torchserve(
+    profile: Path, model: str, port: int, workers: int, batch_size: int, max_bytes: int, extra: dict[str, object]
+) -> None:
+    with needs("torchserve"):
+        from handlers.torchserve_server import ServerOptions, TorchServeProcess
+
+    with export_to_scratch(profile, model, {"guard": extra}) as store:
+        choices = ServerOptions(
+            inference_port=port,
+            workers=workers,
+            batch_size=batch_size,
+            max_request_size=max_bytes + 1024**2,
+            echo=sys.stderr,
+        )
+        with TorchServeProcess(Path(store), {model: f"{model}.mar"}, choices) as server:
+            typer.echo(f"serving {server.url}/predictions/{model}, metrics at {server.metrics_url}; stop with Ctrl-C", err=True)
+            server.wait()
