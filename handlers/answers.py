@@ -18,8 +18,10 @@ from guard.verdict import Verdict
 
 PHRASES = {
     200: "OK",
+    207: "Multi-Status",
     400: "Bad Request",
     404: "Not Found",
+    405: "Method Not Allowed",
     413: "Content Too Large",
     422: "Unprocessable Content",
     503: "Service Unavailable",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, get_args
 
-from handlers.service import Outcome
+from handlers.service import Outcome, OutcomeKind
 
 REQUESTS = "guard_requests_total"
-"""Counter by `outcome`: accepted, suspicious (let through by monitor mode), rejected, invalid, failed."""
+"""Counter by `outcome`, see `Outcome.kind`: accepted, suspicious, unjudged, rejected, invalid, failed."""
+
+OUTCOMES: tuple[OutcomeKind, ...] = get_args(OutcomeKind)
 
 REJECTIONS = "guard_rejections_total"
 """Counter by `detector`."""

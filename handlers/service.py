@@ -20,7 +20,7 @@ from handlers.answers import Answer, error_answer, verdict_answer
 
 logger = logging.getLogger("guard.requests")
 
-OutcomeKind = Literal["accepted", "suspicious", "rejected", "invalid", "failed"]
+OutcomeKind = Literal["accepted", "suspicious", "unjudged", "rejected", "invalid", "failed"]
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,13 @@ class Outcome:
 
     @property
     def kind(self) -> OutcomeKind:
-        """In one word, for logs and metrics; `suspicious` is an answer that monitor mode let through."""
-        if self.answer.status == 200:
-            return "suspicious" if self.verdict is not None and self.verdict.suspicious else "accepted"
+        """In one word, for logs and metrics.
+
+        Two kinds were answered all the same, because the policy says so: `suspicious`, which monitor mode let through, and
+        `unjudged`, for which the guard failed.
+        """
+        if self.answer.status == 200 and self.verdict is not None:
+            return "suspicious" if self.verdict.suspicious else "unjudged" if self.verdict.failed else "accepted"
         if self.answer.status == 422:
             return "rejected"
         return "failed" if self.answer.status == 503 else "invalid"
@@ -75,7 +79,7 @@ class ImageService:
         self.expose_scores = expose_scores
 
     def __call__(self, bodies: Sequence[bytes | bytearray | GuardError], request_ids: Sequence[str] = ()) -> list[Outcome]:
-        """Answer a batch; never raises.
+        """Answer a batch; whatever an image or the model does becomes an answer.
 
         Args:
             bodies: Encoded images, or the error that reading one has already met.
@@ -107,11 +111,11 @@ class ImageService:
             "request_id": outcome.request_id,
             "status": outcome.answer.status,
             "outcome": outcome.kind,
-            "reason": outcome.answer.body.get("reason"),
+            "reason": outcome.answer.body.get("reason") or (None if verdict is None else verdict.reason),
             "detector": None if verdict is None else verdict.rejected_by,
             "label_index": None if verdict is None else verdict.label_index,
             "entropy": outcome.entropy,
-            "threshold": None if strip is None else -strip.threshold,
+            "threshold": None if strip is None or not math.isfinite(strip.threshold) else -strip.threshold,
             "passes": None if verdict is None else verdict.passes,
             "quarantined": None if verdict is None else verdict.quarantined,
             "seconds": round(outcome.seconds, 6),

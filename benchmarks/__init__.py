@@ -1,0 +1,1 @@
+"""The papers' models and data sets, and what was measured on them."""

@@ -1,0 +1,171 @@
+"""The ASGI application: images over HTTP, guarded.
+
+    POST /predictions/{model}   an image as the body, or multipart/form-data with one file or several
+    GET  /ping                  {"status": "Healthy"}
+    GET  /metrics               Prometheus text
+
+Several files are answered by a 207 with `{"predictions": [{"status": 200, ...}, ...]}`, one object per file, in order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
+
+import anyio
+
+from guard.errors import GuardError, InputError, MissingExtraError, one_line
+from handlers.answers import Answer, error_answer
+from handlers.exchange import header_values, json_response, read_body
+from handlers.multipart import OVERHEAD_BYTES, is_multipart, split_multipart
+from handlers.prometheus import PrometheusMetrics
+from handlers.service import ImageService, Outcome, new_request_id
+
+try:
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import JSONResponse, Response
+    from starlette.routing import Route
+    from starlette.types import Receive, Scope, Send
+except ImportError as error:
+    raise MissingExtraError("starlette", "asgi") from error
+
+logger = logging.getLogger("guard.asgi")
+
+MAX_FILES = 64
+"""Files in one multipart request."""
+
+BODY_SECONDS = 60.0
+"""Time for a client to send its body."""
+
+WORKERS = 2
+"""Guards that run at once: PyTorch spreads one over the cores already."""
+
+
+def create_app(
+    services: Mapping[str, ImageService],
+    metrics: PrometheusMetrics | None = None,
+    *,
+    limiter: anyio.CapacityLimiter | None = None,
+    max_files: int = MAX_FILES,
+    max_batch_bytes: int | None = None,
+    body_seconds: float = BODY_SECONDS,
+) -> Starlette:
+    """Make the application.
+
+    Args:
+        services: By the model's name in the path.
+        metrics: Where requests are counted; made here when None.
+        limiter: Bounds the worker threads in which guards run; two when None.
+        max_files: Files in one multipart request.
+        max_batch_bytes: Body of one multipart request; four times the service's limit of one image when None.
+        body_seconds: Time for a client to send its body.
+    """
+    metrics = metrics or PrometheusMetrics()
+    for model, service in services.items():
+        metrics.prepare(model, service)
+    predictions = _Predictions(
+        dict(services), metrics, limiter or anyio.CapacityLimiter(WORKERS), max_files, max_batch_bytes, body_seconds
+    )
+
+    async def ping(_: Request) -> Response:
+        return JSONResponse({"status": "Healthy"})
+
+    async def exposition(_: Request) -> Response:
+        content, content_type = metrics.render()
+        return Response(content, headers={"content-type": content_type})
+
+    routes = [
+        Route("/predictions/{model}", predictions, methods=["POST"]),
+        Route("/ping", ping),
+        Route("/metrics", exposition),
+    ]
+    return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
+
+
+@final
+@dataclass(frozen=True)
+class _Predictions:
+    """Answers `POST /predictions/{model}`; itself an ASGI application."""
+
+    services: Mapping[str, ImageService]
+    metrics: PrometheusMetrics
+    limiter: anyio.CapacityLimiter
+    max_files: int
+    max_batch_bytes: int | None
+    body_seconds: float
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request_id = new_request_id()
+        try:
+            response = await self._respond(scope, receive, request_id)
+        except ClientDisconnect:
+            logger.debug("the client of request %s left before its body was complete", request_id)
+            return
+        except Exception as error:  # fail closed: whatever went wrong, nothing is given out
+            logger.exception("request %s failed: %s", request_id, one_line(error))
+            response = json_response(error_answer(GuardError(one_line(error)), request_id), request_id, finished=False)
+        with contextlib.suppress(OSError):  # the client left meanwhile
+            await response(scope, receive, send)
+
+    async def _respond(self, scope: Scope, receive: Receive, request_id: str) -> Response:
+        model: str = scope["path_params"]["model"]
+        service = self.services.get(model)
+        if service is None:
+            return _not_found(request_id, "unknown-model", "expected the name of a model that is served, got another")
+        content_types = header_values(scope, b"content-type")
+        multipart = is_multipart(content_types)
+        body = await read_body(scope, receive, self._max_bytes(service, multipart), self.body_seconds)
+        if isinstance(body.content, InputError):
+            outcomes = service([body.content], [request_id])
+        else:
+            outcomes = await anyio.to_thread.run_sync(
+                self._judge, service, body.content, content_types if multipart else [], request_id, limiter=self.limiter
+            )
+        for outcome in outcomes:
+            self.metrics.observe(outcome, model)
+        return json_response(_combine(outcomes), request_id, finished=body.finished)
+
+    def _max_bytes(self, service: ImageService, multipart: bool) -> int:
+        one = service.limits.max_bytes
+        if not multipart:
+            return one
+        return 4 * one + OVERHEAD_BYTES if self.max_batch_bytes is None else self.max_batch_bytes
+
+    def _judge(self, service: ImageService, body: bytes, multipart: list[bytes], request_id: str) -> list[Outcome]:
+        """Runs in a worker thread. `multipart` holds the Content-Type headers of a multipart request."""
+        images: list[bytes | InputError] = [body]
+        if multipart:
+            try:
+                images = [part.data for part in split_multipart(body, multipart, self.max_files)]
+            except InputError as problem:
+                images = [problem]
+        ids = [request_id] if len(images) == 1 else [f"{request_id}-{row}" for row in range(len(images))]
+        return service(images, ids)
+
+
+def _combine(outcomes: list[Outcome]) -> Answer:
+    if len(outcomes) == 1:
+        return outcomes[0].answer
+    return Answer(207, {"predictions": [{"status": item.answer.status, **item.answer.body} for item in outcomes]})
+
+
+def _not_found(request_id: str, reason: str, message: str) -> Response:
+    return json_response(
+        Answer(404, {"reason": reason, "message": message, "request_id": request_id}), request_id, finished=False
+    )
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    """Starlette's own refusals (404, 405) as JSON; nothing of the client's text comes back."""
+    request_id = new_request_id()
+    status = error.status_code if isinstance(error, HTTPException) else 503
+    reason = {404: "not-found", 405: "method-not-allowed"}.get(status, "bad-request")
+    response = json_response(Answer(status, {"reason": reason, "request_id": request_id}), request_id)
+    for name, value in (getattr(error, "headers", None) or {}).items():
+        response.headers[name] = value
+    return response

@@ -1,0 +1,181 @@
+"""The guard in front of an existing ASGI application."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, final
+
+import anyio
+
+from guard.errors import GuardError, InputError, MissingExtraError, one_line
+from handlers.answers import error_answer
+from handlers.exchange import header_values, json_response, read_body
+from handlers.multipart import OVERHEAD_BYTES, is_multipart, split_multipart
+from handlers.service import ImageService, Outcome, new_request_id
+
+try:
+    from starlette.requests import ClientDisconnect
+    from starlette.responses import JSONResponse
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+except ImportError as error:
+    raise MissingExtraError("starlette", "asgi") from error
+
+if TYPE_CHECKING:
+    from handlers.prometheus import PrometheusMetrics
+
+logger = logging.getLogger("guard.asgi")
+
+_MAX_PARTS = 64
+
+
+@final
+class GuardMiddleware:
+    """Judges the images that are posted to some paths; the application sees only requests whose image was accepted.
+
+    The body is one image file, or multipart/form-data with exactly one. What is refused is answered as
+    `handlers.answers` says; what is accepted (in monitor mode also what is suspicious) is replayed to the application
+    byte for byte. Other paths, methods, websockets and the lifespan pass through untouched.
+
+    The guard judges what *our* decoder sees at the profile's size. An application that rotates by EXIF, takes another
+    frame of an animation or resizes differently gives its model something else. A body that is no image (JSON with
+    base64) is refused.
+
+    Args:
+        app: The application.
+        service: Judges; its guard must have no preprocessor, because the application decodes by itself.
+        paths: Exact paths, or `/folder/*` for everything below one; with and without the mount's root path.
+        methods: Methods that carry images.
+        form_fields: Names of plain form fields that may come along with the file, unjudged.
+        metrics: Where requests are counted, under the service's model name.
+        limiter: Bounds the worker threads in which the guard runs; two when None.
+        body_seconds: Time for a client to send its body.
+
+    Raises:
+        GuardError: The service's guard has a preprocessor, or no path is given.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        service: ImageService,
+        *,
+        paths: Sequence[str] = ("/predict",),
+        methods: Collection[str] = ("POST",),
+        form_fields: Collection[str] = (),
+        metrics: PrometheusMetrics | None = None,
+        limiter: anyio.CapacityLimiter | None = None,
+        body_seconds: float = 60.0,
+    ) -> None:
+        if service.guard.preprocessor is not None:
+            raise GuardError(
+                "expected a guard without a preprocessor, got one that has it: the application decodes images by itself, "
+                "so its model would not see the preprocessed ones; wrap the predict function with Guard.wrap instead"
+            )
+        if isinstance(paths, str) or not paths or not all(path.startswith("/") for path in paths):
+            raise GuardError(f"expected a list of paths that start with /, got {paths!r}: name those that take images")
+        self.app = app
+        self.service = service
+        self.paths = frozenset(_normal(path) for path in paths)
+        self.methods = frozenset(method.upper() for method in methods)
+        self.form_fields = frozenset(form_fields)
+        self.metrics = metrics
+        self.limiter = limiter or anyio.CapacityLimiter(2)
+        self.body_seconds = body_seconds
+        if metrics is not None:
+            metrics.prepare(service.model_name, service)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection, as any ASGI application does."""
+        if not self._applies(scope):
+            await self.app(scope, receive, send)
+            return
+        request_id = new_request_id()
+        try:
+            passed = await self._passed(scope, receive, request_id)
+        except ClientDisconnect:
+            logger.debug("the client of request %s left before its body was complete", request_id)
+            return
+        except Exception as error:  # fail closed: the application must not see what was not judged
+            logger.exception("request %s failed: %s", request_id, one_line(error))
+            passed = json_response(error_answer(GuardError(one_line(error)), request_id), request_id, finished=False)
+        if isinstance(passed, bytes):
+            await self.app(scope, _replay(passed, receive), send)
+            return
+        with contextlib.suppress(OSError):  # the client left meanwhile
+            await passed(scope, receive, send)
+
+    def _applies(self, scope: Scope) -> bool:
+        """Too wide rather than too narrow: a path that the application takes for a guarded one must not slip by."""
+        if scope["type"] != "http" or scope["method"].upper() not in self.methods:
+            return False
+        path: str = scope["path"]
+        root: str = scope.get("root_path", "").rstrip("/")
+        candidates = {_normal(path), _normal(path.removeprefix(root))}
+        candidates |= {parent + "/*" for candidate in candidates for parent in _parents(candidate)}
+        return not self.paths.isdisjoint(candidates)
+
+    async def _passed(self, scope: Scope, receive: Receive, request_id: str) -> bytes | JSONResponse:
+        """The body that may go on, or the answer that refuses it."""
+        content_types = header_values(scope, b"content-type")
+        multipart = is_multipart(content_types)
+        limit = self.service.limits.max_bytes + (OVERHEAD_BYTES if multipart else 0)
+        body = await read_body(scope, receive, limit, self.body_seconds)
+        if isinstance(body.content, InputError):
+            outcome = self.service([body.content], [request_id])[0]
+        else:
+            outcome = await anyio.to_thread.run_sync(
+                self._judge, body.content, content_types if multipart else [], request_id, limiter=self.limiter
+            )
+        if self.metrics is not None:
+            self.metrics.observe(outcome, self.service.model_name)
+        if isinstance(body.content, bytes) and self._lets_through(outcome):
+            return body.content
+        return json_response(outcome.answer, request_id, finished=body.finished)
+
+    def _lets_through(self, outcome: Outcome) -> bool:
+        """Monitor mode never blocks: the application answers by itself, even what the guard could not judge."""
+        accepted = outcome.verdict is not None and outcome.verdict.accepted
+        return accepted or self.service.guard.policy.mode == "monitor"
+
+    def _judge(self, body: bytes, multipart: list[bytes], request_id: str) -> Outcome:
+        """Runs in a worker thread. `multipart` holds the Content-Type headers of a multipart request."""
+        image: bytes | InputError = body
+        if multipart:
+            try:
+                image = self._file(body, multipart)
+            except InputError as problem:
+                image = problem
+        return self.service([image], [request_id])[0]
+
+    def _file(self, body: bytes, content_types: list[bytes]) -> bytes:
+        parts = split_multipart(body, content_types, _MAX_PARTS)
+        files = [part for part in parts if part.field not in self.form_fields]
+        if len(files) != 1:
+            raise InputError(f"expected exactly one file, got {len(files)}: send one image a request")
+        return files[0].data
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A channel that gives the body once more, and then what really comes: the client's disconnect."""
+    pending = [body]
+
+    async def replayed() -> Message:
+        if pending:
+            return {"type": "http.request", "body": pending.pop(), "more_body": False}
+        return await receive()
+
+    return replayed
+
+
+def _normal(path: str) -> str:
+    """Without doubled or trailing slashes, which some routers overlook."""
+    return re.sub("/+", "/", path).rstrip("/") or "/"
+
+
+def _parents(path: str) -> list[str]:
+    """`/a/b/c` gives `/a/b`, `/a` and the empty root."""
+    pieces = path.split("/")
+    return ["/".join(pieces[:end]) for end in range(1, len(pieces))]

@@ -1,0 +1,270 @@
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+import anyio
+import httpx
+import pytest
+import torch
+from starlette.applications import Starlette
+from starlette.datastructures import UploadFile
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Mount, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from guard import Guard, GuardError, Limits, Policy
+from guard.preprocessors import Gym
+from handlers.middleware import GuardMiddleware
+from handlers.prometheus import PrometheusMetrics
+from handlers.service import ImageService
+from tests.handlers.toy_service import (
+    GONE,
+    TIMEOUT,
+    bomb,
+    call,
+    chunk,
+    clean,
+    drive,
+    nan_when_dark,
+    post,
+    toy_guard,
+    toy_service,
+    triggered,
+)
+
+
+class Users:
+    """The user's application: remembers what reached it."""
+
+    def __init__(self) -> None:
+        self.bodies: list[bytes] = []
+        self.types: list[str] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.types.append(scope["type"])
+        if scope["type"] == "http":
+            self.bodies.append(await Request(scope, receive).body())
+            await PlainTextResponse("the user's answer")(scope, receive, send)
+
+
+def guarded(
+    service: ImageService | None = None,
+    paths: Sequence[str] = ("/predict",),
+    methods: Sequence[str] = ("POST",),
+    form_fields: Sequence[str] = (),
+    metrics: PrometheusMetrics | None = None,
+) -> tuple[Users, GuardMiddleware]:
+    users = Users()
+    judge = service or toy_service()
+    return users, GuardMiddleware(users, judge, paths=paths, methods=methods, form_fields=form_fields, metrics=metrics)
+
+
+def form(*bodies: bytes) -> list[tuple[str, tuple[str, bytes]]]:
+    return [("file", (f"{row}.png", body)) for row, body in enumerate(bodies)]
+
+
+def test_an_accepted_image_reaches_the_application_byte_for_byte() -> None:
+    users, app = guarded()
+    answer = post(app, clean(), path="/predict")
+    assert [answer.status_code, answer.text] == [200, "the user's answer"]
+    assert users.bodies == [clean()]
+
+
+def test_what_is_refused_never_reaches_the_application() -> None:
+    users, app = guarded(toy_service(limits=Limits(max_bytes=100_000)))
+    bodies = [triggered(), b"junk", b"", clean()[:50], bomb(), bytes(100_001)]
+    answers = [post(app, body, path="/predict") for body in bodies]
+    assert [answer.status_code for answer in answers] == [422, 400, 400, 400, 413, 413]
+    assert answers[0].json()["request_id"] == answers[0].headers["x-request-id"]
+    assert users.bodies == []
+
+
+def test_a_failing_guard_is_503(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("secret")
+
+    users, app = guarded(toy_service(toy_guard(answers=lambda images: torch.full((len(images), 4), torch.nan))))
+    assert post(app, clean(), path="/predict").status_code == 503
+    for target in (Guard, ImageService):
+        monkeypatch.setattr(target, "__call__", broken)
+        answer = post(app, clean(), path="/predict")
+        assert answer.status_code == 503
+        assert "secret" not in answer.text
+    assert users.bodies == []
+
+
+def test_monitor_mode_lets_suspicious_images_through_and_counts_them() -> None:
+    metrics = PrometheusMetrics()
+    users, app = guarded(toy_service(toy_guard(Policy(mode="monitor"))), metrics=metrics)
+    assert post(app, triggered(), path="/predict").text == "the user's answer"
+    assert users.bodies == [triggered()]
+    labels = {"model": "toy", "outcome": "suspicious"}
+    assert metrics.registry.get_sample_value("guard_requests_total", labels) == 1
+
+
+@pytest.mark.parametrize("path", ["/predict", "/predict/", "//predict", "/v1/images", "/v1/images/deep/er", "/v1//images/x/"])
+def test_guarded_paths(path: str) -> None:
+    users, app = guarded(paths=("/predict", "/v1/images", "/v1/images/*"))
+    assert post(app, triggered(), path=path).status_code == 422
+    assert users.bodies == []
+
+
+@pytest.mark.parametrize("path", ["/", "/predictor", "/predict/other", "/v1/image", "/v1/imagesx", "/other"])
+def test_other_paths_pass_untouched(path: str) -> None:
+    users, app = guarded(paths=("/predict", "/v1/images/*"))
+    assert post(app, b"anything", path=path).text == "the user's answer"
+    assert users.bodies == [b"anything"]
+
+
+def test_everything_can_be_guarded() -> None:
+    _, app = guarded(paths=("/*",))
+    assert [post(app, triggered(), path=path).status_code for path in ("/", "/a", "/a/b")] == [422, 422, 422]
+
+
+def test_other_methods_pass_untouched_unless_named() -> None:
+    users, app = guarded()
+    call(app, *(httpx.Request(method, "http://test/predict", content=b"x") for method in ("GET", "PUT", "OPTIONS")))
+    assert users.bodies == [b"x"] * 3
+    _, strict = guarded(methods=("POST", "PUT"))
+    (answer,) = call(strict, httpx.Request("PUT", "http://test/predict", content=triggered()))
+    assert answer.status_code == 422
+    sent = drive(strict, [chunk(triggered())], "/predict", method="post")
+    assert sent[0]["status"] == 422
+
+
+def test_websockets_and_lifespan_pass_untouched() -> None:
+    users, app = guarded()
+
+    async def nothing() -> Message:
+        return {}
+
+    async def ignore(_: Message) -> None:
+        return
+
+    for kind in ("websocket", "lifespan"):
+        asyncio.run(app({"type": kind, "path": "/predict"}, nothing, ignore))
+    assert users.types == ["websocket", "lifespan"]
+
+
+def test_a_mounted_application_is_guarded_with_its_root_path() -> None:
+    users = Users()
+    inner = GuardMiddleware(users, toy_service())
+    app = Starlette(routes=[Mount("/api", app=inner)])
+    assert post(app, triggered(), path="/api/predict").status_code == 422
+    assert post(app, clean(), path="/api/predict").text == "the user's answer"
+
+
+def test_one_file_is_judged_and_the_form_replayed() -> None:
+    async def upload(request: Request) -> PlainTextResponse:
+        async with request.form() as fields:
+            file = fields["file"]
+            assert isinstance(file, UploadFile)
+            return PlainTextResponse((await file.read()).hex())
+
+    options = [Middleware(GuardMiddleware, toy_service())]
+    app = Starlette(routes=[Route("/predict", upload, methods=["POST"])], middleware=options)
+    assert post(app, files=form(clean()), path="/predict").text == clean().hex()
+    assert post(app, files=form(triggered()), path="/predict").status_code == 422
+
+
+def test_a_form_may_not_smuggle_an_unjudged_image() -> None:
+    users, app = guarded(form_fields=("top_k",))
+    assert post(app, files=form(clean()), data={"top_k": "3"}, path="/predict").status_code == 200
+    assert len(users.bodies) == 1
+    assert post(app, files=form(clean(), triggered()), path="/predict").status_code == 400
+    assert post(app, files=form(clean(), triggered()), data={"top_k": "3"}, path="/predict").status_code == 400
+    assert post(app, files=form(clean()), data={"other": "3"}, path="/predict").status_code == 400
+    assert post(app, data={"top_k": "3"}, path="/predict").status_code == 400
+    assert post(app, files=[("top_k", ("x.png", triggered()))], path="/predict").status_code == 422
+    assert len(users.bodies) == 1
+
+
+def test_one_body_may_not_have_two_readings() -> None:
+    """An image in front of a form, or a form under two content types: parsers differ on which part is the image."""
+    users, app = guarded()
+    request = httpx.Request("POST", "http://test/", files=form(clean()))
+    body, content_type = request.read(), request.headers["content-type"]
+    preamble = post(app, triggered() + b"\r\n" + body, path="/predict", headers={"content-type": content_type})
+    assert preamble.status_code == 400
+    trailing = post(app, body + triggered(), path="/predict", headers={"content-type": content_type})
+    assert trailing.status_code == 400
+    twice = [(b"content-type", b"image/png"), (b"content-type", content_type.encode())]
+    sent = drive(app, [chunk(clean() + b"\r\n" + body)], "/predict", twice)
+    assert sent[0]["status"] == 400
+    assert users.bodies == []
+
+
+def test_the_disconnect_comes_after_the_replayed_body() -> None:
+    seen: list[Message] = []
+
+    async def users(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.extend([await receive(), await receive()])
+
+    messages = [chunk(clean()[:10], True), chunk(clean()[10:]), GONE]
+    assert drive(GuardMiddleware(users, toy_service()), messages, "/predict") == []
+    assert seen == [chunk(clean()), GONE]
+
+
+def test_a_client_that_stays_is_not_taken_for_gone() -> None:
+    async def users(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        with anyio.move_on_after(0.05) as waited:
+            await receive()
+        await PlainTextResponse(str(waited.cancelled_caught))(scope, receive, send)
+
+    sent = drive(GuardMiddleware(users, toy_service()), [chunk(clean())], "/predict")
+    assert sent[1]["body"] == b"True"
+
+
+def test_a_client_that_leaves_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    users, app = guarded()
+    with caplog.at_level(logging.INFO):
+        assert drive(app, [chunk(b"x", True), GONE], "/predict") == []
+    assert caplog.records == []
+    assert users.bodies == []
+
+
+def test_the_applications_own_errors_stay_its_own() -> None:
+    async def users(scope: Scope, receive: Receive, send: Send) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        post(GuardMiddleware(users, toy_service()), clean(), path="/predict")
+
+
+def test_neighbours_do_not_mix() -> None:
+    users, app = guarded(toy_service(toy_guard(answers=nan_when_dark)))
+
+    async def run() -> list[int]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            bodies = [triggered() if row % 2 else clean() for row in range(20)]
+            answers = await asyncio.gather(*(client.post("/predict", content=body) for body in bodies))
+            return [answer.status_code for answer in answers]
+
+    assert asyncio.run(asyncio.wait_for(run(), TIMEOUT)) == [200, 422] * 10
+    assert users.bodies == [clean()] * 10
+
+
+def test_a_preprocessor_is_refused() -> None:
+    plain = toy_guard()
+    with_gym = ImageService(Guard(plain.predictor, plain.detectors, preprocessor=Gym()), "toy")
+    with pytest.raises(GuardError, match="without a preprocessor"):
+        GuardMiddleware(Users(), with_gym)
+
+
+@pytest.mark.parametrize("paths", ["/predict", (), ("predict",)])
+def test_paths_that_guard_nothing_are_refused(paths: tuple[str, ...]) -> None:
+    with pytest.raises(GuardError, match="expected a list of paths"):
+        GuardMiddleware(Users(), toy_service(), paths=paths)
+
+
+def test_a_middleware_wraps_a_middleware() -> None:
+    app: ASGIApp = Users()
+    for _ in range(2):
+        app = GuardMiddleware(app, toy_service())
+    assert post(app, clean(), path="/predict").text == "the user's answer"
+    assert post(app, triggered(), path="/predict").status_code == 422
