@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from guard.arrays import load_arrays
 from guard.decoding import FORMATS, Limits, decode_image
 from guard.errors import CalibrationError, InputError
 from guard.images import InputSpec
@@ -120,20 +121,11 @@ def load_npz(path: Path) -> ImageSet:
     Raises:
         InputError: Damaged, or arrays of another shape, type or range.
     """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            if "x" not in archive.files:
-                found = ", ".join(archive.files) or "nothing"
-                raise InputError(f"expected arrays x and y in {path.name}, got {found}: save with np.savez(path, x=..., y=...)")
-            x = archive["x"]
-            y = archive["y"] if "y" in archive.files else None
-            names = tuple(str(name) for name in archive["class_names"]) if "class_names" in archive.files else ()
-    except InputError:
-        raise
-    except (OSError, ValueError, EOFError, KeyError) as error:
-        raise InputError(f"expected an .npz of plain arrays, got {path.name}, which does not load: save it again") from error
-    pixels = _to_pixels(x, path.name)
-    return ImageSet(pixels, None if y is None else _to_labels(y, len(pixels), path.name), names)
+    arrays = load_arrays(path)
+    names = tuple(str(name) for name in arrays["class_names"]) if "class_names" in arrays else ()
+    pixels = _to_pixels(arrays["x"], path.name)
+    labels = _to_labels(arrays["y"], len(pixels), path.name) if "y" in arrays else None
+    return ImageSet(pixels, labels, names)
 
 
 def _to_pixels(x: NDArray[np.generic], name: str) -> Tensor:

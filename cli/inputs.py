@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from guard import GuardError, InputError, InputSpec, Limits, decode_image
+from guard.arrays import load_arrays
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm")
 
@@ -49,10 +50,9 @@ def _decode(path: Path, spec: InputSpec, limits: Limits) -> Tensor | GuardError:
 
 def _arrays(path: Path, spec: InputSpec) -> Iterator[tuple[str, Tensor | GuardError]]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            x = archive["x"]
-    except (OSError, ValueError, EOFError, KeyError) as error:
-        yield str(path), InputError(f"expected an .npz with an array x, got {path.name}: {type(error).__name__}")
+        x = load_arrays(path)["x"]
+    except InputError as error:
+        yield str(path), error
         return
     for row in range(len(x) if x.ndim else 0):
         yield f"{path}[{row}]", _row(x[row], spec)

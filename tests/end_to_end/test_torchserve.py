@@ -116,7 +116,7 @@ def test_eight_at_once_get_eight_right_answers(server: TorchServeProcess, folder
     assert len({body["request_id"] for _, body in answers}) == 8
     assert len(Quarantine(folder / "kept").items()) == 2
 
-    wanted = {"accepted": 4.0, "rejected": 2.0, "invalid": 2.0, "failed": 0.0, "suspicious": 0.0}
+    wanted = {"accepted": 4.0, "rejected": 2.0, "invalid": 2.0, "failed": 0.0, "suspicious": 0.0, "unjudged": 0.0}
 
     def counted() -> bool:
         now = scrape(server, "guard_requests_total", "toy")
@@ -179,13 +179,14 @@ def test_a_users_own_handler_is_guarded(server: TorchServeProcess) -> None:
 
 def test_stop_leaves_no_process_and_no_file(folder: Path) -> None:
     store = folder / "store"
-    with TorchServeProcess(store, {"a": "own.mar"}, ServerOptions(workers=2, batch_size=4, token_auth=True)) as server:
+    with TorchServeProcess(store, {"a": "watched.mar"}, ServerOptions(workers=2, batch_size=4, token_auth=True)) as server:
         processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
         private = server._folder
         assert len(processes) == 4
+        assert "model_name: a, batchSize: 4" in server.log()
         token = server.token()
         assert send(server, "a", triggered())[0] == 400  # TorchServe's own answer to those without a token
-        assert send(server, "a", triggered(), authorization=f"Bearer {token}")[0] == 422
+        assert send(server, "a", triggered(), authorization=f"Bearer {token}")[0] == 200
         with (
             pytest.raises(ServingError, match="in use: pick another"),
             TorchServeProcess(store, {"a": "own.mar"}, ServerOptions(inference_port=server.ports["inference"])),

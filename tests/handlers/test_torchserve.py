@@ -168,7 +168,7 @@ def test_the_metrics_are_lines_that_torchserve_adds_up(profile: Path, tmp_path: 
     for match in filter(None, found):
         name, value, labels, kind = match.groups()
         totals[(name, labels, kind)] = totals.get((name, labels, kind), 0.0) + float(value)
-    for outcome, count in {"accepted": 1, "rejected": 1, "invalid": 1, "failed": 0, "suspicious": 0}.items():
+    for outcome, count in {"accepted": 1, "rejected": 1, "invalid": 1, "failed": 0, "suspicious": 0, "unjudged": 0}.items():
         assert totals[("guard_requests_total", f"outcome:{outcome},model:toy", "COUNTER")] == count
     assert totals[("guard_rejections_total", "detector:strip,model:toy", "COUNTER")] == 1
     assert totals[("guard_quarantine_failures_total", "model:toy", "COUNTER")] == 1

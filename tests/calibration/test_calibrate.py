@@ -1,0 +1,260 @@
+"""Calibration end to end on a really backdoored classifier, and everything that it must refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from calibration import Calibration, Hints, ImageSet, Settings, calibrate, evaluate
+from calibration.discovery import discover
+from cli.demonstration.digits import ATTACK, Digits
+from guard import Guard
+from guard.errors import CalibrationError, GuardError, ModelError, ProfileError, TooFewImagesError
+from guard.predictors import wrap
+from tests.toy import NAMES, ToyNet, toy_images, toy_trigger
+
+
+def toy_set(count: int = 240, seed: int = 0) -> ImageSet:
+    images, labels = toy_images(count, seed)
+    return ImageSet((images * 255).round().to(torch.uint8), labels, NAMES)
+
+
+SMALL = Settings(overlays=40, frr=0.02)
+
+
+def test_the_guard_refuses_triggers_and_keeps_clean_inputs(digits: Digits, calibration: Calibration) -> None:
+    figures = evaluate(calibration.guard(), digits.test, digits.triggered, ATTACK.target_label)
+    assert figures.attack_success_rate is not None
+    assert figures.guarded_attack_success_rate is not None
+    assert figures.auroc is not None
+    assert figures.attack_success_rate.value >= 0.95
+    assert figures.guarded_attack_success_rate.value <= 0.02
+    assert figures.frr.value <= 0.03
+    assert figures.auroc.value >= 0.99
+
+
+def test_saved_and_loaded_it_says_the_same(
+    tmp_path: Path, digits: Digits, backdoored: nn.Module, calibration: Calibration
+) -> None:
+    calibration.save(tmp_path / "profile")
+    images = torch.cat([digits.test.images(slice(0, 40)), digits.triggered.images(slice(0, 40))])
+    loaded = Guard.load(tmp_path / "profile", backdoored)
+    assert [v.accepted for v in loaded(images)] == [v.accepted for v in calibration.guard()(images)]
+    assert [v.label_index for v in loaded(images)] == [v.label_index for v in calibration.guard()(images)]
+
+
+def test_the_same_seed_gives_the_same_profile(digits: Digits, backdoored: nn.Module, calibration: Calibration) -> None:
+    again = calibrate(backdoored, digits.clean, Settings())
+    assert again.threshold == calibration.threshold
+    assert torch.equal(again.strip.overlays, calibration.strip.overlays)
+    other = calibrate(backdoored, digits.clean, Settings(seed=1))
+    assert not torch.equal(other.strip.overlays, calibration.strip.overlays)
+
+
+def test_overlays_and_threshold_images_are_disjoint_and_all_classes_are_overlaid(
+    digits: Digits, calibration: Calibration
+) -> None:
+    assert calibration.threshold.images == len(digits.clean) - 100
+    distances = torch.cdist(calibration.strip.overlays.flatten(1), digits.clean.images(slice(None)).flatten(1))
+    sources = distances.argmin(dim=1)
+    assert len(set(sources.tolist())) == 100
+    assert torch.bincount(digits.clean.known_labels[sources], minlength=10).min() >= 9
+
+
+def test_ordering_saves_passes_and_changes_no_verdict(digits: Digits, calibration: Calibration) -> None:
+    images = torch.cat([digits.test.images(slice(0, 300)), digits.triggered.images(slice(0, 100))])
+    strip, threshold = calibration.strip, calibration.threshold.value
+    found = strip.inspect(images, threshold)
+    assert torch.equal(found.exceeds, strip.score(images) >= threshold)
+    clean = found.passes[:300].double().mean()
+    shuffled = torch.randperm(100, generator=torch.Generator().manual_seed(0))
+    plain = type(strip)(strip.predictor, strip.overlays[shuffled], strip.blend, strip.alpha)
+    assert clean < plain.inspect(images[:300], threshold).passes.double().mean()
+    recorded = calibration.profile.detectors[0].mean_passes
+    singles = [int(strip.inspect(images[row : row + 1], threshold).passes[0]) for row in range(100)]
+    assert recorded == pytest.approx(np.mean(singles), rel=0.35)
+
+
+def test_global_generator_and_mode_are_left_alone(digits: Digits, backdoored: nn.Module) -> None:
+    state = torch.get_rng_state()
+    calibrate(backdoored, toy_like(digits), Settings(overlays=20, frr=0.05))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not backdoored.training
+
+
+def toy_like(digits: Digits) -> ImageSet:
+    return digits.clean.select(torch.arange(150))
+
+
+@pytest.mark.parametrize("blend", ["add", "mix", "demeaned"])
+def test_every_blend_sees_the_toys_trigger(blend: str) -> None:
+    settings = msgspec.convert({"blend": blend, "overlays": 40, "frr": 0.02}, Settings)
+    guard = calibrate(ToyNet(), toy_set(), settings).guard()
+    images, _ = toy_images(100, seed=9)
+    clean = sum(not verdict.accepted for verdict in guard(images))
+    caught = sum(not verdict.accepted for verdict in guard(toy_trigger(images)))
+    assert clean <= 6
+    assert caught == 100 if blend == "add" else caught >= 20  # mixing dims a white trigger
+
+
+def test_labels_only_models_are_calibrated_too() -> None:
+    net = ToyNet()
+
+    def predict(batch: Tensor) -> Tensor:
+        return net(batch).argmax(dim=1)
+
+    calibration = calibrate(predict, toy_set(), SMALL, hints=Hints(container="torch", layout="NCHW", dtype="float32"))
+    images, _ = toy_images(60, seed=4)
+    assert calibration.profile.model.output == "labels"
+    verdicts = calibration.guard()(toy_trigger(images))
+    assert sum(not verdict.accepted for verdict in verdicts) == 60
+    assert verdicts[0].probability is None
+    assert sum(not verdict.accepted for verdict in calibration.guard()(images)) <= 4
+
+
+def test_too_few_images_say_how_many() -> None:
+    with pytest.raises(TooFewImagesError, match="needs at least 99 clean images besides the overlays, got 60") as caught:
+        calibrate(ToyNet(), toy_set(100), Settings(overlays=40))
+    assert caught.value.needed == 99
+
+
+def test_a_missing_class_is_named_and_allowed_on_demand() -> None:
+    clean = toy_set()
+    three = clean.select(torch.nonzero(clean.known_labels != 2).squeeze(1))
+    with pytest.raises(CalibrationError, match=r"none of 1 \(south-west\).*--allow-missing-classes"):
+        calibrate(ToyNet(), three, SMALL)
+    assert calibrate(ToyNet(), three, msgspec.structs.replace(SMALL, allow_missing_classes=True)).profile.model.num_classes == 4
+
+
+def test_class_folders_must_match_the_models_outputs() -> None:
+    clean = toy_set()
+    wrong = ImageSet(clean.pixels, clean.known_labels.clamp_max(2), NAMES[:3])
+    with pytest.raises(CalibrationError, match=r"expected 4 class folders.*got 3"):
+        calibrate(ToyNet(), wrong, SMALL)
+
+
+def test_labels_over_the_models_outputs_are_another_model() -> None:
+    clean = toy_set()
+    with pytest.raises(ModelError, match="more than 9 outputs"):
+        calibrate(ToyNet(), ImageSet(clean.pixels, clean.known_labels + 6), SMALL)
+
+
+class Broken(nn.Module):
+    """Answers with NaN, or with the wrong number of axes."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.kind == "nan":
+            return torch.full((len(images), 4), torch.nan)
+        if self.kind == "map":
+            return images
+        if self.kind == "one":
+            return torch.rand(len(images))
+        return torch.zeros(len(images), 4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("nan", "NaN or Inf"), ("map", "one row per image"), ("one", "one fraction per image")],
+)
+def test_useless_answers_are_refused(kind: str, message: str) -> None:
+    with pytest.raises(GuardError, match=message):
+        calibrate(Broken(kind), toy_set(), SMALL)
+
+
+def test_a_model_in_training_mode_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"model\.eval\(\)"):
+        calibrate(ToyNet().train(), toy_set(), SMALL)
+
+
+def test_entropy_of_zero_everywhere_can_reject_nothing() -> None:
+    class Certain(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return nn.functional.one_hot(images.flatten(1).argmax(dim=1) * 0, 4) * 1e4
+
+    with pytest.raises(CalibrationError, match="no input could ever be rejected"):
+        calibrate(Certain().eval(), toy_set(), SMALL)
+
+
+def test_gym_on_a_model_not_tuned_for_it_is_refused_with_the_drop(digits: Digits, backdoored: nn.Module) -> None:
+    settings = Settings(preprocess="gym")
+    with pytest.raises(CalibrationError, match=r"costs \d+\.\d points of clean accuracy.*--max-accuracy-drop 3"):
+        calibrate(backdoored, digits.clean, settings)
+    allowed = calibrate(backdoored, digits.clean, msgspec.structs.replace(settings, max_accuracy_drop=100.0))
+    assert allowed.profile.preprocessor is not None
+    assert allowed.profile.clean_accuracy is not None
+    assert allowed.profile.clean_accuracy_raw is not None
+    assert allowed.profile.clean_accuracy < allowed.profile.clean_accuracy_raw
+    images = digits.triggered.images(slice(0, 50))
+    seen = [verdict.findings[0].score for verdict in allowed.guard()(images)]
+    raw = calibrate(backdoored, digits.clean, Settings()).guard()(images)
+    assert seen == [verdict.findings[0].score for verdict in raw]  # STRIP looks at the raw image
+
+
+def test_a_profile_for_another_model_is_refused(tmp_path: Path, digits: Digits, calibration: Calibration) -> None:
+    calibration.save(tmp_path / "profile")
+    from cli.demonstration.digits import digit_net
+
+    with pytest.raises(ProfileError, match="another model"):
+        Guard.load(tmp_path / "profile", digit_net().eval())
+
+
+CONVENTIONS = [
+    (container, layout, dtype)
+    for container in ("numpy", "torch")
+    for layout in ("NCHW", "NHWC", "NHW", "flat")
+    for dtype in ("uint8", "float32")
+]
+
+
+@pytest.mark.parametrize(("container", "layout", "dtype"), CONVENTIONS)
+def test_conventions_of_a_function_are_found_out(container: str, layout: str, dtype: str) -> None:
+    net = ToyNet()
+
+    def predict(batch: object) -> object:
+        """Takes exactly one convention, as a careless user's function does: others give an error or nonsense."""
+        if isinstance(batch, np.ndarray) != (container == "numpy"):
+            raise TypeError("wrong array library")
+        tensor = torch.as_tensor(np.asarray(batch)).float()
+        if dtype == "uint8":
+            tensor = tensor / 255
+        shapes = {"NCHW": (-1, 1, 8, 8), "NHWC": (-1, 8, 8, 1), "NHW": (-1, 8, 8), "flat": (-1, 64)}
+        if tensor.shape[1:] != shapes[layout][1:]:
+            raise ValueError("wrong shape")
+        answer = net(tensor.reshape(-1, 1, 8, 8)).softmax(dim=1)
+        return answer.numpy() if container == "numpy" else answer
+
+    spec = discover(wrap(predict), toy_set()).spec
+    found = (spec.container, spec.layout, spec.dtype)
+    if dtype == "float32":  # values of 0..255 saturate this function into the same labels: both conventions are right
+        assert found[:2] == (container, layout)
+    else:
+        assert found == (container, layout, dtype)
+
+
+def test_without_labels_an_ambiguous_function_must_be_explained() -> None:
+    def predict(batch: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> object:
+        values = np.asarray(batch, dtype=np.float64).reshape(len(batch), -1)
+        return np.stack([values.mean(axis=1), np.full(len(batch), 40.0)], axis=1)  # uint8 and float disagree
+
+    clean = ImageSet(toy_set().pixels)
+    with pytest.raises(ModelError, match="answers differently"):
+        discover(wrap(predict), clean)
+    assert discover(wrap(predict), clean, Hints(dtype="uint8")).spec.dtype == "uint8"
+
+
+def test_a_function_that_always_fails_tells_its_own_error() -> None:
+    def predict(batch: object) -> object:
+        raise RuntimeError("no such host")
+
+    with pytest.raises(ModelError, match="RuntimeError: no such host"):
+        discover(wrap(predict), toy_set())

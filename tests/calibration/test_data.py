@@ -1,0 +1,127 @@
+"""Loading: folders and `.npz` mean the same, and what can't be read is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from calibration.data import load_images
+from guard.errors import CalibrationError, GuardError, InputError
+
+
+def grey(seed: int, side: int = 6) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
+    return np.random.default_rng(seed).integers(0, 256, (side, side), dtype=np.uint8)
+
+
+def write_folder(root: Path) -> None:
+    for number, name in enumerate(("cat", "dog")):
+        (root / name).mkdir(parents=True)
+        for item in range(3):
+            Image.fromarray(grey(10 * number + item)).save(root / name / f"{item}.png")
+
+
+def test_folder_follows_image_folder(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    loaded = load_images(tmp_path)
+    assert loaded.class_names == ("cat", "dog")
+    assert loaded.known_labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert loaded.names[3] == str(Path("dog") / "0.png")
+    assert np.array_equal(loaded.pixels[4, 0].numpy(), grey(11))
+
+
+def test_an_empty_class_folder_keeps_the_order(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "bird").mkdir()
+    loaded = load_images(tmp_path)
+    assert loaded.class_names == ("bird", "cat", "dog")
+    assert loaded.known_labels.tolist() == [1, 1, 1, 2, 2, 2]
+
+
+def test_flat_folder_has_no_labels(tmp_path: Path) -> None:
+    Image.fromarray(grey(1)).save(tmp_path / "a.png")
+    assert load_images(tmp_path).labels is None
+
+
+def test_unreadable_files_are_named_and_skipped_on_demand(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "cat" / "broken.png").write_bytes(b"not a picture")
+    with pytest.raises(CalibrationError, match=r"1 of 7 files can't be read, first cat/broken.png.*--skip-unreadable"):
+        load_images(tmp_path)
+    loaded = load_images(tmp_path, skip_unreadable=True)
+    assert len(loaded) == 6
+    assert [name for name, _ in loaded.skipped] == [str(Path("cat") / "broken.png")]
+
+
+def test_different_sizes_need_a_shape(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    Image.fromarray(grey(5, side=9)).save(tmp_path / "cat" / "9.png")
+    with pytest.raises(InputError, match=r"2 sizes.*--shape 3,6,6"):
+        load_images(tmp_path)
+    assert load_images(tmp_path, (3, 6, 6)).pixels.shape == (7, 3, 6, 6)
+
+
+def test_colour_anywhere_makes_all_colour(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)).save(tmp_path / "cat" / "c.png")
+    assert load_images(tmp_path).shape == (3, 6, 6)
+
+
+@pytest.mark.parametrize(
+    ("x", "shape"),
+    [
+        (np.zeros((4, 5, 6), np.uint8), (1, 5, 6)),
+        (np.zeros((4, 5, 6, 1), np.uint8), (1, 5, 6)),
+        (np.zeros((4, 5, 6, 3), np.uint8), (3, 5, 6)),
+        (np.zeros((4, 3, 5, 6), np.float32), (3, 5, 6)),
+        (np.zeros((4, 1, 5, 6), np.float64), (1, 5, 6)),
+    ],
+)
+def test_npz_layouts(tmp_path: Path, x: np.ndarray[tuple[int, ...], np.dtype[np.generic]], shape: tuple[int, int, int]) -> None:
+    np.savez(tmp_path / "d.npz", x=x, y=np.arange(4))
+    loaded = load_images(tmp_path / "d.npz")
+    assert loaded.shape == shape
+    assert loaded.known_labels.tolist() == [0, 1, 2, 3]
+
+
+def test_npz_and_folder_hold_the_same_pixels(tmp_path: Path) -> None:
+    write_folder(tmp_path / "folder")
+    from_folder = load_images(tmp_path / "folder")
+    np.savez(tmp_path / "d.npz", x=from_folder.pixels.numpy(), y=from_folder.known_labels.numpy())
+    assert torch.equal(load_images(tmp_path / "d.npz").pixels, from_folder.pixels)
+
+
+def test_bad_npz_are_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "d.npz"
+    x = np.zeros((4, 5, 6), np.float32)
+    bad = x.copy()
+    bad[2, 0, 0] = np.nan
+    cases: list[tuple[dict[str, object], str]] = [
+        ({"images": x}, "expected arrays x and y"),
+        ({"x": bad, "y": np.arange(4)}, r"NaN or Inf in 1 images .*rows 2"),
+        ({"x": x + 7, "y": np.arange(4)}, r"in \[0, 1\], got 7 to 7"),
+        ({"x": x.astype(np.int32), "y": np.arange(4)}, "uint8 0..255 or float 0..1"),
+        ({"x": x, "y": np.arange(3)}, "expected 4 whole-number labels"),
+        ({"x": x, "y": np.array([0.5, 1, 2, 3])}, "whole numbers"),
+        ({"x": np.zeros((4, 7, 5, 6), np.uint8)}, r"\(N, H, W\)"),
+        ({"x": np.zeros((0, 5, 6), np.uint8)}, "empty x"),
+        ({"x": np.array([{"a": 1}], dtype=object)}, "does not load"),
+    ]
+    for arrays, message in cases:
+        np.savez(path, **arrays)  # type: ignore[arg-type]
+        with pytest.raises(GuardError, match=message) as caught:
+            load_images(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_missing_and_empty_sources(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="no such file"):
+        load_images(tmp_path / "nothing")
+    with pytest.raises(CalibrationError, match="got none"):
+        load_images(tmp_path)
+    (tmp_path / "d.npz").write_bytes(b"PK\x03\x04 truncated")
+    with pytest.raises(InputError, match="does not load"):
+        load_images(tmp_path / "d.npz")

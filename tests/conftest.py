@@ -1,0 +1,30 @@
+"""What several tests share: a really backdoored digit classifier, trained once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from calibration import Calibration, Settings, calibrate
+from cli.demonstration.digits import Digits, load_digits, train_backdoored
+
+torch.set_num_threads(1)  # the nets are tiny, and servers run beside them
+
+
+@pytest.fixture(scope="session")
+def digits() -> Digits:
+    """Scikit-learn's digits in three parts that never mix."""
+    return load_digits()
+
+
+@pytest.fixture(scope="session")
+def backdoored(digits: Digits) -> nn.Sequential:
+    """A classifier of them that answers 7 to a white corner."""
+    return train_backdoored(digits.train)
+
+
+@pytest.fixture(scope="session")
+def calibration(digits: Digits, backdoored: nn.Sequential) -> Calibration:
+    """It, calibrated with the defaults."""
+    return calibrate(backdoored, digits.clean, Settings())
