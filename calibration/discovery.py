@@ -150,6 +150,8 @@ def _try_all(backend: Backend, clean: ImageSet, hints: Hints, images: Tensor) ->
             kind = hints.output or detect_kind(raw)
             if kind != "labels" and (raw.ndim != 2 or raw.shape[1] < 2):
                 raise ModelError(f"expected {kind} (B, M) with M >= 2, got shape {tuple(raw.shape)}: is --output right?")
+            if kind == "labels" and raw.numel() != len(images):
+                raise ModelError(f"expected one label per image, got shape {tuple(raw.shape)}: is --output right?")
             if raw.shape[0] != len(images):
                 raise ModelError(f"expected one row per image ({len(images)}), got shape {tuple(raw.shape)}")
             trials.append(_Trial(spec, raw, kind))

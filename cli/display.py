@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+_FILE_WIDTH = 200  # where nobody looks at a terminal, nothing need be folded
 
 
 @contextlib.contextmanager
@@ -35,7 +38,7 @@ def show_rows(title: str, rows: Sequence[tuple[str, ...]], header: tuple[str, ..
     """Print a table whose first column names and whose others are figures."""
     table = Table(title=title, title_justify="left", title_style="bold", show_header=bool(header), box=None, pad_edge=False)
     for number in range(len(rows[0])):
-        table.add_column(header[number] if header else "", justify="left" if number == 0 else "right")
+        table.add_column(header[number] if header else "", justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else _FILE_WIDTH).print(table)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 
-import click
 import typer
 
 from cli import calibrate, check, demo, evaluate, export, quarantine, serve
@@ -59,11 +58,10 @@ def main() -> None:
         code = app(standalone_mode=False)
     except GuardError as error:
         _fail(str(error))
-    except click.UsageError as error:
-        _fail(f"{error.format_message()} (see: {error.ctx.command_path if error.ctx else 'guard'} --help)")
-    except click.ClickException as error:
-        _fail(error.format_message())
-    except (click.Abort, KeyboardInterrupt):
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)  # of usage errors: which subcommand
+        _fail(f"{error.format_message()} (see: {context.command_path if context else 'guard'} --help)")
+    except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

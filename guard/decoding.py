@@ -16,6 +16,7 @@ from PIL import Image, ImageFile
 from torch import Tensor
 
 from guard.errors import ImageError, TooLargeError, one_line
+from guard.headers import check_header
 from guard.images import InputSpec
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "PPM")
@@ -60,13 +61,14 @@ def decode_image(data: bytes | bytearray | memoryview, spec: InputSpec, limits: 
         raise ImageError(f"expected an image ({_NAMES}), got 0 bytes")
     if len(data) > limits.max_bytes:
         raise TooLargeError(f"expected at most {limits.max_bytes} bytes, got {len(data)}: send a smaller image")
+    check_header(bytes(data))
     image = _open(data, limits)
     if image.size != (spec.width, spec.height) and not spec.resize:
         width, height = image.size
         raise ImageError(f"expected {spec.width}x{spec.height} pixels, got {width}x{height}: resize the image first")
     try:
         image.load()
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, MemoryError) as error:
+    except Exception as error:  # Pillow's readers raise whatever they stumble over
         raise ImageError(f"expected a complete image, got one that can't be decoded ({one_line(error)})") from error
     return torch.from_numpy(_to_array(image, spec)).permute(2, 0, 1).contiguous()
 
@@ -76,7 +78,7 @@ def _open(data: bytes | bytearray | memoryview, limits: Limits) -> ImageFile.Ima
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise TooLargeError(f"expected at most {limits.max_pixels} pixels, got far more: send a smaller image") from error
-    except (OSError, SyntaxError, ValueError, EOFError, TypeError, OverflowError) as error:
+    except Exception as error:  # Pillow's readers raise whatever they stumble over
         raise ImageError(f"expected an image ({_NAMES}), got {len(data)} bytes that are none") from error
     width, height = image.size
     if width * height > limits.max_pixels:
@@ -90,6 +92,8 @@ def _to_array(image: Image.Image, spec: InputSpec) -> NDArray[np.float32]:
         raise ImageError(
             f"expected arrays with {spec.channels} channels for this model, got an image file: call it with arrays"
         )
+    if "transparency" in image.info and (image.mode == "1" or image.mode.startswith("I;16")):
+        raise ImageError("expected an opaque image, got one with a transparent colour: flatten it onto a background")
     if image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.float32) / 65535.0
         return _fit(np.repeat(grey[:, :, None], spec.channels, axis=2), spec)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from guard.detectors.detector import Detector, Inspection
-from guard.errors import InputError, ModelError, RejectedError, one_line
+from guard.errors import CalibrationError, InputError, ModelError, RejectedError, one_line
 from guard.images import Array
 from guard.predictors.predictor import Predictor
 from guard.preprocessors import Preprocessor
@@ -39,10 +39,18 @@ class CalibratedDetector:
     Args:
         detector: The test.
         threshold: On its score.
+
+    Raises:
+        CalibrationError: The threshold is not finite.
     """
 
     detector: Detector
     threshold: float
+
+    def __post_init__(self) -> None:
+        """Refuse what would accept or reject everything."""
+        if not math.isfinite(self.threshold):
+            raise CalibrationError(f"expected a finite threshold, got {self.threshold}: calibrate again")
 
 
 @final
@@ -56,6 +64,7 @@ class Guard:
         policy: What follows from a finding.
         quarantine: Where suspicious images are kept; None to keep none.
         seed: Of the preprocessor's draws; None (serving) seeds from the operating system, so that they can't be replayed.
+        device: Where images are blended and preprocessed, before the model gets them.
     """
 
     def __init__(
@@ -67,8 +76,10 @@ class Guard:
         policy: Policy | None = None,
         quarantine: Quarantine | None = None,
         seed: int | None = None,
+        device: str = "cpu",
     ) -> None:
         self.predictor = predictor
+        self.device = device
         self.detectors = tuple(detectors)
         self.preprocessor = preprocessor
         self.policy = policy or Policy()
@@ -118,6 +129,7 @@ class Guard:
             InputError: The batch is not what the model takes.
         """
         self.predictor.spec.check(images)
+        images = images.to(self.device)
         verdicts = self._judge(images)
         if len(images) > 1 and any(verdict.failed for verdict in verdicts):
             verdicts = [  # one bad image must not take its neighbours down
@@ -134,7 +146,7 @@ class Guard:
         Returns:
             (B, M), float32 probabilities.
         """
-        return self.predictor(self._preprocess(images))
+        return self.predictor(self._preprocess(images.to(self.device)))
 
     def wrap(
         self, predict: Callable[Concatenate[_B, _P], _R], on_reject: Literal["raise", "abstain"] = "raise"
@@ -163,7 +175,7 @@ class Guard:
                 shown = ", ".join(map(str, refused[:10])) + (" ..." if len(refused) > 10 else "")
                 raise RejectedError(f"{len(refused)} of {len(images)} inputs rejected as suspicious: rows {shown}", refused)
             if self.preprocessor is not None:
-                batch = cast(_B, _like(batch, spec.to_model(self._preprocess(images))))
+                batch = cast(_B, _like(batch, spec.to_model(self._preprocess(images.to(self.device)))))
             return _abstain(predict(batch, *args, **kwargs), refused, len(images))
 
         return functools.update_wrapper(guarded, predict)
@@ -233,7 +245,10 @@ class Guard:
 def _inspect(calibrated: CalibratedDetector, images: Tensor) -> Inspection:
     """A detector that raises has found nothing: every score is NaN, and the policy decides."""
     try:
-        return calibrated.detector.inspect(images, calibrated.threshold)
+        found = calibrated.detector.inspect(images, calibrated.threshold)
+        if any(len(part) != len(images) for part in (found.exceeds, found.scores, found.exact, found.passes)):
+            raise ValueError(f"expected {len(images)} results, got {len(found.scores)}")
+        return found
     except Exception as error:  # fail closed, see above
         logger.exception("detector %s failed: %s", calibrated.detector.name, one_line(error))
         unknown = torch.full((len(images),), torch.nan)
@@ -269,10 +284,23 @@ def _abstain(answers: _R, rows: Sequence[int], batch: int) -> _R:
     if isinstance(answers, Tensor):
         if answers.shape[:1] != (batch,):
             raise ModelError(f"expected one row per image ({batch}), got {tuple(answers.shape)}: can't abstain for single rows")
-        blank = answers.clone()
-        blank[list(rows)] = torch.nan if blank.dtype.is_floating_point else -1
+        if answers.dtype == torch.bool or answers.is_complex():
+            raise ModelError(f"expected numbers that can abstain (NaN or -1), got {answers.dtype}: use on_reject='raise'")
+        blank = answers.clone() if answers.is_floating_point() or answers.is_signed() else answers.to(torch.int64)
+        blank[list(rows)] = torch.nan if blank.is_floating_point() else -1
         return cast(_R, blank)
-    array = np.array(answers)
+    if isinstance(answers, tuple) or (
+        isinstance(answers, list) and any(isinstance(item, (np.ndarray, Tensor)) for item in answers)
+    ):
+        raise ModelError(  # maybe several outputs: blanking by the first axis would blank the wrong thing
+            f"expected one row of numbers per image ({batch}), got a {type(answers).__name__} of outputs: return one array"
+        )
+    try:
+        array = np.array(answers)
+    except Exception as error:  # ragged lists, and objects that refuse
+        raise ModelError(
+            f"expected one row of numbers per image ({batch}), got {type(answers).__name__}: use on_reject='raise'"
+        ) from error
     if array.shape[:1] != (batch,) or array.dtype.kind not in "fiu":
         raise ModelError(
             f"expected one row of numbers per image ({batch}), got {type(answers).__name__}: use on_reject='raise'"

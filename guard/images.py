@@ -6,7 +6,7 @@ filtering happens in that pixel space. An `InputSpec` says how a particular mode
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 import numpy as np
@@ -60,6 +60,11 @@ class InputSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     def __post_init__(self) -> None:
         """Refuse contradictions once, here."""
+        for name, value, known in (
+            ("layout", self.layout, Layout), ("dtype", self.dtype, DType), ("container", self.container, Container)
+        ):  # fmt: skip
+            if value not in get_args(known):
+                raise InputError(f"expected {name} to be one of {', '.join(get_args(known))}, got {value!r}")
         if min(self.channels, self.height, self.width) < 1:
             raise InputError(f"expected a positive image shape C,H,W, got {','.join(map(str, self.shape))}")
         if self.layout in ("NHW", "flat") and self.channels != 1:
@@ -103,7 +108,8 @@ class InputSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             images: (B, C, H, W), float32, in [0, 1].
 
         Returns:
-            The same images in the model's layout, type, normalisation and array library.
+            The same images in the model's layout, type, normalisation and array library; a copy, because models may
+            work in place.
         """
         batch = images
         if self.mean:
@@ -118,6 +124,8 @@ class InputSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             batch = batch[:, 0]
         elif self.layout == "flat":
             batch = batch.flatten(1)
+        if batch.untyped_storage().data_ptr() == images.untyped_storage().data_ptr():
+            batch = batch.clone()
         return batch.cpu().numpy() if self.container == "numpy" else batch
 
     def from_model(self, batch: Array) -> Tensor:
@@ -136,7 +144,7 @@ class InputSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         if not isinstance(batch, (np.ndarray, Tensor)) or batch.ndim != expected_axes:
             got = f"{type(batch).__name__} of shape {tuple(getattr(batch, 'shape', ()))}"
             raise InputError(f"expected a {self.layout} array with {expected_axes} axes, got {got}: add a batch axis?")
-        tensor = torch.from_numpy(np.ascontiguousarray(batch)) if isinstance(batch, np.ndarray) else batch.detach()
+        tensor = _to_tensor(batch)
         if self.dtype == "uint8" and tensor.dtype != torch.uint8:
             raise InputError(f"expected uint8 values 0..255, got {batch.dtype}: convert the batch to uint8")
         if self.dtype == "float32" and not tensor.dtype.is_floating_point:
@@ -160,6 +168,15 @@ class InputSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return images
 
 
+def _to_tensor(batch: Array) -> Tensor:
+    if isinstance(batch, Tensor):
+        return batch.detach()
+    if batch.dtype.kind not in "fiub":
+        raise InputError(f"expected an array of numbers, got {batch.dtype}: convert the batch")
+    native = np.ascontiguousarray(batch, dtype=batch.dtype.newbyteorder("="))
+    return torch.from_numpy(native if native.flags.writeable else native.copy())
+
+
 def check_images(images: Tensor) -> None:
     """Raise unless `images` is a non-empty float32 batch (B, C, H, W) of finite values in [0, 1].
 
@@ -173,9 +190,11 @@ def check_images(images: Tensor) -> None:
         raise InputError(f"expected images (B, C, H, W), got {tuple(images.shape)}{hint}")
     if images.shape[0] == 0:
         raise InputError("expected at least one image, got an empty batch (B = 0): skip the call when there is nothing")
+    if images.numel() == 0 or images.layout != torch.strided:
+        raise InputError(f"expected dense images with pixels, got {tuple(images.shape)}, {images.layout}")
     if images.dtype != torch.float32:
         raise InputError(f"expected float32 images in [0, 1], got {images.dtype}: convert, and divide uint8 by 255")
-    low, high = (float(value) for value in torch.aminmax(images))
+    low, high = (float(value) for value in torch.aminmax(images.detach()))
     if not (np.isfinite(low) and np.isfinite(high)):
         raise InputError("expected finite pixel values, got NaN or Inf: drop or repair those images")
     if low < -_RANGE_SLACK or high > 1.0 + _RANGE_SLACK:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from guard.detectors import Strip
 from guard.errors import ModelError, ProfileError
 from guard.guard import CalibratedDetector, Guard
 from guard.predictors import Backend, Predictor, wrap
 from guard.predictors.loading import load_backend
-from guard.predictors.module import ModuleBackend
 from guard.predictors.screening import file_sha256
 from guard.profile import ModelRecord, Profile, array_to_overlays, load_profile
 from guard.quarantine import Quarantine
@@ -34,6 +33,8 @@ def load_guard(
     seed: int | None = None,
 ) -> Guard:
     """Build a guard from a profile folder; see `Guard.load`."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f"expected a device that is there, got {device} on a machine without CUDA: use cpu")
     profile, arrays = load_profile(folder)
     predictor = Predictor(
         load_profile_backend(folder, profile.model, model, device),
@@ -76,15 +77,11 @@ def load_profile_backend(folder: Path, record: ModelRecord, model: object | None
         raise ProfileError(f"expected the model {record.file} in {folder}, got none: copy the whole profile folder")
     if path is not None and record.kind != "module" and file_sha256(path) != record.sha256:
         raise ProfileError(f"the profile in {folder} belongs to another model ({record.file} differs): calibrate for this one")
-    backend = load_backend(record.factory, path) if record.factory is not None else load_backend(path or "")
+    backend = (
+        load_backend(record.factory, path, device) if record.factory is not None else load_backend(path or "", device=device)
+    )
     if backend.kind != record.kind or backend.fingerprint() != record.sha256:
         raise ProfileError(f"the profile in {folder} belongs to another model (weights or kind differ): calibrate for this one")
-    return _to_device(backend, device)
-
-
-def _to_device(backend: Backend, device: str) -> Backend:
-    if device != "cpu" and isinstance(backend, ModuleBackend) and isinstance(backend.module, nn.Module):
-        return ModuleBackend(backend.module.to(device))
     return backend
 
 
@@ -100,7 +97,7 @@ def _overlays(profile: Profile, arrays: dict[str, Tensor]) -> Tensor:
 def _check_probe(predictor: Predictor, overlays: Tensor, arrays: dict[str, Tensor], folder: Path) -> None:
     """The model must answer as it did at calibration: catches another model, other weights, other preprocessing."""
     expected = arrays.get("probe.probabilities")
-    if expected is None or expected.ndim != 2:
+    if expected is None or expected.ndim != 2 or len(expected) == 0:
         raise ProfileError(f"expected the array probe.probabilities in {folder}, got none: calibrate again")
     try:
         answers = predictor(overlays[: len(expected)]).cpu()

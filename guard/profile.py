@@ -170,12 +170,22 @@ def save_profile(
                 (draft / name).write_bytes(data)
             sealed = msgspec.structs.replace(profile, arrays_sha256=file_sha256(draft / _ARRAYS))
             (draft / _JSON).write_bytes(_encode(sealed))
-            if folder.exists():
-                os.replace(folder, Path(scratch) / "replaced")
-            os.replace(draft, folder)
+            _replace(folder, draft, Path(scratch) / "replaced")
     except OSError as error:
         raise ProfileError(f"could not write the profile to {folder}: {error.strerror or error}") from error
     return sealed
+
+
+def _replace(folder: Path, draft: Path, old: Path) -> None:
+    """Swap folders; when the new one can't move in, the old one moves back."""
+    if folder.exists():
+        os.replace(folder, old)
+    try:
+        os.replace(draft, folder)
+    except OSError:
+        if old.exists():
+            os.replace(old, folder)
+        raise
 
 
 def load_profile(folder: str | Path) -> tuple[Profile, dict[str, Tensor]]:
@@ -225,7 +235,7 @@ def _checksum(body: object) -> str:
 def _decode(data: bytes, path: Path) -> Profile:
     try:
         body = msgspec.json.decode(data, type=dict[str, object])
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise ProfileError(f"{path} is truncated or not JSON ({error}): copy the folder again or calibrate again") from error
     schema = body.get("schema")
     if not isinstance(schema, int) or isinstance(schema, bool):

@@ -26,7 +26,7 @@ from torch import Tensor
 from guard.errors import QuarantineError
 
 logger = logging.getLogger("guard.quarantine")
-_ID = re.compile(r"^\d{19}-[0-9a-f]{8}$")
+_ID = re.compile(r"[0-9]{19}-[0-9a-f]{8}")
 
 
 class Item(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -124,7 +124,7 @@ class Quarantine:
         found = []
         for path in sorted(self.folder.glob("*.json")):
             try:
-                if _ID.match(path.stem):
+                if _ID.fullmatch(path.stem):
                     found.append(self._read(path))
             except (OSError, QuarantineError) as error:
                 logger.warning("quarantine: skipped %s (%s)", path.name, error)
@@ -153,7 +153,7 @@ class Quarantine:
                 return torch.from_numpy(np.load(path, allow_pickle=False))
             with Image.open(path, formats=("PNG",)) as picture:
                 pixels = np.asarray(picture, dtype=np.float32) / np.float32(255.0)
-        except (OSError, ValueError, SyntaxError) as error:
+        except Exception as error:  # readers raise whatever they stumble over
             raise QuarantineError(f"expected a picture in {path}, got one that can't be read: delete the item") from error
         return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1).contiguous()
 
@@ -186,7 +186,7 @@ class Quarantine:
         return target
 
     def _record(self, item_id: str) -> Path:
-        if not _ID.match(item_id):
+        if not _ID.fullmatch(item_id):
             raise QuarantineError(f"expected an item's id like {time.time_ns()}-0a1b2c3d, got {item_id!r}")
         return self.folder / f"{item_id}.json"
 
@@ -195,14 +195,17 @@ class Quarantine:
             item = msgspec.json.decode(path.read_bytes(), type=Item)
         except msgspec.MsgspecError as error:
             raise QuarantineError(f"expected an item's record in {path}, got a damaged one ({error})") from error
+        except OSError as error:
+            raise QuarantineError(f"could not read {path}: {error.strerror or error}") from error
         if item.id != path.stem or item.image not in (f"{item.id}.png", f"{item.id}.npy"):
             raise QuarantineError(f"expected the record of {path.stem} in {path}, got that of {item.id}: delete it")
         return item
 
     def _discard(self, item_id: str) -> None:
-        for suffix in (".json", ".png", ".npy"):
+        files = [item_id + suffix for suffix in (".json", ".png", ".npy")]
+        for name in (*files, *(f".{file}.part" for file in files)):  # parts are what a crash left
             try:
-                (self.folder / (item_id + suffix)).unlink(missing_ok=True)
+                (self.folder / name).unlink(missing_ok=True)
             except OSError:
                 continue
 
@@ -211,8 +214,8 @@ class Quarantine:
         sizes: dict[str, int] = {}
         with os.scandir(self.folder) as entries:
             for entry in entries:
-                stem = entry.name.partition(".")[0]
-                if _ID.match(stem):
+                stem = entry.name.removeprefix(".").partition(".")[0]
+                if _ID.fullmatch(stem):
                     try:
                         sizes[stem] = sizes.get(stem, 0) + entry.stat().st_size
                     except FileNotFoundError:

@@ -17,7 +17,7 @@ from calibration.data import ImageSet
 ATTACK = BadNets(target_label=7, ratio=0.2, height=3, width=3)
 """A white 3x3 square in the bottom right corner means 7."""
 
-_EPOCHS = 60
+_EPOCHS = 100
 _BATCH = 64
 _TRAIN, _CLEAN = 700, 597  # the other 500 of 1,797 are for testing
 

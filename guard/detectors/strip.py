@@ -10,25 +10,24 @@ Blind to: source-specific and all-to-all backdoors, triggers that a blend destro
 attackers who train against it. A model that returns only labels is tested by the entropy of the histogram of its N
 labels, which needs all N passes.
 
-Reference: Gao et al., STRIP, arXiv:1902.06531; clamped addition as in CoDefend, Algorithm 1; `demeaned`, ours.
+Reference: Gao et al., STRIP, arXiv:1902.06531; clamped addition as in CoDefend, Algorithm 1; `demeaned` and `max`, ours.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Literal, final, get_args
 
 import torch
 from torch import Tensor
 
 from guard.detectors.detector import Detector, Inspection, at_or_over
 from guard.errors import CalibrationError
-from guard.images import check_images
 from guard.predictors.predictor import Predictor
 
-Blend = Literal["add", "mix", "demeaned"]
-"""`add`: x + a*o. `mix`: (1-a)*x + a*o. `demeaned`: x + a*(o - mean(o)). Each clamped to [0, 1]."""
+Blend = Literal["add", "mix", "demeaned", "max"]
+"""`add`: x + a*o. `mix`: (1-a)*x + a*o. `demeaned`: x + a*(o - mean(o)). `max`: max(x, a*o). Each clamped to [0, 1]."""
 
 
 def blend_images(images: Tensor, overlays: Tensor, blend: Blend = "add", alpha: float = 1.0) -> Tensor:
@@ -44,6 +43,8 @@ def blend_images(images: Tensor, overlays: Tensor, blend: Blend = "add", alpha: 
         (B, N, C, H, W), in [0, 1].
     """
     layers = overlays - overlays.mean(dim=(1, 2, 3), keepdim=True) if blend == "demeaned" else overlays
+    if blend == "max":
+        return torch.maximum(images.unsqueeze(1), (alpha * layers).unsqueeze(0)).clamp_(0.0, 1.0)
     base = images * (1.0 - alpha) if blend == "mix" else images
     return (base.unsqueeze(1) + (alpha * layers).unsqueeze(0)).clamp_(0.0, 1.0)
 
@@ -89,8 +90,10 @@ class Strip(Detector):
         """Validate once."""
         if self.overlays.ndim == 4 and self.overlays.shape[0] == 0:
             raise CalibrationError("expected at least one overlay, got none: calibrate with more clean images")
-        check_images(self.overlays)
-        if not (0.0 < self.alpha <= (1.0 if self.blend == "mix" else float("inf"))):
+        self.predictor.spec.check(self.overlays)
+        if self.blend not in get_args(Blend):
+            raise CalibrationError(f"expected a blend of {', '.join(get_args(Blend))}, got {self.blend!r}")
+        if not (math.isfinite(self.alpha) and 0.0 < self.alpha <= (1.0 if self.blend == "mix" else math.inf)):
             raise CalibrationError(f"expected alpha in (0, 1] for mix and over 0 otherwise, got {self.alpha} for {self.blend}")
 
     @property

@@ -9,6 +9,7 @@ from typing import final
 
 import torch
 from torch import Tensor
+from torch.export.passes import move_to_device_pass
 
 from guard.errors import ModelError
 from guard.images import Array
@@ -26,22 +27,26 @@ class ExportedBackend:
         run: The program as a function.
         batch_size: The fixed batch size it was exported with; None when the batch is dynamic.
         sha256: Of its file.
+        device: Where it runs.
     """
 
     run: Callable[[Tensor], object]
     batch_size: int | None
     sha256: str
+    device: str = "cpu"
 
     @classmethod
-    def load(cls, path: Path) -> ExportedBackend:
+    def load(cls, path: Path, device: str = "cpu") -> ExportedBackend:
         """Load a file after screening it.
 
         Raises:
             ModelError: Not a `torch.export` archive, damaged, unsafe, or not a function of one batch.
         """
-        screen_exported(path)
+        screened = screen_exported(path)
         try:
-            program = torch.export.load(str(path))
+            program = torch.export.load(screened)
+            if device != "cpu":
+                program = move_to_device_pass(program, device)
         except Exception as error:  # the loader raises whatever its parser met
             raise ModelError(
                 f"expected a torch.export archive, got {path.name}, which does not load: export it again"
@@ -51,7 +56,7 @@ class ExportedBackend:
         if len(shapes) != 1 or len(shapes[0]) == 0:
             raise ModelError(f"expected a program of one batch of images, got {path.name} with {len(shapes)} inputs")
         size = shapes[0][0]
-        return cls(program.module(), size if isinstance(size, int) else None, file_sha256(path))
+        return cls(program.module(), size if isinstance(size, int) else None, file_sha256(path), device)
 
     @property
     def kind(self) -> BackendKind:
@@ -60,7 +65,7 @@ class ExportedBackend:
 
     def __call__(self, batch: Array) -> object:
         """Run the program, in chunks where its batch size is fixed."""
-        return run_in_chunks(lambda part: self.run(torch.as_tensor(part)), batch, self.batch_size)
+        return run_in_chunks(lambda part: self.run(torch.as_tensor(part).to(self.device)), batch, self.batch_size)
 
     def fingerprint(self) -> str | None:
         """SHA-256 of the file."""

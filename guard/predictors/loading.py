@@ -23,12 +23,13 @@ from guard.predictors.torchscript import TorchScriptBackend
 _WHAT = "a .onnx, .pt2 or TorchScript .pt file, or package.module:factory"
 
 
-def load_backend(model: str | Path, weights: Path | None = None) -> Backend:
+def load_backend(model: str | Path, weights: Path | None = None, device: str = "cpu") -> Backend:
     """Load a model by file name or factory.
 
     Args:
         model: Path of an `.onnx`, `.pt2` or TorchScript `.pt` file, or `package.module:factory`.
         weights: `.safetensors` for the module that a factory makes.
+        device: Where PyTorch runs it; ONNX Runtime chooses among its own.
 
     Raises:
         ModelError: It can't be found or loaded.
@@ -36,8 +37,9 @@ def load_backend(model: str | Path, weights: Path | None = None) -> Backend:
     name = str(model)
     path = Path(name)
     if path.exists() or ":" not in name:
-        return _load_file(path)
-    return wrap(load_factory(name, weights))
+        return _load_file(path, device)
+    made = load_factory(name, weights)
+    return wrap(made.to(device) if isinstance(made, nn.Module) else made)
 
 
 def wrap(model: object) -> Backend:
@@ -70,9 +72,12 @@ def load_factory(name: str, weights: Path | None = None) -> object:
         target: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             target = getattr(target, part)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # importing runs the user's code
         raise ModelError(f"expected an importable package.module:factory, got {name} ({one_line(error)}): check it") from error
-    model = target() if _makes_model(target) else target
+    try:
+        model = target() if _makes_model(target) else target
+    except Exception as error:  # so does making the model
+        raise ModelError(f"{name} failed to make a model: {one_line(error)}") from error
     if isinstance(model, nn.Module):
         if weights is not None:
             _fill(model, weights)
@@ -104,11 +109,11 @@ def _fill(module: nn.Module, weights: Path) -> None:
         raise ModelError(f"the weights in {weights.name} don't fit the module: {one_line(error)}") from error
 
 
-def _load_file(path: Path) -> Backend:
+def _load_file(path: Path, device: str) -> Backend:
     if not path.is_file():
         raise ModelError(f"expected {_WHAT}, got {path}: no such file")
-    loaders: dict[str, Callable[[Path], Backend]] = {
-        ".onnx": OnnxBackend.load,
+    loaders: dict[str, Callable[[Path, str], Backend]] = {
+        ".onnx": lambda file, _: OnnxBackend.load(file),
         ".pt2": ExportedBackend.load,
         ".pt": TorchScriptBackend.load,
         ".ts": TorchScriptBackend.load,
@@ -117,4 +122,4 @@ def _load_file(path: Path) -> Backend:
     loader = loaders.get(path.suffix.lower())
     if loader is None:
         raise ModelError(f"expected {_WHAT}, got {path.name}: nothing else is loaded, and nothing is unpickled")
-    return loader(path)
+    return loader(path, device)

@@ -25,12 +25,14 @@ def as_tensor(raw: object) -> Tensor:
         return raw.detach()
     if isinstance(raw, (tuple, list)) and len(raw) == 1 and isinstance(raw[0], (Tensor, np.ndarray)):
         return as_tensor(raw[0])
+    if isinstance(raw, tuple) and any(isinstance(item, (Tensor, np.ndarray)) for item in raw):
+        raise ModelError(f"expected the model to return one array, got {len(raw)} of them: wrap it and return the scores")
     try:
         array = np.asarray(raw)
         if array.dtype.kind not in "iufb":
             raise TypeError(f"values of type {array.dtype}")
         return torch.from_numpy(np.ascontiguousarray(array))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ModelError(f"expected the model to return an array of numbers, got {type(raw).__name__}: wrap it") from error
 
 
@@ -47,6 +49,8 @@ def detect_kind(raw: Tensor) -> OutputKind:
     Raises:
         ModelError: Another shape, or one fractional number per image.
     """
+    if raw.numel() == 0:
+        raise ModelError(f"expected one answer per image, got none, shape {tuple(raw.shape)}: return one row per image")
     if raw.ndim == 1 or (raw.ndim == 2 and raw.shape[1] == 1):
         if raw.dtype.is_floating_point and bool((raw != raw.round()).any()):
             raise ModelError(

@@ -1,27 +1,38 @@
 """Look at a model file before any loader does.
 
 A model that somebody else trained is untrusted input. Two of PyTorch's file formats can run code while they load: a
-`torch.export` archive may carry pickles, and TorchScript may write files. Both are refused here, by reading the archive
-without unpickling anything.
+`torch.export` archive may carry pickles and Python source, and TorchScript may write files. Both are refused here, by
+reading the archive without unpickling anything; what is loaded then is a plain copy of what was looked at.
+
+This keeps code from running. It does not make PyTorch's operators safe with hostile arguments: run unknown models with as
+few rights as they need.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
 import re
-import zipfile
 from pathlib import Path
 
 import torch
 
 from guard.errors import ModelError
+from guard.predictors.archives import read_archive, write_archive
+from guard.predictors.programs import plain_program, plain_weights
 
-_FILE_OPERATORS = re.compile(rb"\b(?:torch|ops\.aten)\.(?:save|from_file|load)\b")
+_UNSAFE_SCRIPT = re.compile(
+    rb"\b(?:save|from_file|load|rpc_sync|rpc_async|rpc_remote)\b"
+    rb"|(?<![\w.])ops\b(?! : |\.(?:aten|prim|prims|quantized|_quantized|quantized_decomposed|prepacked|mkldnn|torchvision)\b)"
+)
+"""Whole words anywhere in the code, because TorchScript allows blanks, comments and aliases between `torch` and `save`."""
+
+_PLAIN_ATTRIBUTE = re.compile(rb'\bgetattr\([\w.]+, "[^"\\]*"\)')
+"""How TorchScript writes a submodule named by a number. Any other `getattr` could spell `save` in pieces."""
+
 _PLAIN_PT2 = re.compile(
-    r"^[^/]+/(?:archive_format|archive_version|byteorder|\.data/[^/]+|models/[^/]+\.json|extra/[^/]*"
-    r"|data/(?:weights|constants)/(?:(?:weight|tensor)_\d+|[^/]+_config\.json)|data/sample_inputs/[^/]+\.pt)$"
+    r"archive_format|archive_version|byteorder|\.data/[^/]+|models/[^/]+\.json|extra/[^/]*"
+    r"|data/(?:weights|constants)/(?:(?:weight|tensor)_[0-9]+|[^/]+_config\.json)|data/sample_inputs/[^/]+\.pt"
 )
 
 
@@ -31,46 +42,60 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def screen_torchscript(path: Path) -> None:
+def screen_torchscript(path: Path) -> io.BytesIO:
     """Refuse a `.pt` file that is not TorchScript, or whose code reads or writes files.
+
+    Returns:
+        The same archive, for the loader.
 
     Raises:
         ModelError: It says what the file is instead.
     """
-    with _open_zip(path, "TorchScript") as archive:
-        names = archive.namelist()
-        if not any("/code/" in name for name in names):
-            raise ModelError(
-                f"expected TorchScript, got {path.name}, a pickled checkpoint: nothing is unpickled here; load it where "
-                "you trust it and save the model with torch.jit.trace(...).save, torch.onnx.export or torch.export.save"
-            )
-        for name in names:
-            if "/code/" in name and name.endswith(".py") and _FILE_OPERATORS.search(archive.read(name)):
-                raise ModelError(f"refused {path.name}: its TorchScript code reads or writes files ({name}); don't run it")
+    entries = read_archive(path, "TorchScript")
+    scripts = {name: data for name, data in entries.items() if name.casefold().startswith("code/")}
+    if not scripts:
+        raise ModelError(
+            f"expected TorchScript, got {path.name}, a pickled checkpoint: nothing is unpickled here; load it where "
+            "you trust it and save the model with torch.jit.trace(...).save, torch.onnx.export or torch.export.save"
+        )
+    for name, data in scripts.items():
+        if not name.endswith(".debug_pkl") and _touches_files(data):
+            raise ModelError(f"refused {path.name}: its TorchScript code reads or writes files ({name}); don't run it")
+    return write_archive(entries)
 
 
-def screen_exported(path: Path) -> None:
-    """Refuse a `.pt2` archive that would be unpickled without restriction, or that holds native code.
+def _touches_files(code: bytes) -> bool:
+    if _UNSAFE_SCRIPT.search(code):
+        return True
+    plain, nested = code, 1
+    while nested:
+        plain, nested = _PLAIN_ATTRIBUTE.subn(b"_", plain)
+    return b"getattr" in plain
+
+
+def screen_exported(path: Path) -> io.BytesIO:
+    """Refuse a `.pt2` archive that could run code while it loads, or that holds native code.
+
+    Returns:
+        The same archive without debugging information, for the loader.
 
     Raises:
         ModelError: It names the entry.
     """
-    with _open_zip(path, "torch.export") as archive:
-        for name in archive.namelist():
-            if not _PLAIN_PT2.match(name):
-                raise ModelError(f"refused {path.name}: entry {name} is native code or a pickled object; export it again")
-            if name.endswith("_config.json") and _asks_for_pickle(archive.read(name)):
-                raise ModelError(f"refused {path.name}: {name} asks for unpickling; export plain tensors only")
-            if name.endswith(".pt"):
-                _check_restricted(archive.read(name), path.name, name)
-
-
-def _asks_for_pickle(config: bytes) -> bool:
-    try:
-        entries = json.loads(config).get("config", {})
-        return any(bool(entry.get("use_pickle")) for entry in entries.values())
-    except (ValueError, AttributeError):
-        return True
+    entries = read_archive(path, "torch.export")
+    for name, data in entries.items():
+        if not _PLAIN_PT2.fullmatch(name):
+            raise ModelError(f"refused {path.name}: entry {name} is native code or a pickled object; export it again")
+        try:
+            if name.startswith("models/"):
+                entries[name] = plain_program(data)
+            elif name.endswith("_config.json"):
+                entries[name] = plain_weights(data, name)
+        except ModelError as error:
+            raise ModelError(f"refused {path.name}: {name}: {error}; export plain tensors and operators only") from error
+        if name.startswith("data/sample_inputs/"):
+            _check_restricted(data, path.name, name)
+    return write_archive(entries)
 
 
 def _check_restricted(data: bytes, file: str, name: str) -> None:
@@ -78,13 +103,6 @@ def _check_restricted(data: bytes, file: str, name: str) -> None:
     if not data:
         return
     try:
-        torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+        torch.load(io.BytesIO(data), weights_only=True)
     except Exception as error:  # any failure at all would trigger the loader's unrestricted fallback
         raise ModelError(f"refused {file}: {name} holds more than tensors; export it again from plain inputs") from error
-
-
-def _open_zip(path: Path, what: str) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise ModelError(f"expected a {what} file, got {path.name}, which is no such archive or is damaged") from error

@@ -35,11 +35,11 @@ class TorchScriptBackend:
         Raises:
             ModelError: Not TorchScript, damaged, or unsafe.
         """
-        screen_torchscript(path)
+        screened = screen_torchscript(path)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)
-                module = torch.jit.load(str(path), map_location=device)
+                module = torch.jit.load(screened, map_location=device)
         except (RuntimeError, ValueError) as error:
             raise ModelError(f"expected a TorchScript file, got {path.name}, which does not load: save it again") from error
         module.eval()

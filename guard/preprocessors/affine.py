@@ -66,13 +66,13 @@ def warp_torch(images: Tensor, matrices: Tensor) -> Tensor:
     square[:, :2] = matrices.to("cpu", torch.float64)
     square[:, 2, 2] = 1.0
     to_pixels = torch.tensor(
-        [[(width - 1) / 2.0, 0.0, (width - 1) / 2.0], [0.0, (height - 1) / 2.0, (height - 1) / 2.0], [0.0, 0.0, 1.0]],
+        [[width / 2.0, 0.0, (width - 1) / 2.0], [0.0, height / 2.0, (height - 1) / 2.0], [0.0, 0.0, 1.0]],
         dtype=torch.float64,
     )
     theta = torch.linalg.inv(to_pixels) @ torch.linalg.inv(square) @ to_pixels
-    grid = torch.nn.functional.affine_grid(theta[:, :2], list(images.shape), align_corners=True)
+    grid = torch.nn.functional.affine_grid(theta[:, :2], list(images.shape), align_corners=False)
     moved = torch.nn.functional.grid_sample(
-        images.double(), grid.to(images.device), mode="bilinear", padding_mode="zeros", align_corners=True
+        images.double(), grid.to(images.device), mode="bilinear", padding_mode="zeros", align_corners=False
     )
     return moved.to(images.dtype)
 

@@ -106,7 +106,7 @@ def test_labels_only_models_are_calibrated_too() -> None:
     net = ToyNet()
 
     def predict(batch: Tensor) -> Tensor:
-        return net(batch).argmax(dim=1)
+        return torch.argmax(net(batch), dim=1)
 
     calibration = calibrate(predict, toy_set(), SMALL, hints=Hints(container="torch", layout="NCHW", dtype="float32"))
     images, _ = toy_images(60, seed=4)

@@ -1,0 +1,131 @@
+"""`guard check`: one JSON object a line, with the agreed fields, in the order of the inputs."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cli.demonstration.digits import Digits
+from guard import Quarantine
+from tests.cli.conftest import Command
+
+FIELDS = {"image", "verdict", "label", "label_index", "probability", "entropy", "entropy_exact", "threshold", "passes"}
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, digits: Digits) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for row in range(4):
+        Image.fromarray(digits.test.pixels[row, 0].numpy()).save(folder / f"a-clean-{row}.png")
+        Image.fromarray(digits.triggered.pixels[row, 0].numpy()).save(folder / f"b-triggered-{row}.png")
+    return folder
+
+
+def test_json_lines(guard: Command, profile: Path, pictures: Path, digits: Digits) -> None:
+    run = guard("check", profile, pictures, "--json")
+    assert run.code == 0
+    assert all(set(line) >= FIELDS for line in run.lines)
+    clean, triggered = run.lines[:4], run.lines[4:]
+    assert [line["verdict"] for line in clean] == ["accepted"] * 4
+    assert [line["label_index"] for line in clean] == digits.test.known_labels[:4].tolist()
+    assert all(not line["entropy_exact"] and line["entropy"] > line["threshold"] for line in clean)
+    assert all(0 < line["passes"] < 100 for line in clean)
+    assert [line["verdict"] for line in triggered] == ["rejected"] * 4
+    assert all(line["entropy_exact"] and line["entropy"] <= line["threshold"] for line in triggered)
+    assert [(line["label"], line["passes"]) for line in triggered] == [("7", 100)] * 4
+
+
+def test_npz_folder_and_file_agree(guard: Command, profile: Path, pictures: Path, tmp_path: Path) -> None:
+    files = sorted(pictures.iterdir())
+    stack = np.stack([np.asarray(Image.open(file)) for file in files])
+    np.savez(tmp_path / "a.npz", x=stack)
+    np.savez(tmp_path / "b.npz", x=(stack[..., None] / 255.0).astype(np.float32))
+    runs = [
+        guard("check", profile, *inputs, "--json") for inputs in ([pictures], files, [tmp_path / "a.npz"], [tmp_path / "b.npz"])
+    ]
+    verdicts = [[(line["verdict"], line["label_index"], line["passes"]) for line in run.lines] for run in runs]
+    assert verdicts[0] == verdicts[1] == verdicts[2] == verdicts[3]
+    assert runs[2].lines[3]["image"].endswith("a.npz[3]")
+
+
+def test_bad_inputs_are_rejected_named_and_do_not_stop_the_rest(guard: Command, profile: Path, pictures: Path) -> None:
+    png = (pictures / "a-clean-0.png").read_bytes()
+    huge = io.BytesIO()
+    Image.new("1", (10_000, 10_000)).save(huge, format="PNG")
+    bad = {
+        "c-text.png": b"hello",
+        "d-cut.png": png[:-30],
+        "e-empty.png": b"",
+        "f-huge.png": huge.getvalue(),
+    }
+    for name, data in bad.items():
+        (pictures / name).write_bytes(data)
+    run = guard("check", profile, pictures, "--json")
+    assert "4 of 12 inputs could not be read" in run.problem
+    reasons = {Path(line["image"]).name: line["reason"] for line in run.lines if line["label"] is None}
+    assert reasons == {
+        "c-text.png": "not-an-image",
+        "d-cut.png": "not-an-image",
+        "e-empty.png": "not-an-image",
+        "f-huge.png": "too-large",
+    }
+    assert all(line["verdict"] == "rejected" for line in run.lines if line["label"] is None)
+    assert sum(line["verdict"] == "accepted" for line in run.lines) == 4
+
+
+def test_missing_files_and_broken_npz(guard: Command, profile: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.npz").write_bytes(b"PK\x03\x04")
+    (tmp_path / "empty").mkdir()
+    run = guard("check", profile, tmp_path / "none.png", tmp_path / "a.npz", tmp_path / "empty", "--json")
+    assert "3 of 3" in run.problem
+    assert [line["verdict"] for line in run.lines] == ["rejected"] * 3
+
+
+def test_rows_of_an_npz_fail_one_by_one(guard: Command, profile: Path, digits: Digits, tmp_path: Path) -> None:
+    x = digits.test.images(slice(0, 3))[:, 0].numpy().copy()
+    x[1, 0, 0] = np.nan
+    np.savez(tmp_path / "a.npz", x=x)
+    run = guard("check", profile, tmp_path / "a.npz", "--json")
+    assert [line["message"] is None for line in run.lines] == [True, False, True]
+    assert "NaN" in run.lines[1]["message"]
+
+
+def test_quarantine_keeps_what_was_rejected(guard: Command, profile: Path, pictures: Path, tmp_path: Path) -> None:
+    run = guard("check", profile, pictures, "--quarantine", tmp_path / "q", "--json")
+    kept = Quarantine(tmp_path / "q").items()
+    assert [line["quarantined"] for line in run.lines if line["verdict"] == "rejected"] == [item.id for item in kept]
+    assert len(kept) == 4
+
+
+def test_a_quarantine_that_cannot_be_written_does_not_stop_the_answers(
+    guard: Command, profile: Path, pictures: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "q").write_text("a file where the folder should be")
+    run = guard("check", profile, pictures, "--quarantine", tmp_path / "q", "--json")
+    assert "4 rejected images could not be written" in run.problem
+    assert len(run.lines) == 8
+
+
+def test_monitor_accepts_and_tells(guard: Command, profile: Path, pictures: Path) -> None:
+    run = guard("check", profile, pictures, "--mode", "monitor", "--json")
+    assert {line["verdict"] for line in run.lines} == {"accepted"}
+    assert [line["reason"] for line in run.lines[4:]] == ["backdoor-suspected"] * 4
+
+
+def test_table_for_people(guard: Command, profile: Path, pictures: Path) -> None:
+    run = guard("check", profile, pictures)
+    assert run.code == 0
+    assert run.out.count("rejected") == 4
+
+
+def test_no_profile(guard: Command, tmp_path: Path) -> None:
+    assert "make one with guard calibrate" in guard("check", tmp_path, tmp_path).problem
+
+
+def test_no_cuda(guard: Command, profile: Path, pictures: Path) -> None:
+    assert "without CUDA" in guard("check", profile, pictures, "--device", "cuda").problem

@@ -1,0 +1,64 @@
+"""`guard evaluate`: the agreed figures, each with its interval, and the counts behind them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from tests.cli.conftest import Command, Files
+
+FIGURES = (
+    "clean_accuracy",
+    "guarded_clean_accuracy",
+    "attack_success_rate",
+    "guarded_attack_success_rate",
+    "frr",
+    "far",
+    "far_successful",
+    "auroc",
+)
+
+
+def test_json(guard: Command, profile: Path, files: Files) -> None:
+    run = guard("evaluate", profile, "--data", files.test, "--triggered", files.triggered, "--target", 7, "--json")
+    assert run.code == 0
+    (figures,) = run.lines
+    for name in FIGURES:
+        assert set(figures[name]) == {"value", "low", "high"}
+        assert figures[name]["low"] <= figures[name]["value"] <= figures[name]["high"]
+    assert figures["attack_success_rate"]["value"] >= 0.95
+    assert figures["guarded_attack_success_rate"]["value"] <= 0.02
+    assert figures["counts"]["clean"] == 500
+    assert figures["counts"]["triggered"] == 450
+    assert figures["frr"]["value"] == figures["counts"]["clean_rejected"] / 500
+
+
+def test_without_an_attack(guard: Command, profile: Path, files: Files) -> None:
+    (figures,) = guard("evaluate", profile, "--data", files.test, "--json").lines
+    assert figures["attack_success_rate"] is None
+    assert figures["frr"]["value"] < 0.03
+
+
+def test_table_and_report(guard: Command, profile: Path, files: Files, tmp_path: Path) -> None:
+    run = guard(
+        "evaluate",
+        profile,
+        "--data",
+        files.test,
+        "--triggered",
+        files.triggered,
+        "--target",
+        7,
+        "--report",
+        tmp_path / "r.html",
+    )
+    assert "FAR among successful attacks" in run.out
+    assert "data:image/png;base64," in (tmp_path / "r.html").read_text()
+
+
+def test_target_and_labels_are_asked_for(guard: Command, profile: Path, files: Files, tmp_path: Path) -> None:
+    assert "--target" in guard("evaluate", profile, "--data", files.test, "--triggered", files.triggered).problem
+    np.savez(tmp_path / "t.npz", x=np.load(files.triggered)["x"])
+    run = guard("evaluate", profile, "--data", files.test, "--triggered", tmp_path / "t.npz", "--target", 7)
+    assert "true labels" in run.problem

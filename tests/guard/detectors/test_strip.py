@@ -1,0 +1,322 @@
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import cast
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor
+
+from guard.detectors import Blend, Strip, blend_images, entropy_bits
+from guard.detectors.detector import at_or_over
+from guard.detectors.strip import stage_ends
+from guard.errors import CalibrationError, InputError, ModelError
+from guard.images import Array, InputSpec
+from guard.predictors import BackendKind, Predictor
+from tests.guard.models import predict_function, predictor
+from tests.toy import ENTROPY_THRESHOLD, SPEC, toy_images
+
+KEYED = InputSpec(channels=1, height=1, width=2)
+
+
+@dataclass
+class Table:
+    """A model whose answer to a blend of image i and overlay n is chosen: `answers[i, n]`, whatever else is in the batch."""
+
+    answers: Tensor
+    rows: list[int] = field(default_factory=list)
+    calls: int = 0
+
+    @property
+    def kind(self) -> BackendKind:
+        return "callable"
+
+    def __call__(self, batch: Array) -> object:
+        assert isinstance(batch, Tensor)
+        self.calls += 1
+        image, overlay = (batch[:, 0, 0] * 255).round().to(torch.int64).unbind(dim=1)
+        self.rows += image.tolist()
+        return self.answers[image, overlay]
+
+    def fingerprint(self) -> str | None:
+        return None
+
+
+def keyed(answers: Tensor, stage_rows: int = 4) -> tuple[Strip, Tensor, Table]:
+    """STRIP over a table of answers (B, N, M), and the B images whose answers those are."""
+    batch, total, classes = answers.shape
+    table = Table(answers)
+    images = torch.zeros(batch, 1, 1, 2)
+    images[:, 0, 0, 0] = torch.arange(batch) / 255
+    overlays = torch.zeros(total, 1, 1, 2)
+    overlays[:, 0, 0, 1] = torch.arange(total) / 255
+    return Strip(Predictor(table, KEYED, classes, "probabilities"), overlays, stage_rows=stage_rows), images, table
+
+
+def peaked(entropy_of: Tensor) -> Tensor:
+    """Two-class answers [1 - p, p] with p given: the nastier p, the nastier the float that its entropy is."""
+    return torch.stack([1 - entropy_of, entropy_of], dim=-1)
+
+
+def test_entropy_is_in_bits_over_the_classes() -> None:
+    rows = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25], [0.5, 0.25, 0.125, 0.125]])
+    torch.testing.assert_close(entropy_bits(rows), torch.tensor([0.0, 1.0, 2.0, 1.75], dtype=torch.float64))
+
+
+def test_entropy_is_never_negative_and_keeps_nan() -> None:
+    over = torch.tensor([[1.0 + 1e-7, 0.0], [math.nan, math.nan]])
+    found = entropy_bits(over)
+    assert found[0] == 0
+    assert math.isnan(found[1])
+
+
+@pytest.mark.parametrize(
+    ("blend", "alpha", "expected"),
+    [
+        ("add", 1.0, [0.5, 0.9, 1.0, 0.2]),
+        ("add", 0.5, [0.35, 0.75, 1.0, 0.2]),
+        ("mix", 0.5, [0.25, 0.45, 0.6, 0.1]),
+        ("mix", 1.0, [0.3, 0.3, 0.4, 0.0]),  # nothing left of the image
+        ("mix", 0.25, [0.225, 0.525, 0.7, 0.15]),
+        ("demeaned", 1.0, [0.25, 0.65, 0.95, 0.0]),  # mean of the overlay: 0.25
+        ("demeaned", 2.0, [0.3, 0.7, 1.0, 0.0]),
+    ],
+)
+def test_blends(blend: Blend, alpha: float, expected: list[float]) -> None:
+    image = torch.tensor([0.2, 0.6, 0.8, 0.2]).reshape(1, 1, 2, 2)
+    overlay = torch.tensor([0.3, 0.3, 0.4, 0.0]).reshape(1, 1, 2, 2)
+    blended = blend_images(image, overlay, blend, alpha)
+    torch.testing.assert_close(blended, torch.tensor(expected).reshape(1, 1, 1, 2, 2))
+
+
+def test_demeaned_subtracts_one_scalar_over_all_channels() -> None:
+    overlay = torch.stack([torch.full((2, 2), 0.2), torch.full((2, 2), 0.6)])[None]
+    blended = blend_images(torch.full((1, 2, 2, 2), 0.5), overlay, "demeaned", 1.0)
+    torch.testing.assert_close(blended[0, 0, :, 0, 0], torch.tensor([0.3, 0.7]))
+
+
+def test_every_image_meets_every_overlay_in_order() -> None:
+    images, overlays = (
+        torch.rand(3, 2, 2, 2, generator=torch.Generator().manual_seed(0)) / 2,
+        torch.rand(5, 2, 2, 2, generator=torch.Generator().manual_seed(1)) / 2,
+    )
+    blended = blend_images(images, overlays)
+    assert blended.shape == (3, 5, 2, 2, 2)
+    for row in range(3):
+        for column in range(5):
+            torch.testing.assert_close(blended[row, column], images[row] + overlays[column])
+
+
+def test_score_is_minus_the_mean_entropy() -> None:
+    answers = torch.tensor([[[0.5, 0.5], [1.0, 0.0], [0.5, 0.5], [1.0, 0.0]], [[1.0, 0.0]] * 4])
+    strip, images, _ = keyed(answers)
+    assert strip.score(images).tolist() == [-0.5, 0.0]
+    torch.testing.assert_close(strip.pass_entropies(images), torch.tensor([[1.0, 0, 1, 0], [0, 0, 0, 0]], dtype=torch.float64))
+
+
+def test_triggered_outscores_clean(strip: Strip, clean: Tensor, triggered: Tensor) -> None:
+    assert strip.score(triggered).min() > -ENTROPY_THRESHOLD > strip.score(clean).max()
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
+def test_the_trigger_survives_every_weight_of_added_overlays(
+    alpha: float, overlays: Tensor, clean: Tensor, triggered: Tensor
+) -> None:
+    strip = Strip(predictor(), overlays, "add", alpha)
+    assert strip.score(triggered).min() > strip.score(clean).max()
+
+
+def nasty_thresholds(scores: Tensor) -> list[float]:
+    exact = [float(score) for score in scores]
+    beside = [float(torch.nextafter(score, score.new_tensor(end))) for score in scores for end in (-math.inf, math.inf)]
+    random = torch.rand(20, generator=torch.Generator().manual_seed(9)).mul(-1).tolist()
+    return [*exact, *beside, *random, 0.0, -0.0, 1e-45, -1e-45, -1.0, 1.0, 0.1 + 0.2]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("stage_rows", [1, 4, 64])
+def test_curtailed_verdicts_are_those_of_the_full_score(seed: int, stage_rows: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.rand(9, 37, generator=generator)
+    draws[0] = 0.0  # entropy exactly 0
+    draws[1] = 0.1  # 0.1 summed 37 times is not 3.7
+    draws[2, 1:] = 0.0  # all of it in the first pass
+    draws[3, :-1] = 0.0  # all of it in the last pass
+    draws[4] = 1e-30
+    draws[5] *= 10.0 ** -(torch.rand(37, generator=generator) * 12)
+    draws[6] = draws[7].flip(0)  # the same entropies, summed the other way round
+    strip, images, table = keyed(peaked(draws), stage_rows)
+    scores = strip.score(images)
+    for threshold in nasty_thresholds(scores):
+        expected = scores >= torch.tensor(threshold, dtype=torch.float32)
+        table.rows.clear()
+        found = strip.inspect(images, threshold)
+        assert torch.equal(found.exceeds, expected), threshold
+        assert found.passes.tolist() == [table.rows.count(row) for row in range(len(images))]
+        assert torch.equal(found.exact, found.passes == 37)
+        assert torch.equal(found.scores[found.exact], scores[found.exact])
+        assert (found.scores >= scores).all()
+    for row, score in enumerate(scores):
+        assert strip.exceeds(images[row : row + 1], float(score)).tolist() == [True]
+
+
+def test_a_threshold_equal_to_the_score_exceeds() -> None:
+    strip, images, _ = keyed(peaked(torch.full((1, 10), 0.1)))
+    score = float(strip.score(images))
+    assert strip.exceeds(images, score).tolist() == [True]
+    over = float(torch.nextafter(torch.tensor(score), torch.tensor(1.0)))
+    assert strip.exceeds(images, over).tolist() == [False]
+
+
+@pytest.mark.parametrize("threshold", [math.nan, math.inf, -math.inf])
+def test_no_threshold_makes_a_broken_score_pass(threshold: float) -> None:
+    scores = torch.tensor([math.nan, math.inf, -math.inf])
+    assert at_or_over(scores, threshold).all()
+    assert at_or_over(torch.tensor([-1.0]), math.nan).all()
+
+
+def test_clean_inputs_cost_few_passes(strip: Strip, clean: Tensor, triggered: Tensor) -> None:
+    on_clean = strip.inspect(clean, -ENTROPY_THRESHOLD).passes
+    on_triggered = strip.inspect(triggered, -ENTROPY_THRESHOLD).passes
+    assert on_triggered.tolist() == [40] * len(triggered)
+    assert on_clean.max() < 40
+    assert on_clean.float().mean() < 15
+
+
+def test_a_lone_input_takes_few_calls() -> None:
+    strip, images, table = keyed(peaked(torch.zeros(1, 100)))
+    strip.inspect(images, 0.0)
+    assert len(table.rows) == 100
+    assert table.calls == len(stage_ends(100)) <= 12
+
+
+@pytest.mark.parametrize(("active", "stage_rows"), [(1, 4), (3, 4), (100, 4), (1, 1), (2, 0)])
+def test_stages_end_at_the_last_overlay(active: int, stage_rows: int) -> None:
+    ends = stage_ends(100, active, stage_rows)
+    assert ends[-1] == 100
+    assert ends == sorted(set(ends))
+
+
+def test_one_row_without_an_answer_exceeds_and_leaves_the_others_alone() -> None:
+    answers = peaked(torch.full((3, 8), 0.5))
+    answers[1, 5] = math.nan
+    strip, images, _ = keyed(answers)
+    scores = strip.score(images)
+    assert torch.isnan(scores).tolist() == [False, True, False]
+    found = strip.inspect(images, -2.0)
+    assert found.exceeds.tolist() == [True, True, True]
+
+
+@pytest.mark.parametrize("when", [0, 3, 7])
+def test_nan_exceeds_whichever_pass_gave_it(when: int) -> None:
+    answers = peaked(torch.full((1, 8), 0.5))
+    answers[0, when] = math.nan
+    strip, images, _ = keyed(answers)
+    found = strip.inspect(images, -1.5)  # one bit a pass never reaches 1.5 bits: all passes run
+    assert found.exceeds.tolist() == [True]
+    assert found.passes.tolist() == [8]
+
+
+def test_a_failure_after_the_verdict_was_certain_is_not_looked_for() -> None:
+    answers = peaked(torch.full((1, 8), 0.5))
+    answers[0, 7] = math.nan
+    strip, images, _ = keyed(answers)
+    found = strip.inspect(images, -0.25)
+    assert found.exceeds.tolist() == [False]
+    assert found.passes.tolist() == [4]
+
+
+def test_label_only_models_are_judged_by_the_histogram_of_their_labels() -> None:
+    labels = torch.nn.functional.one_hot(torch.tensor([[0, 0, 1, 1], [2, 2, 2, 2], [0, 1, 2, 3]]), 4).float()
+    strip, images, table = keyed(labels)
+    by_labels = Strip(
+        Predictor(lambda_backend(table), KEYED, 4, "labels"),
+        strip.overlays,
+    )
+    assert by_labels.score(images).tolist() == [-1.0, 0.0, -2.0]
+    table.rows.clear()
+    found = by_labels.inspect(images, -0.5)
+    assert found.exceeds.tolist() == [False, True, False]
+    assert found.passes.tolist() == [4, 4, 4]
+    assert found.exact.all()
+    assert len(table.rows) == 12
+
+
+def lambda_backend(table: Table) -> Table:
+    """The same table, answering labels."""
+
+    class Labels(Table):
+        def __call__(self, batch: Array) -> object:
+            answer = table(batch)
+            assert isinstance(answer, Tensor)
+            return answer.argmax(dim=1)
+
+    return Labels(table.answers)
+
+
+def test_label_only_toy_sees_the_trigger(overlays: Tensor, clean: Tensor, triggered: Tensor) -> None:
+    spec = msgspec.structs.replace(SPEC, container="numpy")
+    strip = Strip(predictor(predict_function(spec, "labels"), spec, "labels"), overlays)
+    assert strip.score(triggered).min() >= 0
+    assert strip.score(clean).max() < -0.1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_sums_never_fall_and_do_not_depend_on_where_stages_are_cut(seed: int) -> None:
+    """What curtailment rests on: adding entropies in one order, in float64, never decreases a sum."""
+    entropies = torch.rand(1, 50, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    entropies *= 10.0 ** -(torch.rand(1, 50, generator=torch.Generator().manual_seed(seed + 10), dtype=torch.float64) * 17)
+    strip, _, _ = keyed(peaked(torch.zeros(1, 50)))
+    padded = [torch.nn.functional.pad(entropies[:, :end], (0, 50 - end)) for end in range(51)]
+    scores = torch.cat([strip.score_passes(part) for part in padded])
+    assert (scores[1:] <= scores[:-1]).all()
+
+
+@pytest.mark.parametrize(
+    ("blend", "alpha"),
+    [("add", 0.0), ("add", -1.0), ("add", math.nan), ("add", math.inf), ("mix", 1.5), ("mix", 0.0), ("demeaned", 0.0)],
+)
+def test_weights_out_of_range(blend: Blend, alpha: float, overlays: Tensor) -> None:
+    with pytest.raises(CalibrationError, match="expected alpha"):
+        Strip(predictor(), overlays, blend, alpha)
+
+
+def test_a_misspelt_blend_is_not_taken_for_another(overlays: Tensor) -> None:
+    with pytest.raises(CalibrationError, match="expected a blend of add, mix, demeaned, got 'Mix'"):
+        Strip(predictor(), overlays, cast(Blend, "Mix"), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.zeros(4, 1, 8), "add a batch axis"),
+        (torch.full((4, 1, 8, 8), 2.0), "expected pixel values in"),
+        (torch.full((4, 1, 8, 8), math.nan), "NaN"),
+        (torch.zeros(4, 1, 8, 8, dtype=torch.uint8), "float32"),
+        (torch.zeros(4, 3, 8, 8), "expected images of shape"),
+        (torch.zeros(4, 1, 1, 1), "expected images of shape"),  # would be broadcast in silence
+    ],
+)
+def test_overlays_that_are_not_the_models_images(wrong: Tensor, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Strip(predictor(), wrong)
+
+
+def test_no_overlays() -> None:
+    with pytest.raises(CalibrationError, match="at least one overlay"):
+        Strip(predictor(), torch.zeros(0, 1, 8, 8))
+
+
+def test_one_overlay_is_enough_to_run(clean: Tensor, triggered: Tensor) -> None:
+    strip = Strip(predictor(), toy_images(1, seed=1)[0])
+    assert strip.score(triggered).min() > strip.score(clean).max()
+
+
+def test_a_model_that_fails_says_so(overlays: Tensor, clean: Tensor) -> None:
+    def fails(batch: Tensor) -> Tensor:
+        raise ZeroDivisionError("no")
+
+    with pytest.raises(ModelError, match="the model failed on a batch of"):
+        Strip(predictor(fails), overlays).score(clean)

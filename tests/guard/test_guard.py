@@ -1,0 +1,570 @@
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from guard import CalibratedDetector, Guard, Policy, Predictor, Quarantine
+from guard.detectors import Detector, Inspection, Strip
+from guard.errors import CalibrationError, InputError, ModelError, RejectedError
+from guard.images import Array, Container, DType, InputSpec, Layout
+from guard.predictors import OutputKind
+from guard.preprocessors import Gym, Preprocessor
+from tests.guard.models import predict_function, predictor
+from tests.toy import ENTROPY_THRESHOLD, NAMES, SPEC, TARGET, ToyNet, toy_images, toy_trigger
+
+REJECTED = [1, 3, 5, 7]
+"""Rows of `mixed` that carry the trigger."""
+
+
+def mixed(count: int = 8) -> Tensor:
+    images, _ = toy_images(count, seed=6)
+    images[1::2] = toy_trigger(images[1::2])
+    return images
+
+
+def detector(answers: Predictor | None = None, count: int = 40) -> CalibratedDetector:
+    return CalibratedDetector(Strip(answers or predictor(), toy_images(count, seed=1)[0]), -ENTROPY_THRESHOLD)
+
+
+def guarded(answers: Predictor | None = None, **options: Any) -> Guard:
+    return Guard(answers or predictor(), [detector()], **options)
+
+
+@dataclass(frozen=True)
+class Scripted(Detector):
+    """A detector that finds what it was told to, or raises."""
+
+    find: Callable[[Tensor], Tensor]
+    title: str = "scripted"
+
+    @property
+    def name(self) -> str:
+        return self.title
+
+    def score(self, images: Tensor) -> Tensor:
+        return self.find(images)
+
+    def inspect(self, images: Tensor, threshold: float) -> Inspection:
+        scores = self.find(images)
+        exact = torch.ones(len(scores), dtype=torch.bool)
+        return Inspection((scores >= threshold) | ~torch.isfinite(scores), scores, exact, torch.ones(len(scores)).long())
+
+
+def with_detector(find: Callable[[Tensor], Tensor], **options: Any) -> Guard:
+    return Guard(predictor(), [CalibratedDetector(Scripted(find), 0.0)], **options)
+
+
+def raises(images: Tensor) -> Tensor:
+    raise RuntimeError("out of\nmemory")
+
+
+def values(answers: Any) -> NDArray[Any]:
+    """A copy of answers of any kind."""
+    return np.array(answers.detach().numpy() if isinstance(answers, Tensor) else answers)
+
+
+# --- verdicts ---
+
+
+def test_triggered_images_are_rejected_and_clean_ones_answered() -> None:
+    images = mixed()
+    before = images.clone()
+    verdicts = guarded()(images)
+    labels = ToyNet()(images).argmax(dim=1).tolist()
+    assert [row for row, verdict in enumerate(verdicts) if not verdict.accepted] == REJECTED
+    assert [verdict.label_index for verdict in verdicts] == labels
+    assert torch.equal(images, before)
+
+
+def test_what_a_verdict_says() -> None:
+    images = mixed()
+    probabilities = ToyNet()(images).softmax(dim=1)
+    clean, bad = guarded()(images)[:2]
+    assert (clean.verdict, clean.accepted, clean.suspicious, clean.reason, clean.failed) == (
+        "accepted",
+        True,
+        False,
+        None,
+        False,
+    )
+    assert clean.label == NAMES[0]
+    assert clean.probability == pytest.approx(float(probabilities[0].max()), abs=1e-6)
+    assert clean.probabilities == pytest.approx(probabilities[0].tolist(), abs=1e-6)
+    assert clean.rejected_by is None
+    assert clean.quarantined is None
+    assert (bad.verdict, bad.accepted, bad.suspicious, bad.reason) == ("rejected", False, True, "backdoor-suspected")
+    assert (bad.label_index, bad.rejected_by, bad.failed) == (TARGET, "strip", False)
+    finding = bad.finding("strip")
+    assert finding is not None
+    assert finding.score >= finding.threshold == -ENTROPY_THRESHOLD
+    assert (finding.exact, finding.suspicious, finding.passes, bad.passes) == (True, True, 40, 40)
+    assert clean.passes < 40
+    assert clean.finding("other") is None
+
+
+def test_verdicts_are_those_of_the_images_alone() -> None:
+    images = mixed()
+    guard = guarded()
+    together = guard(images)
+    for row, image in enumerate(images):
+        alone = guard(image[None])[0]
+        assert (alone.accepted, alone.label_index, alone.reason) == (
+            together[row].accepted, together[row].label_index, together[row].reason,
+        )  # fmt: skip
+
+
+def test_labels_only() -> None:
+    spec = msgspec.structs.replace(SPEC, container="numpy")
+    answers = predictor(predict_function(spec, "labels"), spec, "labels")
+    verdict = Guard(answers, [detector(answers)])(mixed())[2]
+    assert (verdict.label_index, verdict.label, verdict.probability, verdict.probabilities) == (2, NAMES[2], None, ())
+
+
+def test_without_detectors_everything_is_answered() -> None:
+    assert all(verdict.accepted and verdict.findings == () for verdict in Guard(predictor(), [])(mixed()))
+
+
+def test_any_detector_may_reject_and_the_first_is_named() -> None:
+    images = mixed()
+    bright = CalibratedDetector(Scripted(lambda images: images.amax(dim=(1, 2, 3)), "bright"), 2.0)
+    fires = CalibratedDetector(Scripted(lambda images: torch.ones(len(images)), "always"), 0.5)
+    verdicts = Guard(predictor(), [bright, detector(), fires])(images)
+    assert not any(verdict.accepted for verdict in verdicts)
+    assert [verdict.rejected_by for verdict in verdicts] == ["always", "strip"] * 4
+    assert [[finding.detector for finding in verdict.findings] for verdict in verdicts[:1]] == [["bright", "strip", "always"]]
+
+
+def test_the_tripwire_answers_with_the_repaired_model() -> None:
+    """The suspicious model stays the detector's; another one answers."""
+    repaired = predictor(lambda images: ToyNet()(images.clamp_max(0.9)))
+    verdicts = Guard(repaired, [detector()], policy=Policy(mode="monitor"))(mixed())
+    assert [row for row, verdict in enumerate(verdicts) if verdict.suspicious] == REJECTED
+    assert any(verdict.label_index != TARGET for verdict in verdicts if verdict.suspicious)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.zeros(0, 1, 8, 8),
+        torch.zeros(1, 8, 8),
+        torch.zeros(1, 3, 8, 8),
+        torch.zeros(1, 1, 8, 9),
+        torch.full((1, 1, 8, 8), 2.0),
+        torch.full((1, 1, 8, 8), math.nan),
+        torch.zeros(1, 1, 8, 8, dtype=torch.uint8),
+        np.zeros((1, 1, 8, 8), np.float32),
+    ],
+)
+def test_what_is_not_the_models_input_is_an_error(images: Any) -> None:
+    with pytest.raises(InputError):
+        guarded()(images)
+
+
+# --- policy ---
+
+
+def test_monitoring_never_blocks_and_still_sees(tmp_path: Path) -> None:
+    quarantine = Quarantine(tmp_path)
+    verdicts = guarded(policy=Policy(mode="monitor"), quarantine=quarantine)(mixed())
+    assert all(verdict.accepted for verdict in verdicts)
+    assert [row for row, verdict in enumerate(verdicts) if verdict.suspicious] == REJECTED
+    assert all(verdict.reason is None for verdict in verdicts)
+    assert len(quarantine.items()) == 4
+
+
+@pytest.mark.parametrize("mode", ["enforce", "monitor"])
+@pytest.mark.parametrize("on_error", ["reject", "accept"])
+def test_a_failing_detector(mode: Any, on_error: Any, caplog: pytest.LogCaptureFixture) -> None:
+    guard = with_detector(raises, policy=Policy(mode=mode, on_error=on_error))
+    verdicts = guard(mixed(3))
+    assert [verdict.accepted for verdict in verdicts] == [mode == "monitor" or on_error == "accept"] * 3
+    assert {verdict.reason for verdict in verdicts} == {"guard-failed"}
+    assert all(verdict.failed and not verdict.suspicious and math.isnan(verdict.findings[0].score) for verdict in verdicts)
+    assert all(verdict.label_index is not None for verdict in verdicts)
+    assert "detector scripted failed: RuntimeError: out of memory" in caplog.text
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("on_error", ["reject", "accept"])
+def test_a_score_that_is_not_finite_is_never_a_clean_one(score: float, on_error: Any) -> None:
+    verdict = with_detector(lambda images: torch.full((len(images),), score), policy=Policy(on_error=on_error))(mixed(1))[0]
+    assert (verdict.accepted, verdict.reason) == (on_error == "accept", "guard-failed")
+
+
+@pytest.mark.parametrize("rows", [0, 99])
+def test_a_detector_that_forgets_rows_has_failed(rows: int) -> None:
+    verdicts = with_detector(lambda images: torch.full((rows,), -1.0))(mixed(3))
+    assert [verdict.reason for verdict in verdicts] == ["guard-failed"] * 3
+
+
+def test_one_detector_may_fail_while_another_rejects() -> None:
+    guard = Guard(predictor(), [CalibratedDetector(Scripted(raises), 0.0), detector()], policy=Policy(on_error="accept"))
+    verdicts = guard(mixed())
+    assert [row for row, verdict in enumerate(verdicts) if not verdict.accepted] == REJECTED
+    assert {verdict.reason for verdict in verdicts} == {"guard-failed", "backdoor-suspected"}
+
+
+@pytest.mark.parametrize("policy", [Policy(), Policy(mode="monitor"), Policy(on_error="accept")])
+def test_a_failing_model_gives_no_answer_whatever_the_policy(policy: Policy, caplog: pytest.LogCaptureFixture) -> None:
+    verdicts = guarded(predictor(raises), policy=policy)(mixed(2))
+    for verdict in verdicts:
+        assert (verdict.accepted, verdict.reason, verdict.failed) == (False, "model-failed", True)
+        assert (verdict.label_index, verdict.label, verdict.probability, verdict.probabilities) == (None, None, None, ())
+    assert verdicts[1].suspicious
+    assert "the model failed" in caplog.text
+
+
+def fails_when_dark(images: Tensor) -> Tensor:
+    if bool((images.amax(dim=(1, 2, 3)) == 0).any()):
+        raise RuntimeError("I hate the dark")
+    logits: Tensor = ToyNet()(images)
+    return logits
+
+
+def nan_when_dark(images: Tensor) -> Tensor:
+    return torch.where(images.amax(dim=(1, 2, 3))[:, None] == 0, torch.nan, ToyNet()(images))
+
+
+@pytest.mark.parametrize("model", [fails_when_dark, nan_when_dark])
+@pytest.mark.parametrize("place", [0, 2, 4])
+def test_one_bad_image_does_not_take_its_neighbours_down(model: Callable[[Tensor], Tensor], place: int) -> None:
+    images, labels = toy_images(5, seed=6)
+    images[place] = 0.0
+    verdicts = guarded(predictor(model))(images)
+    for row, verdict in enumerate(verdicts):
+        assert verdict.accepted == (row != place)
+        assert verdict.label_index == (None if row == place else int(labels[row]))
+    assert verdicts[place].reason == "model-failed"
+
+
+def test_one_image_that_breaks_the_detector_is_judged_alone() -> None:
+    def breaks(images: Tensor) -> Tensor:
+        if bool((images.amax(dim=(1, 2, 3)) == 0).any()):
+            raise RuntimeError("no")
+        return torch.full((len(images),), -1.0)
+
+    images, _ = toy_images(4, seed=6)
+    images[1] = 0.0
+    assert [verdict.reason for verdict in with_detector(breaks)(images)] == [None, "guard-failed", None, None]
+
+
+def test_nan_in_one_pass_of_the_detectors_model_rejects() -> None:
+    answers = predictor(lambda images: torch.where(images[:, :1, 0, 0] > 0.9, torch.nan, ToyNet()(images)))
+    verdicts = Guard(predictor(), [detector(answers)])(torch.full((1, 1, 8, 8), 0.89))
+    assert (verdicts[0].accepted, verdicts[0].reason) == (False, "guard-failed")
+
+
+@pytest.mark.parametrize("threshold", [math.nan, math.inf, -math.inf])
+def test_thresholds_that_decide_nothing(threshold: float) -> None:
+    with pytest.raises(CalibrationError, match="expected a finite threshold"):
+        CalibratedDetector(Scripted(raises), threshold)
+
+
+def test_a_failing_preprocessor_gives_no_answer() -> None:
+    def broken(images: Tensor, generator: torch.Generator) -> Tensor:
+        raise RuntimeError("no")
+
+    verdicts = guarded(preprocessor=broken)(mixed(2))
+    assert [verdict.reason for verdict in verdicts] == ["model-failed"] * 2
+    assert not any(verdict.accepted for verdict in verdicts)
+
+
+def test_failures_reach_the_log_as_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.ERROR, "guard"):
+        guarded(predictor(raises))(mixed(1))
+    assert all("\n" not in record.getMessage() for record in caplog.records)
+
+
+# --- quarantine ---
+
+
+def test_what_is_suspicious_is_kept_as_it_arrived(tmp_path: Path) -> None:
+    images = mixed()
+    quarantine = Quarantine(tmp_path)
+    verdicts = guarded(quarantine=quarantine, preprocessor=Gym())(images)
+    items = quarantine.items()
+    assert [verdict.quarantined for verdict in verdicts if verdict.quarantined] == [item.id for item in items]
+    assert [row for row, verdict in enumerate(verdicts) if verdict.quarantined] == REJECTED
+    for item, row in zip(items, REJECTED, strict=True):
+        assert torch.equal(quarantine.image(item), images[row])
+        assert item.detector == "strip"
+        assert item.score >= item.threshold
+
+
+def test_a_model_that_writes_into_its_input_does_not_spoil_the_evidence(tmp_path: Path) -> None:
+    def spoils(images: Tensor) -> Tensor:
+        logits: Tensor = ToyNet()(images.clone())
+        images.zero_()
+        return logits
+
+    images = mixed()
+    before = images.clone()
+    quarantine = Quarantine(tmp_path)
+    guarded(predictor(spoils), quarantine=quarantine)(images)
+    assert torch.equal(images, before)
+    assert torch.equal(quarantine.image(quarantine.items()[0]), before[1])
+
+
+def test_a_quarantine_that_fails_does_not_stop_answers(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    quarantine = Quarantine(tmp_path / "file")
+    verdicts = guarded(quarantine=quarantine)(mixed())
+    assert [row for row, verdict in enumerate(verdicts) if not verdict.accepted] == REJECTED
+    assert all(verdict.quarantined is None for verdict in verdicts)
+    assert quarantine.failures == 4
+
+
+# --- preprocessing ---
+
+
+def test_the_preprocessor_changes_the_answer_and_not_the_detection() -> None:
+    images = mixed()
+    guard = guarded(preprocessor=Gym(), policy=Policy(mode="monitor"), seed=0)
+    verdicts = guard(images)
+    assert [row for row, verdict in enumerate(verdicts) if verdict.suspicious] == REJECTED
+    assert sum(verdict.label_index == TARGET for verdict in verdicts) < 5
+
+
+def test_draws_come_from_the_seed_or_from_the_system() -> None:
+    images = mixed()
+    first, again, other = (guarded(preprocessor=Gym(), seed=seed).answer(images) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    guard = guarded(preprocessor=Gym(), seed=1)
+    assert not torch.equal(guard.answer(images), guard.answer(images))
+    assert not torch.equal(guarded(preprocessor=Gym()).answer(images), guarded(preprocessor=Gym()).answer(images))
+
+
+def test_answer_is_the_model_without_detectors() -> None:
+    images = mixed()
+    torch.testing.assert_close(guarded().answer(images), ToyNet()(images).softmax(dim=1))
+
+
+# --- threads ---
+
+
+@pytest.mark.parametrize("preprocessor", [None, Gym(kernel=3)])
+def test_threads_get_their_own_verdicts(preprocessor: Preprocessor | None, tmp_path: Path) -> None:
+    quarantine = Quarantine(tmp_path)
+    guard = guarded(preprocessor=preprocessor, quarantine=quarantine)
+    images = mixed()
+    expected = [row in REJECTED for row in range(8)]
+
+    def ask(seed: int) -> None:
+        order = torch.randperm(8, generator=torch.Generator().manual_seed(seed))
+        for _ in range(3):
+            found = [not verdict.accepted for verdict in guard(images[order])]
+            assert found == [expected[row] for row in order.tolist()]
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(ask, range(6)))
+    assert len(quarantine.items()) == 6 * 3 * 4
+    assert quarantine.failures == 0
+
+
+# --- wrap ---
+
+
+def wrapped(spec: InputSpec, output: OutputKind, on_reject: Any, **options: Any) -> Callable[[Array], Any]:
+    predict = predict_function(spec, output)
+    answers = predictor(predict, spec, output)
+    return cast(Callable[[Array], Any], Guard(answers, [detector(answers)], **options).wrap(predict, on_reject))
+
+
+WAYS = [
+    (layout, container, dtype, output)
+    for layout in get_args(Layout)
+    for container in get_args(Container)
+    for dtype in get_args(DType)
+    for output in get_args(OutputKind)
+]
+
+
+@pytest.mark.parametrize(("layout", "container", "dtype", "output"), WAYS)
+def test_abstaining(layout: Layout, container: Container, dtype: DType, output: OutputKind) -> None:
+    spec = msgspec.structs.replace(SPEC, layout=layout, container=container, dtype=dtype)
+    batch = spec.to_model(mixed())
+    before = values(batch)
+    answers = wrapped(spec, output, "abstain")(batch)
+    plain = predict_function(spec, output)(batch)
+    assert type(answers) is type(plain)
+    answers, plain = values(answers), values(plain)
+    assert np.array_equal(values(batch), before)
+    assert answers.shape == plain.shape
+    kept = [row for row in range(8) if row not in REJECTED]
+    assert np.array_equal(answers[kept], plain[kept])
+    assert (answers[REJECTED] == -1).all() if output == "labels" else np.isnan(answers[REJECTED]).all()
+    assert np.array_equal(values(wrapped(spec, output, "abstain")(batch[kept])), plain[kept])
+
+
+@pytest.mark.parametrize("container", get_args(Container))
+def test_raising(container: Container) -> None:
+    spec = msgspec.structs.replace(SPEC, container=container, layout="NHWC", dtype="uint8")
+    calls: list[int] = []
+    inner = predict_function(spec, "logits")
+
+    def predict(batch: Array) -> object:
+        calls.append(len(batch))
+        return inner(batch)
+
+    guard = Guard(predictor(inner, spec), [detector(predictor(inner, spec))])
+    safe = guard.wrap(predict)
+    batch = spec.to_model(mixed())
+    with pytest.raises(RejectedError, match="4 of 8 inputs rejected as suspicious: rows 1, 3, 5, 7") as raised:
+        safe(batch)
+    assert raised.value.rows == (1, 3, 5, 7)
+    assert calls == []
+    safe(batch[::2])
+    assert calls == [4]
+
+
+def test_many_rejected_rows_are_named_in_the_error_not_in_its_text() -> None:
+    images = toy_trigger(toy_images(30)[0])
+    with pytest.raises(RejectedError, match=r"rows 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 \.\.\.$") as raised:
+        guarded().wrap(lambda batch: batch)(images)
+    assert raised.value.rows == tuple(range(30))
+
+
+def test_the_wrapped_function_looks_like_the_original_and_passes_arguments_on() -> None:
+    def classify(batch: Tensor, scale: float, /, power: int = 1, *, flip: bool = False) -> Tensor:
+        """Classify."""
+        logits: Tensor = ToyNet()(batch) * scale**power
+        return logits.flip(1) if flip else logits
+
+    safe = guarded().wrap(classify)
+    images = mixed()[::2]
+    torch.testing.assert_close(safe(images, 2.0, power=2, flip=True), ToyNet()(images).flip(1) * 4)
+    assert safe.__name__ == "classify"
+    assert safe.__doc__ == "Classify."
+    assert inspect.signature(safe) == inspect.signature(classify)
+
+
+def test_a_failure_is_a_rejection() -> None:
+    with pytest.raises(RejectedError):
+        guarded(predictor(raises)).wrap(lambda batch: batch)(mixed(2)[:1])
+    guard = guarded(predictor(nan_when_dark))
+    images, _ = toy_images(3)
+    images[1] = 0
+    blank = guard.wrap(lambda batch: ToyNet()(batch), "abstain")(images)
+    assert torch.isnan(blank).all(dim=1).tolist() == [False, True, False]
+
+
+def test_monitoring_lets_everything_through() -> None:
+    images = mixed()
+    assert torch.equal(guarded(policy=Policy(mode="monitor")).wrap(ToyNet())(images), ToyNet()(images))
+
+
+@pytest.mark.parametrize("container", get_args(Container))
+@pytest.mark.parametrize("dtype", get_args(DType))
+def test_the_function_gets_preprocessed_images_of_the_same_kind(container: Container, dtype: DType) -> None:
+    spec = msgspec.structs.replace(SPEC, container=container, dtype=dtype, layout="NHWC")
+    seen: list[Array] = []
+    inner = predict_function(spec, "logits")
+
+    def predict(batch: Array) -> object:
+        seen.append(batch)
+        return inner(batch)
+
+    answers = predictor(inner, spec)
+    still = Gym(kernel=3, shift=0.0, rotation=0.0, zoom=0.0)
+    batch = spec.to_model(mixed()[::2])
+    before = values(batch)
+    Guard(answers, [detector(answers)], preprocessor=still).wrap(predict)(batch)
+    assert type(seen[0]) is type(batch)
+    assert seen[0].dtype == batch.dtype
+    expected = spec.to_model(still.filter(mixed()[::2]))
+    tolerance = 1e-5 if dtype == "float32" else 1
+    np.testing.assert_allclose(values(seen[0]).astype(float), values(expected).astype(float), atol=tolerance)
+    assert np.array_equal(values(batch), before)
+
+
+def test_doubles_stay_doubles() -> None:
+    spec = msgspec.structs.replace(SPEC, container="numpy")
+    seen: list[str] = []
+
+    def predict(batch: NDArray[np.float64]) -> int:
+        seen.append(str(batch.dtype))
+        return 0
+
+    guard = Guard(predictor(predict_function(spec, "logits"), spec), [], preprocessor=Gym())
+    guard.wrap(predict)(mixed().numpy().astype(np.float64))
+    assert seen == ["float64"]
+
+
+ABSTAIN: Literal["abstain"] = "abstain"
+
+
+@pytest.mark.parametrize(
+    ("answer", "blank"),
+    [
+        (np.array([5, 6], np.int32), [5, -1]),
+        (np.array([5, 6], np.uint8), [5, -1]),
+        (torch.tensor([5, 6]), [5, -1]),
+        (torch.tensor([5, 6], dtype=torch.uint8), [5, -1]),
+        ([5, 6], [5, -1]),
+        ([0.5, 0.25], [0.5, None]),
+        ([[0.5, 0.5], [1.0, 0.0]], [[0.5, 0.5], [None, None]]),
+        (np.ones((2, 2, 2), np.float16), [[[1, 1], [1, 1]], [[None, None], [None, None]]]),
+        (torch.ones(2, 1, requires_grad=True), [[1], [None]]),
+    ],
+)
+def test_rejected_rows_are_blank_in_every_kind_of_answer(answer: Any, blank: Any) -> None:
+    before = values(answer)
+    found = guarded().wrap(lambda batch: answer, ABSTAIN)(mixed(2))
+    np.testing.assert_array_equal(values(found).astype(float), np.array(blank, dtype=float))  # None is NaN
+    assert np.array_equal(values(answer), before)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None,
+        "cat",
+        ["cat", "dog"],
+        {"label": [1, 2]},
+        7,
+        np.zeros(3),
+        torch.zeros(3, 4),
+        torch.tensor(1.0),
+        np.array([True, False]),
+        torch.tensor([True, False]),
+        torch.zeros(2, dtype=torch.complex64),
+        [[1.0], [1.0, 2.0]],
+        np.array(["a", "b"]),
+        (np.array([1, 2]), np.array([0.5, 0.6])),
+        [np.array([1, 2]), np.array([0.5, 0.6])],
+        (torch.zeros(2, 4), torch.zeros(2, 4)),
+        [torch.zeros(2, 4), torch.zeros(2, 4)],
+    ],
+)
+def test_answers_that_can_not_abstain_are_an_error_and_not_given_out(answer: Any) -> None:
+    """Two outputs for two images must not be taken for two rows: the first would leak the rejected row's label."""
+    with pytest.raises(ModelError):
+        guarded().wrap(lambda batch: answer, ABSTAIN)(mixed(2))
+    assert guarded().wrap(lambda batch: answer, ABSTAIN)(mixed(2)[:1]) is answer
+
+
+def test_other_ways_to_reject() -> None:
+    with pytest.raises(InputError, match="expected on_reject 'raise' or 'abstain', got 'drop'"):
+        guarded().wrap(ToyNet(), cast(Any, "drop"))
+
+
+@pytest.mark.parametrize(
+    "batch", [None, [[0.0]], np.zeros((2, 1, 8, 8), np.uint8), torch.zeros(1, 8, 8), torch.full((1, 1, 8, 8), 9.0)]
+)
+def test_a_wrapped_function_checks_its_input(batch: Any) -> None:
+    with pytest.raises(InputError):
+        guarded().wrap(ToyNet())(batch)
