@@ -8,6 +8,7 @@ committed in `splits/gtsrb_defender.json`.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ def _decode(arrays: dict[str, NDArray[np.generic]]) -> dict[str, NDArray[np.gene
         data = arrays[key].tobytes()
         strips = [
             np.asarray(Image.open(io.BytesIO(data[start:end])).convert("RGB")).reshape(-1, *shape[1:])
-            for start, end in zip(offsets[:-1], offsets[1:], strict=True)
+            for start, end in itertools.pairwise(offsets)
         ]
         decoded[name] = np.concatenate(strips)
     return decoded

@@ -148,13 +148,12 @@ def choose(parts: Parts, recipe: Recipe) -> tuple[float, list[Measurement]]:
 def report(parts: Parts, recipe: Recipe) -> tuple[float, list[Measurement]]:
     """The chosen setting and the default, on a victim that no choice has seen, on fresh images."""
     model, minutes = victim(recipe, parts.attacker)
+    defender = shuffled(parts.defender, 0).select(torch.arange(5_000))
     evaluation = shuffled(parts.evaluation, 0)
     attacked = stamped(recipe, evaluation, _REPORT_TRIGGERED)
     measurements = []
     for blend, alpha in dict.fromkeys((CHOSEN[recipe.images], DEFAULT)):
-        calibration = calibrate(
-            model, shuffled(parts.defender, 0).select(torch.arange(5_000)), Settings(blend=blend, alpha=alpha)
-        )
+        calibration = calibrate(model, defender, Settings(blend=blend, alpha=alpha))
         measurements.append(show(measure(calibration, recipe, evaluation, attacked, _EXACT_INPUTS)))
     return minutes, measurements
 
@@ -187,9 +186,8 @@ def main() -> None:
     arguments = parser.parse_args()
     started = time.monotonic()
     recipe = (DEVELOPMENT if arguments.step == "choose" else REPORTED)[arguments.name]
-    minutes, measurements = (choose if arguments.step == "choose" else report)(
-        load_parts(arguments.name, arguments.data), recipe
-    )
+    step = choose if arguments.step == "choose" else report
+    minutes, measurements = step(load_parts(arguments.name, arguments.data), recipe)
     RESULTS.mkdir(exist_ok=True)
     result = Report(
         command=f"python -m benchmarks.main_path {arguments.step} --set {arguments.name}",

@@ -19,6 +19,7 @@ from guard.errors import ExportError, MissingExtraError, one_line
 from guard.predictors.exported import ExportedBackend
 from guard.predictors.module import ModuleBackend
 from guard.predictors.onnx import OnnxBackend
+from guard.predictors.screening import screen_exported
 from guard.predictors.torchscript import TorchScriptBackend
 
 
@@ -72,7 +73,7 @@ def _call(original: Original) -> tuple[Any, tuple[Tensor, ...], dict[str, Any]]:
     """What the exporter takes: a module or program, its example and its options."""
     backend = original.predictor.backend
     if isinstance(backend, ExportedBackend):
-        return torch.export.load(str(original.model_file)), (), {"dynamo": True}
+        return torch.export.load(screen_exported(original.model_file)), (), {"dynamo": True}
     example = (original.example(),)
     if isinstance(backend, ModuleBackend):
         return backend.module, example, {"dynamo": True, "dynamic_shapes": ({0: Dim("batch", min=1)},)}

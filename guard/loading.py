@@ -20,7 +20,7 @@ from guard.verdict import Policy
 PROBES = 8
 """Clean images whose answers a profile remembers, to recognise its model by behaviour."""
 
-_PROBE_TOLERANCE = 0.05
+_PROBE_TOLERANCE = 0.02
 
 
 def load_guard(

@@ -31,6 +31,7 @@ from guard.verdict import Policy
 SCHEMA = 1
 _JSON = "guard.json"
 _ARRAYS = "arrays.safetensors"
+_OURS = (_JSON, _ARRAYS, "report.html")
 _Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 
 
@@ -143,7 +144,7 @@ def save_profile(
     Args:
         profile: What to write; `arrays_sha256` is filled in.
         arrays: `strip.overlays`, `probe.probabilities` ...
-        folder: Its target; an existing profile there is replaced, any other non-empty folder refused.
+        folder: Its target; an existing profile there is replaced, a folder with anything else in it refused.
         model_file: Copied in under `profile.model.file`.
         extra: Further files, by name (a report, its pictures).
 
@@ -154,9 +155,10 @@ def save_profile(
         ProfileError: The target holds something else, or can't be written.
     """
     folder = folder.absolute()
-    if folder.exists() and not (folder / _JSON).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    foreign = _foreign(folder)
+    if foreign is not None:
         raise ProfileError(
-            f"expected a new, empty or profile folder, got {folder}, which holds something else: pick another --out"
+            f"expected a new, empty or profile folder, got {folder}, which holds something else ({foreign}): pick another --out"
         )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -174,6 +176,20 @@ def save_profile(
     except OSError as error:
         raise ProfileError(f"could not write the profile to {folder}: {error.strerror or error}") from error
     return sealed
+
+
+def _foreign(folder: Path) -> str | None:
+    """What would be lost if the folder were replaced: the first name in it that no profile has."""
+    if not folder.exists():
+        return None
+    if not folder.is_dir():
+        return folder.name
+    names = sorted(item.name for item in folder.iterdir())
+    if not names:
+        return None
+    if _JSON not in names:
+        return names[0]
+    return next((name for name in names if name not in _OURS and not name.startswith(("model.", "weights."))), None)
 
 
 def _replace(folder: Path, draft: Path, old: Path) -> None:

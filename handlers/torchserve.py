@@ -104,7 +104,7 @@ class GuardedHandler:
             The user's results for accepted rows, a JSON object for the others.
         """
         outcomes = self._gate.judge(data, context)
-        accepted = [row for row, outcome in enumerate(outcomes) if outcome.answer.status == 200]
+        accepted = [row for row, outcome in enumerate(outcomes) if self._gate.lets_through(outcome)]
         results = self._run(data, context, accepted) if accepted else {}
         for row in accepted:
             if row not in results:  # the verdict stays, so that what the guard spent is counted

@@ -127,6 +127,11 @@ class Gate:
                 logger.exception("judging failed: %s", one_line(error))
         return [self._refuse(request_id) for request_id in ids]
 
+    def lets_through(self, outcome: Outcome) -> bool:
+        """Whether a handler behind the guard may see this request: in monitor mode, which never blocks, it sees all."""
+        monitor = self._service is not None and self._service.guard.policy.mode == "monitor"
+        return monitor or outcome.answer.status == 200
+
     def count(self, outcomes: Sequence[Outcome], context: Context) -> None:
         """Add to the metrics; a failure there costs no request."""
         for outcome in outcomes:

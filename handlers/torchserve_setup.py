@@ -196,11 +196,15 @@ def command(folder: Path, models: Iterable[str], options: ServerOptions) -> list
 
 
 def environment(folder: Path, java: str, extra: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment, with private folders, and with the code that this process runs."""
+    """This process's environment, with private folders, and with the code that this process runs.
+
+    Unless something else is asked for, a worker's model runs on one thread: workers, Java and clients share the cores,
+    and small models lose more by waiting for a busy core than they gain by a second one.
+    """
     code = str(Path(__file__).resolve().parent.parent)
     paths = [code, *filter(None, extra.get("PYTHONPATH", os.environ.get("PYTHONPATH", "")).split(os.pathsep))]
     private = {"TMPDIR": str(folder / "tmp"), "TEMP": str(folder / "tmp"), "LOG_LOCATION": str(folder / "logs")}
-    variables = {**os.environ, **extra, **private, "METRICS_LOCATION": str(folder / "logs")}
+    variables = {"OMP_NUM_THREADS": "1", **os.environ, **extra, **private, "METRICS_LOCATION": str(folder / "logs")}
     variables.pop("TS_CONFIG_FILE", None)
     search = os.pathsep.join([str(Path(java).parent), variables.get("PATH", "")])
     return {**variables, "PYTHONPATH": os.pathsep.join(paths), "PATH": search}

@@ -125,6 +125,9 @@ class Strip(Detector):
     def inspect(self, images: Tensor, threshold: float) -> Inspection:
         """Compare `score(images)` with a threshold, stopping for each image as soon as the verdict is certain.
 
+        That is exact as far as the model is: a pass that is never run can't reveal that the model would have answered NaN
+        there, and a model whose answers depend on the batch they ride in differs by as much.
+
         Args:
             images: (B, C, H, W), in [0, 1].
             threshold: On the score: minus bits.

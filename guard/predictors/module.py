@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from dataclasses import dataclass
 from typing import final
 
@@ -40,9 +41,9 @@ class ModuleBackend:
     def __call__(self, batch: Array) -> object:
         """Run the module on the device where its parameters are."""
         _refuse_training(self.module)
-        parameter = next(self.module.parameters(), None)
+        state = next(itertools.chain(self.module.parameters(), self.module.buffers()), None)
         tensor = torch.as_tensor(batch)
-        return self.module(tensor if parameter is None else tensor.to(parameter.device))
+        return self.module(tensor if state is None else tensor.to(state.device))
 
     def fingerprint(self) -> str | None:
         """SHA-256 over the sorted state: names, types, shapes and bytes."""

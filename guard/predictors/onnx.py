@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -13,7 +14,6 @@ from guard.errors import MissingExtraError, ModelError
 from guard.images import Array
 from guard.predictors.chunks import run_in_chunks
 from guard.predictors.predictor import BackendKind
-from guard.predictors.screening import file_sha256
 
 _TYPES = {"tensor(float)": "float32", "tensor(uint8)": "uint8"}
 
@@ -57,17 +57,18 @@ class OnnxBackend:
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         try:
-            session = onnxruntime.InferenceSession(str(path), options, providers=onnxruntime.get_available_providers())
+            data = path.read_bytes()  # from memory: what is hashed is what runs, and weights in further files are refused
+            session = onnxruntime.InferenceSession(data, options, providers=onnxruntime.get_available_providers())
         except Exception as error:  # onnxruntime raises a dozen types without a common base
             raise ModelError(
-                f"expected an ONNX model, got {path.name}, which ONNX Runtime does not load: export it again"
+                f"expected an ONNX model, got {path.name}, which ONNX Runtime does not load: export it again, as one file"
             ) from error
         inputs = session.get_inputs()
         if len(inputs) != 1 or inputs[0].type not in _TYPES or len(inputs[0].shape) < 2:
             got = ", ".join(f"{item.name} {item.type} {item.shape}" for item in inputs)
             raise ModelError(f"expected one float or uint8 input of image batches in {path.name}, got {got}")
         shape = tuple(size if isinstance(size, int) and size > 0 else None for size in inputs[0].shape)
-        return cls(session, inputs[0].name, shape, _TYPES[inputs[0].type], file_sha256(path))
+        return cls(session, inputs[0].name, shape, _TYPES[inputs[0].type], hashlib.sha256(data).hexdigest())
 
     @property
     def kind(self) -> BackendKind:

@@ -22,7 +22,7 @@ from guard.profile import ModelRecord, array_to_overlays, overlays_to_array, sav
 from guard.verdict import Policy
 from tests.guard.models import predictor, save_exported
 from tests.guard.predictors.test_loading import Louder
-from tests.toy import ENTROPY_THRESHOLD, ToyNet, toy_images
+from tests.toy import ENTROPY_THRESHOLD, ToyNet, save_toy_profile, toy_images
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -370,3 +370,11 @@ def test_a_probe_of_the_profiles_own_making_passes(profile: Path) -> None:
     _, arrays = load_profile(profile)
     overlays = array_to_overlays(arrays["strip.overlays"])
     torch.testing.assert_close(arrays["probe.probabilities"], predictor()(overlays[:8]), atol=1e-6, rtol=0)
+
+
+def test_a_quarantine_kept_inside_a_profile_is_not_lost(tmp_path: Path) -> None:
+    folder = save_toy_profile(tmp_path / "profile")
+    (folder / "quarantine").mkdir()
+    with pytest.raises(ProfileError, match=r"holds something else \(quarantine\)"):
+        save_toy_profile(folder)
+    assert (folder / "quarantine").is_dir()
