@@ -92,7 +92,7 @@ PROBLEMS: list[tuple[list[str], str]] = [
     (["--shape", "1,9,9"], "expected images of shape"),
     (["--shape", "9"], "expected --shape as C,H,W"),
     (["--output", "labels"], "expected"),
-    (["--blend", "max"], "max"),
+    (["--blend", "lighten"], "lighten"),
 ]
 
 

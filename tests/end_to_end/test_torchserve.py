@@ -139,7 +139,7 @@ def test_they_were_one_batch(server: TorchServeProcess) -> None:
 def test_the_log_has_one_line_per_request(server: TorchServeProcess) -> None:
     status, body = send(server, "toy", FORGERY.replace("own", "toy").encode())
     assert status == 400
-    assert eventually(lambda: body["request_id"] in server.log())
+    assert eventually(lambda: f'"request_id": "{body["request_id"]}"' in server.log())
     lines = [line for line in server.log().splitlines() if f'"request_id": "{body["request_id"]}"' in line]
     assert len(lines) == 1
     assert json.loads(lines[0].split("MODEL_LOG - ")[1])["outcome"] == "invalid"

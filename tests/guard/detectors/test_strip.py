@@ -82,6 +82,8 @@ def test_entropy_is_never_negative_and_keeps_nan() -> None:
         ("mix", 0.25, [0.225, 0.525, 0.7, 0.15]),
         ("demeaned", 1.0, [0.25, 0.65, 0.95, 0.0]),  # mean of the overlay: 0.25
         ("demeaned", 2.0, [0.3, 0.7, 1.0, 0.0]),
+        ("max", 1.0, [0.3, 0.6, 0.8, 0.2]),
+        ("max", 3.0, [0.9, 0.9, 1.0, 0.2]),
     ],
 )
 def test_blends(blend: Blend, alpha: float, expected: list[float]) -> None:
@@ -284,7 +286,7 @@ def test_weights_out_of_range(blend: Blend, alpha: float, overlays: Tensor) -> N
 
 
 def test_a_misspelt_blend_is_not_taken_for_another(overlays: Tensor) -> None:
-    with pytest.raises(CalibrationError, match="expected a blend of add, mix, demeaned, got 'Mix'"):
+    with pytest.raises(CalibrationError, match="expected a blend of add, mix, demeaned, max, got 'Mix'"):
         Strip(predictor(), overlays, cast(Blend, "Mix"), 0.5)
 
 
