@@ -1,0 +1,27 @@
+"""The demo without TorchServe (with it, `make demo` is its own test): its figures, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.cli.conftest import Command, Run, guard
+
+__all__ = ["guard"]  # the fixture
+
+
+def test_the_demo_reaches_its_figures(tmp_path: Path, guard: Command) -> None:
+    run: Run = guard("demo", "--engine", "asgi", "--out", tmp_path / "demo", "--model-store", tmp_path / "store")
+    assert run.code == 0, run.err
+    result = json.loads((tmp_path / "demo" / "result.json").read_text())
+    assert result["attack_success_unguarded"] >= 0.95
+    assert result["attack_success_guarded"] <= 0.02
+    assert result["clean_rejected"] <= 0.03
+    assert result["median_passes_clean"] < result["median_passes_triggered"] == 100
+    assert "attack success" in run.out
+    for name in ("report.html", "entropy.png", "profile/guard.json", "clean.npz", "images/triggered-0.png"):
+        assert (tmp_path / "demo" / name).stat().st_size > 0
+    checked = guard("check", tmp_path / "demo" / "profile", tmp_path / "demo" / "images", "--json")
+    by_kind = {kind: [line["verdict"] for line in checked.lines if kind in line["image"]] for kind in ("clean", "triggered")}
+    assert by_kind["triggered"] == ["rejected"] * 5
+    assert by_kind["clean"].count("accepted") >= 4

@@ -1,0 +1,118 @@
+"""`guard serve` as a user starts it: it answers, and a signal ends it with everything that it started."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+from torch import Tensor
+
+from tests.toy import save_toy_profile, toy_images, toy_trigger
+
+COMMAND = [sys.executable, "-c", "from cli.main import main; main()", "serve"]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def png(image: Tensor) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray((image[0] * 255).round().byte().numpy()).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def post(port: int, body: bytes) -> tuple[int, dict[str, object]] | None:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    try:
+        connection.request("POST", "/predictions/toy", body)
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+    except (OSError, ValueError):
+        return None
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize(("engine", "sign"), [("asgi", signal.SIGTERM), ("torchserve", signal.SIGINT)])
+def test_it_answers_and_a_signal_ends_it_all(tmp_path: Path, engine: str, sign: signal.Signals) -> None:
+    if engine == "torchserve" and shutil.which("java") is None:
+        pytest.skip("TorchServe needs Java")
+    port = free_port()
+    options = ["--engine", engine, "--port", str(port), "--quarantine", str(tmp_path / "q")]
+    log = tmp_path / "log"
+    with log.open("wb") as stream:
+        server = subprocess.Popen([*COMMAND, str(save_toy_profile(tmp_path / "toy")), *options], stderr=stream, stdout=stream)
+    try:
+        images, labels = toy_images(4, seed=2)
+        deadline = time.monotonic() + 60
+        while (answer := post(port, png(images[1]))) is None or answer[0] == 404:
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        assert (answer[0], answer[1]["label_index"]) == (200, int(labels[1]))
+        rejected = post(port, png(toy_trigger(images)[1]))
+        assert rejected is not None
+        assert (rejected[0], rejected[1]["reason"]) == (422, "backdoor-suspected")
+        assert len(list((tmp_path / "q").glob("*.png"))) == 1
+        family = psutil.Process(server.pid).children(recursive=True)
+        server.send_signal(sign)
+        server.wait(timeout=30)
+        _, alive = psutil.wait_procs(family, timeout=10)
+        assert not alive
+        assert "Traceback" not in log.read_text()
+    finally:
+        if server.poll() is None:
+            server.kill()
+            server.wait()
+    lines = [json.loads(line[line.index("{") :]) for line in log.read_text().splitlines() if '"event": "request"' in line]
+    assert [line["outcome"] for line in lines if line["outcome"] != "invalid"] == ["accepted", "rejected"]
+
+
+def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
+    profile = save_toy_profile(tmp_path / "toy")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for engine in ("asgi", "torchserve"):
+            done = subprocess.run(
+                [*COMMAND, str(profile), "--engine", engine, "--port", port],
+                capture_output=True,
+                text=True,
+                timeout=90,
+                check=False,
+                env={**os.environ, "TERM": "dumb"},
+            )
+            if engine == "torchserve" and shutil.which("java") is None:
+                continue
+            assert done.returncode == 2, done.stderr
+            assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+            assert port in done.stderr
+
+
+def test_torchserve_stays_on_loopback(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*COMMAND, str(save_toy_profile(tmp_path / "toy")), "--engine", "torchserve", "--host", "0.0.0.0"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "expected --host 127.0.0.1" in done.stderr
