@@ -2,6 +2,7 @@
 
     python -m benchmarks.main_path choose --set gtsrb    # settings compared on a development victim, defender's images only
     python -m benchmarks.main_path report --set gtsrb    # the chosen setting and the default, on another victim, fresh images
+    python -m benchmarks.main_path table                 # the committed results as the README's table
 
 `choose` never sees the evaluation part; `report` uses what is frozen in CHOSEN below.
 """
@@ -19,7 +20,7 @@ from rich.console import Console
 
 from benchmarks.datasets import DEFAULT_FOLDER, Parts, SetName, load_parts
 from benchmarks.training import Recipe, victim
-from calibration import Calibration, Evaluation, ImageSet, Settings, calibrate
+from calibration import Calibration, Estimate, Evaluation, ImageSet, Settings, calibrate
 from calibration.evaluation import judge, summarise
 from guard.detectors import Blend
 
@@ -184,13 +185,57 @@ def show(measurement: Measurement) -> Measurement:
     return measurement
 
 
+def load_report(step: str, name: SetName) -> Report:
+    """A committed result."""
+    return msgspec.json.decode((RESULTS / f"main_path_{step}_{name}.json").read_bytes(), type=Report)
+
+
+def table() -> str:
+    """The committed reports as a Markdown table."""
+    lines = [
+        "| victim | blend | CA | ASR unguarded | FRR | FAR, successful attacks | FAR, all | AUROC | passes |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    names: tuple[SetName, ...] = ("mnist", "gtsrb")
+    for name in names:
+        report = load_report("report", name)
+        victim_name = f"{name.upper()}, label {report.recipe.target_label}"
+        for measured in report.measurements:
+            found = measured.evaluation
+            default = ", the default" if (measured.blend, measured.alpha) == DEFAULT else ""
+            cells = [
+                victim_name,
+                f"`{measured.blend}` {measured.alpha:g}{default}",
+                _percent(found.clean_accuracy),
+                _percent(found.attack_success_rate),
+                _percent(found.frr),
+                _percent(found.far_successful),
+                _percent(found.far),
+                "" if found.auroc is None else f"{found.auroc.value:.4f}",
+                f"{measured.mean_passes_clean:.1f}",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _percent(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return ""
+    return f"{estimate.value:.2%} [{estimate.low * 100:.2f}, {estimate.high * 100:.2f}]"
+
+
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["choose", "report"])
-    parser.add_argument("--set", required=True, choices=["mnist", "gtsrb"], dest="name")
+    parser.add_argument("step", choices=["choose", "report", "table"])
+    parser.add_argument("--set", choices=["mnist", "gtsrb"], dest="name", help="for choose and report")
     parser.add_argument("--data", type=Path, default=DEFAULT_FOLDER, help="folder with mnist.npz and gtsrb.webp.npz")
     arguments = parser.parse_args()
+    if arguments.step == "table":
+        Console(width=300).print(table(), markup=False, highlight=False)
+        return
+    if arguments.name is None:
+        parser.error("expected --set mnist or --set gtsrb")
     started = time.monotonic()
     recipe = (DEVELOPMENT if arguments.step == "choose" else REPORTED)[arguments.name]
     step = choose if arguments.step == "choose" else report

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import msgspec
+from pathlib import Path
+
 import pytest
 
 from benchmarks.datasets import SetName
-from benchmarks.main_path import CHOSEN, DEVELOPMENT, REPORTED, RESULTS, Report
+from benchmarks.main_path import CHOSEN, DEVELOPMENT, REPORTED, load_report, table
 
 MOST_PASSES = {"mnist": 10.0, "gtsrb": 25.0}
 
 
-def load(step: str, name: SetName) -> Report:
-    return msgspec.json.decode((RESULTS / f"main_path_{step}_{name}.json").read_bytes(), type=Report)
+def test_the_readme_quotes_them() -> None:
+    assert table() in (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["mnist", "gtsrb"])
 def test_the_chosen_setting_reaches_its_figures(name: SetName) -> None:
-    report = load("report", name)
+    report = load_report("report", name)
     chosen = report.measurements[0]
     figures = chosen.evaluation
     assert report.recipe == REPORTED[name]
@@ -38,7 +39,7 @@ def test_the_chosen_setting_reaches_its_figures(name: SetName) -> None:
 
 @pytest.mark.parametrize("name", ["mnist", "gtsrb"])
 def test_the_setting_was_chosen_on_another_victim(name: SetName) -> None:
-    choice, report = load("choose", name), load("report", name)
+    choice, report = load_report("choose", name), load_report("report", name)
     assert choice.recipe == DEVELOPMENT[name]
     for field in ("target_label", "seed"):
         assert getattr(choice.recipe, field) != getattr(report.recipe, field)

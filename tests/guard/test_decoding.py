@@ -370,3 +370,11 @@ def test_damaged_files_are_refused_or_decoded_and_never_anything_else() -> None:
             assert decoded.shape == (3, 6, 8)
             assert torch.isfinite(decoded).all()
     assert min(outcomes.values()) > 100
+
+
+def test_what_a_phone_appends_to_a_jpeg_is_not_its_header() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 77, dtype=np.uint8)).save(buffer, format="JPEG", quality=95)
+    film = np.random.default_rng(0).integers(0, 256, 8 * 1024 * 1024, dtype=np.uint8).tobytes()
+    spec = InputSpec(channels=1, height=8, width=8)
+    assert decode_image(buffer.getvalue() + film, spec).mean().item() == pytest.approx(77 / 255, abs=0.02)
