@@ -20,7 +20,7 @@ from torch import Tensor
 from calibration.data import ImageSet, Progress, no_progress
 from calibration.discovery import Hints, discover
 from calibration.overlays import choose_overlays, order_overlays
-from calibration.thresholds import Method, set_threshold
+from calibration.thresholds import Method, check_rates, set_threshold
 from guard import CalibratedDetector, Guard, Policy, Predictor
 from guard.detectors import Blend, Strip
 from guard.detectors.strip import stage_ends
@@ -130,6 +130,7 @@ def calibrate(
         ModelError: The model's answers can't be used.
     """
     settings = settings or Settings()
+    check_settings(settings, len(clean))
     backend: Backend = model if _is_backend(model) else wrap(model)
     progress("looking at the model", 0, 1)
     predictor = discover(backend, clean, hints)
@@ -137,6 +138,7 @@ def calibrate(
     _check_classes(clean, predictor, settings)
     generator = torch.Generator().manual_seed(settings.seed)
     overlay_rows, rest = _split(clean, predictor, settings, generator)
+    _check_classes(clean.select(rest), predictor, settings)  # the overlays may have taken the last image of one
     overlays = clean.images(overlay_rows)
     alpha = settings.alpha if settings.alpha is not None else 0.5 if settings.blend == "mix" else 1.0
     strip = Strip(predictor, overlays, settings.blend, alpha)
@@ -162,6 +164,18 @@ def calibrate(
         "probe.probabilities": predictor(strip.overlays[:PROBES]).cpu(),
     }
     return Calibration(profile, arrays, predictor, strip, -scores)
+
+
+def check_settings(settings: Settings, images: int) -> None:
+    """Refuse, before any work, what can't be calibrated from so many images; see `calibrate`."""
+    if settings.overlays < _MIN_OVERLAYS:
+        raise CalibrationError(f"expected at least {_MIN_OVERLAYS} overlays, got {settings.overlays}: the paper uses 100")
+    if images <= settings.overlays:
+        raise CalibrationError(
+            f"expected more clean images than the {settings.overlays} overlays, got {images}: "
+            "add images or use fewer --overlays"
+        )
+    check_rates(images - settings.overlays, settings.frr, settings.method, settings.confidence)
 
 
 def _is_backend(model: object) -> TypeGuard[Backend]:
@@ -200,13 +214,6 @@ def _check_classes(clean: ImageSet, predictor: Predictor, settings: Settings) ->
 
 def _split(clean: ImageSet, predictor: Predictor, settings: Settings, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Indices of the overlays and of the rest."""
-    if settings.overlays < _MIN_OVERLAYS:
-        raise CalibrationError(f"expected at least {_MIN_OVERLAYS} overlays, got {settings.overlays}: the paper uses 100")
-    if len(clean) <= settings.overlays:
-        raise CalibrationError(
-            f"expected more clean images than the {settings.overlays} overlays, got {len(clean)}: "
-            "add images or use fewer --overlays"
-        )
     labels = clean.labels if clean.labels is not None else _answers(predictor, clean)
     chosen = choose_overlays(labels, settings.overlays, generator)
     rest = torch.ones(len(clean), dtype=torch.bool)
@@ -239,7 +246,7 @@ def _accuracies(
     raw = right / len(clean)
     after = through / len(clean) if gym is not None else raw
     drop = (raw - after) * 100.0
-    if drop > settings.max_accuracy_drop:
+    if not drop <= settings.max_accuracy_drop:  # NaN allows nothing
         raise CalibrationError(
             f"the preprocessor costs {drop:.1f} points of clean accuracy ({raw:.3f} to {after:.3f}), more than "
             f"--max-accuracy-drop {settings.max_accuracy_drop:g}: tune the model for it first, or allow the drop"

@@ -21,6 +21,8 @@ from guard.images import InputSpec
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm")
 
+_MOST_LABELS = 2**31
+
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much is done, and of how much."""
 
@@ -122,7 +124,7 @@ def load_npz(path: Path) -> ImageSet:
         InputError: Damaged, or arrays of another shape, type or range.
     """
     arrays = load_arrays(path)
-    names = tuple(str(name) for name in arrays["class_names"]) if "class_names" in arrays else ()
+    names = tuple(str(name) for name in arrays["class_names"].reshape(-1)) if "class_names" in arrays else ()
     pixels = _to_pixels(arrays["x"], path.name)
     labels = _to_labels(arrays["y"], len(pixels), path.name) if "y" in arrays else None
     return ImageSet(pixels, labels, names)
@@ -156,22 +158,30 @@ def _to_labels(y: NDArray[np.generic], count: int, name: str) -> Tensor:
     if y.shape not in ((count,), (count, 1)) or y.dtype.kind not in "iuf":
         raise InputError(f"expected {count} whole-number labels y, got {y.dtype} of shape {y.shape} in {name}")
     labels = y.reshape(-1).astype(np.float64)
-    if not (np.isfinite(labels).all() and (labels == np.round(labels)).all() and (labels >= 0).all()):
+    if not ((labels == np.round(labels)) & (labels >= 0) & (labels < _MOST_LABELS)).all():
         raise InputError(f"expected labels y as whole numbers from 0, got others in {name}")
     return torch.from_numpy(labels.astype(np.int64))
 
 
-def list_images(folder: Path) -> list[Path]:
-    """Image files directly in a folder, sorted by name."""
-    return sorted(item for item in folder.iterdir() if item.suffix.lower() in SUFFIXES and item.is_file())
+def list_images(folder: Path, deep: bool = False) -> list[Path]:
+    """Image files in a folder, and with `deep` in the folders below it, sorted by name."""
+    found = folder.rglob("*") if deep else folder.iterdir()
+    return sorted(item for item in found if item.suffix.lower() in SUFFIXES and item.is_file())
 
 
 def _load_folder(folder: Path, shape: tuple[int, int, int] | None, skip: bool, progress: Progress) -> ImageSet:
     classes = sorted(item for item in folder.iterdir() if item.is_dir() and not item.name.startswith("."))
-    files: list[tuple[Path, int]] = [(path, label) for label, item in enumerate(classes) for path in list_images(item)]
+    files: list[tuple[Path, int]] = [
+        (path, label) for label, item in enumerate(classes) for path in list_images(item, deep=True)
+    ]
+    loose = list_images(folder)
+    if files and loose:
+        raise CalibrationError(
+            f"expected images in class folders only, got {len(loose)} beside them in {folder}, first {loose[0].name}: move them"
+        )
     if not files:
         classes = []
-        files = [(path, -1) for path in list_images(folder)]
+        files = [(path, -1) for path in loose]
     if not files:
         raise CalibrationError(f"expected images ({', '.join(SUFFIXES)}) in {folder} or its class folders, got none")
     spec = _common_spec([path for path, _ in files], shape)

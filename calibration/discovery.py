@@ -25,6 +25,7 @@ logger = logging.getLogger("guard.calibration")
 
 _TRIALS = 128
 _AGREEMENT = 0.99
+_SAME = 0.02  # in probability; half precision differs by less
 
 
 class Hints(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,10 +96,24 @@ def discover(backend: Backend, clean: ImageSet, hints: Hints | None = None, memo
     predictor = Predictor(backend, best.spec, num_classes, best.output)
     if memory_limit is not None:
         predictor = Predictor(backend, best.spec, num_classes, best.output, memory_limit)
-    failed = int(torch.isnan(predictor(images)).any(dim=1).sum())
+    _check_answers(predictor, images)
+    return predictor
+
+
+def _check_answers(predictor: Predictor, images: Tensor) -> None:
+    """Refuse what calibration would take for entropy: no answers, other ones each time, or none to a single image."""
+    answers = predictor(images)
+    failed = int(torch.isnan(answers).any(dim=1).sum())
     if failed:
         raise ModelError(f"the model gave NaN or Inf for {failed} of {len(images)} clean images: check --mean, --std, --output")
-    return predictor
+    if float((predictor(images) - answers).abs().max()) > _SAME:
+        raise ModelError("the model answers the same images differently each time: switch off dropout or whatever it draws")
+    try:
+        alone = predictor(images[:1])
+    except ModelError as error:
+        raise ModelError(f"the model answers batches but not a single image: {error}") from error
+    if not float((alone - answers[:1]).abs().max()) <= _SAME:
+        raise ModelError("the model answers an image differently on its own than in a batch: switch off batch statistics")
 
 
 def _specs(backend: Backend, clean: ImageSet, hints: Hints) -> list[InputSpec]:
@@ -159,7 +174,7 @@ def _try_all(backend: Backend, clean: ImageSet, hints: Hints, images: Tensor) ->
             raise
         except GuardError as error:
             problems.append(str(error))
-        except Exception as error:  # a convention that a foreign function can't take: the next may do
+        except (Exception, SystemExit) as error:  # a convention that a foreign function can't take: the next may do
             logger.debug("%s: %s", _name(spec), one_line(error), exc_info=True)
             problems.append(one_line(error))
     return trials, problems

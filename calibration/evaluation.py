@@ -125,7 +125,7 @@ def evaluate(
     Raises:
         InputError: Triggered images without target or true labels, or of another shape.
     """
-    check_sets(guard, clean, triggered, target_label)
+    clean, triggered = align_sets(guard, clean, triggered, target_label)
     return summarise(
         judge(guard, clean, "clean images", progress),
         clean.labels,
@@ -188,13 +188,22 @@ def _with_attack(result: Evaluation, clean: Judged, triggered: Judged, true_labe
     )
 
 
-def check_sets(guard: Guard, clean: ImageSet, triggered: ImageSet | None, target_label: int | None) -> None:
-    """Raise unless these sets fit the guard and each other; see `evaluate`."""
-    for images in (clean, triggered):
-        if images is not None and images.shape != guard.predictor.spec.shape:
-            raise InputError(f"expected images of shape {guard.predictor.spec.shape}, got {images.shape}: resize them first")
+def align_sets(
+    guard: Guard, clean: ImageSet, triggered: ImageSet | None, target_label: int | None
+) -> tuple[ImageSet, ImageSet | None]:
+    """Bring both sets' labels to the model's order, and refuse sets that don't fit.
+
+    Labels of a folder are positions of its sub-folders; where the profile knows class names, they are matched by name.
+
+    Returns:
+        The sets, labels in the model's order.
+
+    Raises:
+        InputError: See `evaluate`.
+    """
+    aligned = _align(guard, clean)
     if triggered is None:
-        return
+        return aligned, None
     classes = guard.predictor.num_classes
     if target_label is None or not 0 <= target_label < classes:
         raise InputError(
@@ -202,3 +211,26 @@ def check_sets(guard: Guard, clean: ImageSet, triggered: ImageSet | None, target
         )
     if triggered.labels is None:
         raise InputError("expected the true labels y of the triggered images: rates leave out those of the target class")
+    return aligned, _align(guard, triggered)
+
+
+def _align(guard: Guard, images: ImageSet) -> ImageSet:
+    spec, classes = guard.predictor.spec, guard.predictor.num_classes
+    if images.shape != spec.shape:
+        raise InputError(f"expected images of shape {spec.shape}, got {images.shape}: resize them first")
+    if images.labels is None:
+        return images
+    labels = images.labels
+    if images.class_names and spec.class_names:
+        unknown = [name for name in images.class_names if name not in spec.class_names]
+        if unknown:
+            raise InputError(f"expected class folders that the profile knows, got {unknown[0]!r}: name them as at calibration")
+        labels = torch.tensor([spec.class_names.index(name) for name in images.class_names])[labels]
+    elif images.class_names and len(images.class_names) != classes:
+        raise InputError(
+            f"expected {classes} class folders, one per output of the model, got {len(images.class_names)}: "
+            "add an (empty) folder for each missing class, or use an .npz"
+        )
+    if int(labels.max()) >= classes:
+        raise InputError(f"expected labels from 0 to {classes - 1}, got {int(labels.max())}: is it another data set?")
+    return ImageSet(images.pixels, labels, spec.class_names, images.names)

@@ -9,24 +9,27 @@ from torch import Tensor
 
 
 def choose_overlays(labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Pick overlays at random, as evenly over the classes as they go.
+    """Pick overlays at random, and one of each class first.
+
+    No more than that is evened out: the images that are left set the threshold, and must stay as good as a random sample
+    of the clean set. (Even shares per class would use up a rare class, and its inputs would be rejected too often.)
 
     Args:
         labels: (n,), int64, given or predicted.
-        count: N; at least one per class when there are that many.
+        count: N; at least one per class when there are that many, else as many classes as N.
         generator: Decides.
 
     Returns:
         (min(N, n),), int64, distinct indices.
     """
     shuffled = torch.randperm(len(labels), generator=generator)
-    seen: dict[int, int] = {}
-    turns = []
+    seen: set[int] = set()
+    again = []
     for label in labels[shuffled].tolist():
-        turns.append(seen.get(label, 0))
-        seen[label] = turns[-1] + 1
-    by_turn = torch.argsort(torch.tensor(turns), stable=True)  # every class's first image, then every second, ...
-    return shuffled[by_turn][:count]
+        again.append(label in seen)
+        seen.add(label)
+    first_of_each_class_first = torch.argsort(torch.tensor(again), stable=True)
+    return shuffled[first_of_each_class_first][:count]
 
 
 def order_overlays(entropies: NDArray[np.float64], bound: float) -> NDArray[np.int64]:

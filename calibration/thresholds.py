@@ -23,6 +23,8 @@ from calibration.statistics import proportion
 from guard.errors import CalibrationError, TooFewImagesError
 from guard.profile import ThresholdRecord
 
+_SMALLEST_RATE = 1e-9
+
 Method = Literal["conformal", "normal"]
 
 
@@ -41,18 +43,34 @@ def set_threshold(
         TooFewImagesError: It says how many images the rate needs.
         CalibrationError: Rates out of range, or scores that are not finite.
     """
-    if not 0.0 < frr < 1.0:
-        raise CalibrationError(f"expected a false rejection rate between 0 and 1, got {frr}: 0.01 is one in a hundred")
-    if confidence is not None and not 0.0 < confidence < 1.0:
-        raise CalibrationError(f"expected a confidence between 0 and 1, got {confidence}")
-    if confidence is not None and method != "conformal":
-        raise CalibrationError("expected --confidence with the conformal method only: the normal fit gives no guarantee")
+    check_rates(len(scores), frr, method, confidence)
     if not np.isfinite(scores).all():
         count = int((~np.isfinite(scores)).sum())
         raise CalibrationError(
             f"expected finite scores, got {count} of {len(scores)} that are not: the model returns NaN or Inf"
         )
     return _conformal(scores, frr, confidence) if method == "conformal" else _normal(scores, frr)
+
+
+def check_rates(n: int, frr: float, method: Method, confidence: float | None) -> None:
+    """Raise unless a threshold for this rate can be set from n clean images; see `set_threshold`."""
+    if not _SMALLEST_RATE <= frr < 1.0:
+        raise CalibrationError(f"expected a false rejection rate between 0 and 1, got {frr}: 0.01 is one in a hundred")
+    if confidence is not None and not 0.0 < confidence < 1.0:
+        raise CalibrationError(f"expected a confidence between 0 and 1, got {confidence}")
+    if confidence is not None and method != "conformal":
+        raise CalibrationError("expected --confidence with the conformal method only: the normal fit gives no guarantee")
+    if method == "conformal" and rank(n, frr, confidence) < 1:
+        needed = needed_images(frr, confidence)
+        sure = "" if confidence is None else f" with confidence {confidence:g}"
+        raise TooFewImagesError(
+            f"a false rejection rate of {frr:g}{sure} needs at least {needed} clean images besides the overlays, got {n}: "
+            "add images, use fewer overlays, or allow a higher rate",
+            needed=needed,
+            available=n,
+        )
+    if method == "normal" and n < 2:
+        raise TooFewImagesError(f"a normal fit needs at least 2 clean images, got {n}", 2, n)
 
 
 def needed_images(frr: float, confidence: float | None = None) -> int:
@@ -75,15 +93,6 @@ def rank(n: int, frr: float, confidence: float | None = None) -> int:
 def _conformal(scores: NDArray[np.float32], frr: float, confidence: float | None) -> ThresholdRecord:
     n = len(scores)
     k = rank(n, frr, confidence)
-    if k < 1:
-        needed = needed_images(frr, confidence)
-        sure = "" if confidence is None else f" with confidence {confidence:g}"
-        raise TooFewImagesError(
-            f"a false rejection rate of {frr:g}{sure} needs at least {needed} clean images besides the overlays, got {n}: "
-            "add images, use fewer overlays, or allow a higher rate",
-            needed=needed,
-            available=n,
-        )
     kth = np.sort(scores)[::-1][k - 1]
     low, high = stats.beta.ppf([0.025, 0.975], k, n + 1 - k)
     return ThresholdRecord(
@@ -99,8 +108,6 @@ def _conformal(scores: NDArray[np.float32], frr: float, confidence: float | None
 
 
 def _normal(scores: NDArray[np.float32], frr: float) -> ThresholdRecord:
-    if len(scores) < 2:
-        raise TooFewImagesError(f"a normal fit needs at least 2 clean images, got {len(scores)}", 2, len(scores))
     mean, deviation = stats.norm.fit(scores.astype(np.float64))
     value = float(np.float32(stats.norm.ppf(1.0 - frr, mean, max(deviation, np.finfo(np.float64).tiny))))
     seen = proportion(int((scores >= np.float32(value)).sum()), len(scores))

@@ -12,6 +12,7 @@ import typer
 from cli import options
 from cli.display import progress_bars, show_rows
 from cli.extras import needs
+from cli.threads import settle_threads
 from guard.detectors import Blend
 from guard.images import Container, DType, Layout
 from guard.predictors import OutputKind
@@ -65,10 +66,16 @@ def calibrate_command(
     shape: Annotated[
         str | None, typer.Option(metavar="C,H,W", help="Bring images of a folder to this.", rich_help_panel=_MODEL)
     ] = None,
-    resize: Annotated[bool, typer.Option(help="Serve images of other sizes, resized.", rich_help_panel=_MODEL)] = False,
-    skip_unreadable: Annotated[bool, typer.Option(help="Leave out files that are no images, and list them.")] = False,
-    allow_missing_classes: Annotated[bool, typer.Option(help="Go on when a class has no clean image.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the split into overlays and threshold-setting images.")] = 0,
+    resize: Annotated[
+        bool, typer.Option("--resize", help="Serve images of other sizes, resized.", rich_help_panel=_MODEL)
+    ] = False,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Leave out files that are no images, and list them.")
+    ] = False,
+    allow_missing_classes: Annotated[
+        bool, typer.Option("--allow-missing-classes", help="Go on when a class has no clean image.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the choice of overlays.")] = 0,
     as_json: options.JsonOption = False,
 ) -> None:
     """Set the threshold from clean images alone, and write a profile with a report.
@@ -77,7 +84,8 @@ def calibrate_command(
     """
     with needs("calibration"):
         from calibration import Hints, Settings, calibrate, load_images
-        from calibration.discovery import declared_shape
+        from calibration.calibrate import check_settings
+        from calibration.discovery import declared_shape, discover
         from calibration.report import calibration_report
         from calibration.sources import open_model
 
@@ -106,6 +114,8 @@ def calibrate_command(
         source = open_model(model, weights, Path(scratch))
         size = options.shape(shape) or (declared_shape(source.backend) if data.is_dir() else None)
         clean = load_images(data, size, skip_unreadable=skip_unreadable, progress=progress)
+        check_settings(settings, len(clean))
+        settle_threads(discover(source.backend, clean, hints))
         calibration = calibrate(source.backend, clean, settings, hints=hints, record=source.record, progress=progress)
         calibration.save(out, source.file, {"report.html": calibration_report(calibration)})
     _show(calibration, clean, out, as_json)
@@ -148,6 +158,9 @@ def _show(calibration: Calibration, clean: ImageSet, out: Path, as_json: bool) -
         ("report", str(out / "report.html")),
     ]
     show_rows(f"Profile {out}", rows)
+    if model.output == "labels":
+        typer.echo("warning: the model returns labels only, which tells triggers less well apart than probabilities", err=True)
     if accuracy is not None and accuracy < 2.0 / model.num_classes:
-        typer.echo("warning: clean accuracy is near chance; are --mean, --std and the label order right?", err=True)
+        typer.echo("warning: clean accuracy is near chance: check --weights, --mean, --std and the order of labels", err=True)
+        return
     typer.echo(f"next: guard check {out} IMAGE, guard serve {out}")

@@ -12,8 +12,8 @@ import typer
 from torch import Tensor
 
 from cli import options
-from cli.display import show_rows
 from cli.inputs import read_images
+from cli.threads import settle_threads
 from guard import Guard, GuardError, Limits, Policy, Quarantine, Verdict
 
 _BATCH = 32
@@ -52,6 +52,7 @@ def check(
     """
     store = None if quarantine is None else Quarantine(quarantine)
     guard = Guard.load(profile, policy=Policy(mode=mode), quarantine=store, device=device)
+    settle_threads(guard.predictor)
     stream = read_images(images, guard.predictor.spec, Limits())
     unreadable = total = 0
     while batch := list(itertools.islice(stream, _BATCH)):
@@ -96,18 +97,13 @@ def _line(name: str, verdict: Verdict) -> Line:
 
 
 def _print(lines: list[Line], as_json: bool) -> None:
-    if as_json:
-        for line in lines:
-            typer.echo(msgspec.json.encode(line).decode())
-        return
-    rows = [
-        (
-            line.image,
-            line.verdict,
-            line.message or f"{line.label}" + (f" ({line.probability:.3f})" if line.probability is not None else ""),
-            "" if line.entropy is None else f"{'' if line.entropy_exact else '>= '}{line.entropy:.4f} bits",
-            "" if line.message else f"{line.passes} passes",
-        )
-        for line in lines
-    ]
-    show_rows("", rows)
+    for line in lines:
+        typer.echo(msgspec.json.encode(line).decode() if as_json else _for_people(line))
+
+
+def _for_people(line: Line) -> str:
+    if line.message is not None:
+        return f"{line.image}: {line.verdict}, {line.message}"
+    sure = "" if line.probability is None else f" ({line.probability:.3f})"
+    entropy = "" if line.entropy is None else f", entropy {'' if line.entropy_exact else 'at least '}{line.entropy:.4f} bits"
+    return f"{line.image}: {line.verdict}, {line.label}{sure}{entropy}, {line.passes} passes"

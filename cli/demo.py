@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 import typer
 
 from cli.extras import needs
-from cli.stopping import stop_on_sigterm
 
 
 def demo(
@@ -17,9 +16,9 @@ def demo(
     engine: Annotated[
         Literal["auto", "torchserve", "asgi"], typer.Option(help="auto: TorchServe, or ASGI where Java is missing.")
     ] = "auto",
-    seed: Annotated[int, typer.Option(help="Of split, training and calibration.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of split, training and calibration.")] = 0,
 ) -> None:
-    """Show it all on real digits, in about a minute.
+    """Show it all on real digits, in a minute or two.
 
     Trains a small classifier on poisoned digits, calibrates a guard on clean ones, exports it, starts a server, sends
     clean and triggered images over HTTP, prints what was answered and what was rejected, and stops what it started.
@@ -27,5 +26,4 @@ def demo(
     with needs("calibration"):
         from cli.demonstration.run import run
 
-    stop_on_sigterm()
     run(out, model_store, engine, seed)

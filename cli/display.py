@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -15,7 +16,13 @@ _FILE_WIDTH = 200  # where nobody looks at a terminal, nothing need be folded
 
 @contextlib.contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """One bar per step of a long command, on stderr; yields the function that the steps report to."""
+    """One bar per step of a long command, on stderr; yields the function that the steps report to.
+
+    Where stderr is no terminal, each step is a plain line as it starts and one as it ends.
+    """
+    if not sys.stderr.isatty():
+        yield _plain_lines()
+        return
     columns = (
         TextColumn("{task.description:<28}"),
         BarColumn(),
@@ -34,11 +41,23 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
         yield report
 
 
+def _plain_lines() -> Callable[[str, int, int], None]:
+    begun: set[str] = set()
+
+    def report(what: str, done: int, total: int) -> None:
+        if what not in begun or done == total:
+            begun.add(what)
+            typer.echo(f"{what} {done}/{total}", err=True)
+
+    return report
+
+
 def show_rows(title: str, rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> None:
     """Print a table whose first column names and whose others are figures."""
     table = Table(title=title, title_justify="left", title_style="bold", show_header=bool(header), box=None, pad_edge=False)
     for number in range(len(rows[0])):
-        table.add_column(header[number] if header else "", justify="left" if number == 0 else "right", overflow="fold")
+        name = header[number] if header else ""
+        table.add_column(name, justify="left" if number == 0 else "right", overflow="fold", no_wrap=number == 0)
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else _FILE_WIDTH).print(table)
+    Console(width=None if sys.stdout is not None and sys.stdout.isatty() else _FILE_WIDTH).print(table)

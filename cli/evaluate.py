@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
@@ -11,7 +11,11 @@ import typer
 from cli import options
 from cli.display import progress_bars, show_rows
 from cli.extras import needs
+from cli.threads import settle_threads
 from guard import Guard
+
+if TYPE_CHECKING:
+    from calibration import Evaluation
 
 
 def evaluate_command(
@@ -20,7 +24,7 @@ def evaluate_command(
     triggered: Annotated[Path | None, typer.Option(help="Images with the trigger, and their true labels.")] = None,
     target: Annotated[int | None, typer.Option(help="The label that the attack wants.")] = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page with the distributions.")] = None,
-    seed: Annotated[int, typer.Option(help="Of a preprocessor that draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of a preprocessor that draws.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: options.JsonOption = False,
 ) -> None:
@@ -30,31 +34,38 @@ def evaluate_command(
     """
     with needs("calibration"):
         from calibration.data import load_images
-        from calibration.evaluation import check_sets, judge, summarise
-        from calibration.report import FIGURES, evaluation_report
+        from calibration.evaluation import align_sets, judge, summarise
+        from calibration.report import evaluation_report
 
     guard = Guard.load(profile, seed=seed, device=device)
+    settle_threads(guard.predictor)
     with progress_bars() as progress:
         shape = guard.predictor.spec.shape
         clean = load_images(data, shape if data.is_dir() else None, progress=progress)
         attacked = None
         if triggered is not None:
             attacked = load_images(triggered, shape if triggered.is_dir() else None, progress=progress)
-        check_sets(guard, clean, attacked, target)
+        clean, attacked = align_sets(guard, clean, attacked, target)
         clean_judged = judge(guard, clean, "clean images", progress)
         attacked_judged = None if attacked is None else judge(guard, attacked, "triggered images", progress)
     result = summarise(clean_judged, clean.labels, attacked_judged, None if attacked is None else attacked.labels, target)
-    if report is not None:
-        scores = None if attacked_judged is None else -attacked_judged.scores
-        report.write_bytes(evaluation_report(result, -clean_judged.scores, scores, -guard.detectors[0].threshold))
     if as_json:
         typer.echo(msgspec.json.encode(result).decode())
-        return
+    else:
+        _show(result, profile)
+    if report is not None:
+        scores = None if attacked_judged is None else -attacked_judged.scores
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_bytes(evaluation_report(result, -clean_judged.scores, scores, -guard.detectors[0].threshold))
+        typer.echo(f"report: {report}", err=True)
+
+
+def _show(result: Evaluation, profile: Path) -> None:
+    from calibration.report import FIGURES
+
     rows = []
     for name, title in FIGURES.items():
         estimate = getattr(result, name)
         if estimate is not None:
             rows.append((title, f"{estimate.value:.4f}", f"{estimate.low:.4f} to {estimate.high:.4f}"))
     show_rows(f"Guard {profile}", rows, ("", "value", "95% interval"))
-    if report is not None:
-        typer.echo(f"report: {report}")

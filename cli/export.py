@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,6 +11,7 @@ import typer
 
 from cli import options
 from cli.extras import needs
+from guard.errors import ExportError
 
 
 def export(
@@ -26,11 +28,12 @@ def export(
     Example: guard export profile --format mar --out model-store --name signs
     """
     name = name or profile.absolute().name
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is None:
+        raise ExportError(f"expected a model name of letters, digits, '.', '_' and '-', got {name!r}: pass another --name")
     if kind == "onnx":
         with needs("onnx"):
             from export import export_onnx
 
-        out.mkdir(parents=True, exist_ok=True)
         typer.echo(str(export_onnx(profile, out / f"{name}.onnx")))
         return
     from export import export_mar

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import typer
 
 from cli import calibrate, check, demo, evaluate, export, quarantine, serve
+from cli.stopping import stopped_by_sigterm
 from guard import GuardError, __version__
 
 app = typer.Typer(
@@ -53,19 +53,24 @@ app.add_typer(quarantine.app, name="quarantine", rich_help_panel="Serving")
 
 def main() -> None:
     """Run the command; a problem is one line on stderr and exit code 2."""
-    sys.path.insert(0, os.getcwd())  # so that package.module:factory finds the user's own code
+    with stopped_by_sigterm():
+        _main()
+
+
+def _main() -> None:
     try:
         code = app(standalone_mode=False)
     except GuardError as error:
         _fail(str(error))
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)  # of usage errors: which subcommand
+        if not error.format_message():  # `guard` alone: the help has been shown
+            sys.exit(2)
         _fail(f"{error.format_message()} (see: {context.command_path if context else 'guard'} --help)")
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+    except OSError as error:
+        _fail(f"{error.filename or 'output'}: {error.strerror or error}")
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -29,8 +29,8 @@ def list_items(folder: _Folder, as_json: options.JsonOption = False) -> None:
         for item in items:
             typer.echo(msgspec.json.encode(item).decode())
     elif items:
-        rows = [(item.id, _time(item), f"{item.label}", item.detector, f"{item.score:.4f}") for item in items]
-        show_rows(f"{len(items)} items in {folder}", rows, ("id", "time", "label", "detector", "score"))
+        rows = [(item.id, _time(item), f"{item.label}", item.detector, _score(item)) for item in items]
+        show_rows(f"{len(items)} items in {folder}", rows, ("id", "time", "label", "detector", "found"))
     else:
         typer.echo(f"{folder} is empty")
 
@@ -51,7 +51,7 @@ def show_item(
             ("time", _time(item)),
             ("the model would have answered", f"{item.label} (index {item.label_index})"),
             ("detector", item.detector),
-            ("score", f"{item.score:.6f}, threshold {item.threshold:.6f}"),
+            ("entropy" if item.detector == "strip" else "score", _score(item)),
             ("picture", picture),
         ],
     )
@@ -94,7 +94,14 @@ def _open(folder: Path) -> Quarantine:
 
 
 def _time(item: Item) -> str:
-    return datetime.fromtimestamp(item.time, UTC).isoformat(sep=" ", timespec="seconds")
+    return datetime.fromtimestamp(item.time, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def _score(item: Item) -> str:
+    """STRIP's score is minus the entropy; people read entropies."""
+    if item.detector == "strip":
+        return f"{-item.score:.4f} <= {-item.threshold:.4f} bits"
+    return f"{item.score:.4f} >= {item.threshold:.4f}"
 
 
 def _safe(name: str) -> str:

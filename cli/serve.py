@@ -11,7 +11,7 @@ import typer
 from cli import options
 from cli.export import export_to_scratch
 from cli.extras import needs
-from cli.stopping import stop_on_sigterm
+from cli.threads import settle_threads
 from guard import Guard, Limits, Policy, Quarantine, load_profile
 from guard.errors import InputError
 
@@ -31,7 +31,9 @@ def serve(
     quarantine: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep copies of suspicious images there.")] = None,
     max_bytes: Annotated[int, typer.Option(min=1, help="Of one encoded image.")] = Limits().max_bytes,
     max_pixels: Annotated[int, typer.Option(min=1, help="Of one image, by its header.")] = Limits().max_pixels,
-    expose_scores: Annotated[bool, typer.Option(help="Put scores into answers; they help an attacker.")] = False,
+    expose_scores: Annotated[
+        bool, typer.Option("--expose-scores", help="Put scores into answers; they help an attacker.")
+    ] = False,
     workers: Annotated[int, typer.Option(min=1, help="TorchServe's worker processes.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests that a TorchServe worker judges at once.")] = 8,
     device: Annotated[str, typer.Option(help="cpu or cuda; TorchServe chooses by itself.")] = "cpu",
@@ -41,9 +43,9 @@ def serve(
     200 with the label, 422 for a suspicious image, 400 or 413 for one that can't be judged, 503 when the guard fails.
     Metrics for Prometheus are at /metrics (TorchServe: on a port of their own). One JSON line per request goes to stderr.
 
-    Example: guard serve profile, then curl --data-binary @photo.png http://127.0.0.1:8080/predictions/profile
+    Example: guard serve profile, then
+    curl -H 'content-type: image/png' --data-binary @photo.png http://127.0.0.1:8080/predictions/profile
     """
-    stop_on_sigterm()
     model = name or profile.absolute().name
     limits = Limits(max_bytes=max_bytes, max_pixels=max_pixels)
     settings, _ = load_profile(profile)
@@ -87,6 +89,7 @@ def _serve_asgi(
     configure_logging()
     store = None if quarantine is None else Quarantine(quarantine)
     guard = Guard.load(profile, policy=policy, quarantine=store, device=device)
+    settle_threads(guard.predictor)
     serve_asgi(create_app({model: ImageService(guard, model, limits, expose_scores)}), host, port)
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 from torch import Tensor
 
-from guard.errors import ImageError, TooLargeError, one_line
+from guard.errors import ImageError, TooLargeError, WrongSizeError, one_line
 from guard.headers import check_header
 from guard.images import InputSpec
 
@@ -65,7 +65,7 @@ def decode_image(data: bytes | bytearray | memoryview, spec: InputSpec, limits: 
     image = _open(data, limits)
     if image.size != (spec.width, spec.height) and not spec.resize:
         width, height = image.size
-        raise ImageError(f"expected {spec.width}x{spec.height} pixels, got {width}x{height}: resize the image first")
+        raise WrongSizeError(f"expected {spec.width}x{spec.height} pixels, got {width}x{height}: resize the image first")
     try:
         image.load()
     except Exception as error:  # Pillow's readers raise whatever they stumble over

@@ -3,6 +3,7 @@
     GuardError
     |-- InputError            what the caller sent can't be inspected   (HTTP 400)
     |   |-- ImageError        bytes that are no image we decode         (HTTP 400)
+    |   |   `-- WrongSizeError  an image of another size than the model's (HTTP 400)
     |   `-- TooLargeError     over the byte or the pixel limit          (HTTP 413)
     |-- RejectedError         a wrapped predict function refused rows
     |-- ModelError            a model can't be loaded, or its answers can't be used   (HTTP 503)
@@ -39,6 +40,12 @@ class ImageError(InputError):
     """The bytes are not an image that can be decoded and brought to the model's channels and size."""
 
     code = "not-an-image"
+
+
+class WrongSizeError(ImageError):
+    """The image is of another size than the model's."""
+
+    code = "wrong-size"
 
 
 class TooLargeError(InputError):

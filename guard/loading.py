@@ -33,8 +33,9 @@ def load_guard(
     seed: int | None = None,
 ) -> Guard:
     """Build a guard from a profile folder; see `Guard.load`."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError(f"expected a device that is there, got {device} on a machine without CUDA: use cpu")
+    if device.partition(":")[0] not in ("cpu", "cuda") or (device != "cpu" and not torch.cuda.is_available()):
+        where = "" if torch.cuda.is_available() else " on a machine without CUDA"
+        raise ModelError(f"expected the device cpu or cuda, got {device}{where}: use one that is there")
     profile, arrays = load_profile(folder)
     predictor = Predictor(
         load_profile_backend(folder, profile.model, model, device),
@@ -55,6 +56,7 @@ def load_guard(
         policy=policy or profile.policy,
         quarantine=quarantine,
         seed=seed,
+        device=device,
     )
 
 
@@ -71,7 +73,7 @@ def load_profile_backend(folder: Path, record: ModelRecord, model: object | None
             raise ProfileError(f"the profile in {folder} belongs to another model (SHA-256 differs): calibrate for this one")
         return backend
     if record.file is None and record.factory is None:
-        raise ProfileError(f"the profile in {folder} is for a model in memory: pass it, Guard.load(profile, model)")
+        raise ProfileError(f"the profile in {folder} is for a model in memory: pass it in Python, Guard.load(profile, model)")
     path = None if record.file is None else folder / record.file
     if path is not None and not path.is_file():
         raise ProfileError(f"expected the model {record.file} in {folder}, got none: copy the whole profile folder")

@@ -194,12 +194,12 @@ def _foreign(folder: Path) -> str | None:
 
 def _replace(folder: Path, draft: Path, old: Path) -> None:
     """Swap folders; when the new one can't move in, the old one moves back."""
-    if folder.exists():
-        os.replace(folder, old)
     try:
+        if folder.exists():
+            os.replace(folder, old)
         os.replace(draft, folder)
-    except OSError:
-        if old.exists():
+    except BaseException:
+        if old.exists() and not folder.exists():
             os.replace(old, folder)
         raise
 

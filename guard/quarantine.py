@@ -161,10 +161,10 @@ class Quarantine:
         """Remove one item.
 
         Raises:
-            QuarantineError: There is no such item.
+            QuarantineError: There is no such item, or it can't be removed.
         """
         self.get(item_id)
-        self._discard(item_id)
+        self._forget(item_id)
 
     def release(self, item_id: str, folder: Path) -> Path:
         """Move one item's picture into a folder, and forget the item.
@@ -182,7 +182,7 @@ class Quarantine:
             _write(target, (self.folder / item.image).read_bytes())
         except OSError as error:
             raise QuarantineError(f"could not move {item_id} to {folder}: {error.strerror or error}") from error
-        self._discard(item_id)
+        self._forget(item_id)
         return target
 
     def _record(self, item_id: str) -> Path:
@@ -200,6 +200,11 @@ class Quarantine:
         if item.id != path.stem or item.image not in (f"{item.id}.png", f"{item.id}.npy"):
             raise QuarantineError(f"expected the record of {path.stem} in {path}, got that of {item.id}: delete it")
         return item
+
+    def _forget(self, item_id: str) -> None:
+        self._discard(item_id)
+        if self._record(item_id).exists():
+            raise QuarantineError(f"could not remove {item_id} from {self.folder}: is the folder read-only?")
 
     def _discard(self, item_id: str) -> None:
         files = [item_id + suffix for suffix in (".json", ".png", ".npy")]

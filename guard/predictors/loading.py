@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,14 +70,15 @@ def load_factory(name: str, weights: Path | None = None) -> object:
     """
     module_name, _, attribute = name.partition(":")
     try:
+        _look_here_too()
         target: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             target = getattr(target, part)
-    except Exception as error:  # importing runs the user's code
+    except (Exception, SystemExit) as error:  # importing runs the user's code
         raise ModelError(f"expected an importable package.module:factory, got {name} ({one_line(error)}): check it") from error
     try:
         model = target() if _makes_model(target) else target
-    except Exception as error:  # so does making the model
+    except (Exception, SystemExit) as error:  # so does making the model
         raise ModelError(f"{name} failed to make a model: {one_line(error)}") from error
     if isinstance(model, nn.Module):
         if weights is not None:
@@ -86,6 +88,13 @@ def load_factory(name: str, weights: Path | None = None) -> object:
     elif weights is not None:
         raise ModelError(f"expected {name} to make an nn.Module for --weights, got {type(model).__name__}: drop --weights")
     return model
+
+
+def _look_here_too() -> None:
+    """Let a factory lie in the current folder: last in line, so that no file there passes for an installed package."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
 
 
 def _makes_model(target: object) -> bool:

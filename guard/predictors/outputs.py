@@ -62,7 +62,14 @@ def detect_kind(raw: Tensor) -> OutputKind:
         raise ModelError(f"expected scores (B, M) or labels (B,), got shape {tuple(raw.shape)}: return one row per image")
     values = raw.to(torch.float64)
     sums_to_one = bool((values.sum(dim=1) - 1.0).abs().max() <= _SUM_TOLERANCE)
-    return "probabilities" if sums_to_one and bool((values >= -1e-6).all()) else "logits"
+    if sums_to_one and bool((values >= -1e-6).all()):
+        return "probabilities"
+    if bool(((values >= 0.0) & (values <= 1.0)).all()):
+        raise ModelError(
+            "expected logits, or probabilities that sum to one, got values in [0, 1] that don't: one sigmoid per class "
+            "can't be guarded; if they are logits, say so with --output logits"
+        )
+    return "logits"
 
 
 def to_probabilities(raw: Tensor, kind: OutputKind, num_classes: int, batch: int) -> Tensor:

@@ -96,5 +96,5 @@ class Predictor:
             return to_probabilities(raw, self.output, self.num_classes, images.shape[0]).to(images.device)
         except GuardError:
             raise
-        except Exception as error:  # a model is foreign code: whatever it raises becomes ours
+        except (Exception, SystemExit) as error:  # a model is foreign code: whatever it raises becomes ours
             raise ModelError(f"the model failed on a batch of {images.shape[0]}: {one_line(error)}") from error

@@ -125,3 +125,19 @@ def test_missing_and_empty_sources(tmp_path: Path) -> None:
     (tmp_path / "d.npz").write_bytes(b"PK\x03\x04 truncated")
     with pytest.raises(InputError, match="does not load"):
         load_images(tmp_path / "d.npz")
+
+
+def test_images_below_a_class_folder_count_and_loose_ones_are_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "cat" / "more").mkdir()
+    Image.fromarray(grey(7)).save(tmp_path / "cat" / "more" / "7.png")
+    assert load_images(tmp_path).known_labels.tolist() == [0, 0, 0, 0, 1, 1, 1]
+    Image.fromarray(grey(8)).save(tmp_path / "loose.png")
+    with pytest.raises(CalibrationError, match=r"1 beside them in .*first loose\.png"):
+        load_images(tmp_path)
+
+
+def test_huge_labels_do_not_wrap_around(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", x=np.zeros((2, 5, 6), np.uint8), y=np.array([0, 1e300]))
+    with pytest.raises(InputError, match="whole numbers"):
+        load_images(tmp_path / "d.npz")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from calibration import Calibration, ImageSet
-from calibration.evaluation import Judged, check_sets, evaluate, judge, summarise
+from calibration.evaluation import Judged, align_sets, evaluate, judge, summarise
 from cli.demonstration.digits import ATTACK, Digits
 from guard.errors import InputError
 
@@ -91,12 +91,27 @@ def test_judging_agrees_with_serving(digits: Digits, calibration: Calibration) -
 def test_sets_that_do_not_fit_are_refused(digits: Digits, calibration: Calibration) -> None:
     guard = calibration.guard()
     with pytest.raises(InputError, match="--target"):
-        check_sets(guard, digits.test, digits.triggered, None)
+        align_sets(guard, digits.test, digits.triggered, None)
     with pytest.raises(InputError, match="0 to 9"):
-        check_sets(guard, digits.test, digits.triggered, 10)
+        align_sets(guard, digits.test, digits.triggered, 10)
     with pytest.raises(InputError, match="true labels"):
-        check_sets(guard, digits.test, ImageSet(digits.triggered.pixels), 7)
+        align_sets(guard, digits.test, ImageSet(digits.triggered.pixels), 7)
     with pytest.raises(InputError, match="expected images of shape"):
-        check_sets(guard, ImageSet(torch.zeros(3, 3, 8, 8, dtype=torch.uint8)), None, None)
+        align_sets(guard, ImageSet(torch.zeros(3, 3, 8, 8, dtype=torch.uint8)), None, None)
     with pytest.raises(InputError, match="other than the target"):
         summarise(CLEAN, CLEAN_LABELS, judged([7], [False], [0.0]), torch.tensor([7]), 7)
+
+
+def test_labels_of_folders_are_matched_by_name(digits: Digits, calibration: Calibration) -> None:
+    """A folder without the target's sub-folder shifts the positions of those after it."""
+    guard = calibration.guard()
+    names = tuple(str(label) for label in range(10) if label != ATTACK.target_label)
+    true = digits.triggered.known_labels
+    shifted = ImageSet(digits.triggered.pixels, torch.where(true > ATTACK.target_label, true - 1, true), names)
+    _, aligned = align_sets(guard, digits.test, shifted, ATTACK.target_label)
+    assert aligned is not None
+    assert torch.equal(aligned.known_labels, true)
+    with pytest.raises(InputError, match="expected class folders that the profile knows, got 'eleven'"):
+        align_sets(guard, ImageSet(digits.test.pixels, digits.test.labels, ("eleven",) * 10), None, None)
+    with pytest.raises(InputError, match="expected labels from 0 to 9, got 10"):
+        align_sets(guard, ImageSet(digits.test.pixels, digits.test.known_labels + 1), None, None)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from guard import __version__
-from tests.cli.conftest import Command
+from tests.cli.conftest import Command, Files
 
 COMMANDS = ("demo", "calibrate", "check", "evaluate", "export", "serve", "quarantine")
 
@@ -53,3 +54,34 @@ def test_a_thin_installation_checks_without_the_calibration_extra() -> None:
     assert done.returncode == 2
     assert "pip install 'backdoor-guard[calibration]'" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_files_in_the_current_folder_do_not_pass_for_our_code(tmp_path: Path) -> None:
+    """Working in a downloaded model's folder must not run the Python files that came with it."""
+    for name in ("calibration", "scipy", "export", "onnxruntime"):
+        (tmp_path / f"{name}.py").write_text("open('ran', 'w').close()\n")
+    command = [str(Path(sys.executable).parent / "guard"), "calibrate", "model.onnx", "--data", "clean.npz", "--out", "p"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "no such file" in done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_factory_in_the_current_folder_is_found(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("import torch\n\ndef build():\n    return torch.nn.Flatten()\n")
+    command = [str(Path(sys.executable).parent / "guard"), "calibrate", "mine:build", "--data", "none.npz", "--out", "p"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert "got none.npz: no such file or folder" in done.stderr
+
+
+def test_guard_alone_shows_the_tour_and_no_error(guard: Command) -> None:
+    run = guard()
+    assert "Start here" in run.out + run.err
+    assert "guard: " not in run.err
+
+
+def test_other_trouble_is_one_line_too(guard: Command, profile: Path, files: Files, tmp_path: Path) -> None:
+    assert guard("calibrate", "m" * 300 + ".onnx", "--data", files.clean, "--out", tmp_path / "p").problem
+    assert guard("calibrate", files.model, "--data", files.clean, "--out", tmp_path / "p", "--seed", 2**64).problem
+    assert "letters, digits" in guard("export", profile, "--format", "onnx", "--out", tmp_path, "--name", "../x").problem
+    assert guard("evaluate", profile, "--data", files.test, "--report", tmp_path).problem  # a folder: figures come first

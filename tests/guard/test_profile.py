@@ -378,3 +378,20 @@ def test_a_quarantine_kept_inside_a_profile_is_not_lost(tmp_path: Path) -> None:
     with pytest.raises(ProfileError, match=r"holds something else \(quarantine\)"):
         save_toy_profile(folder)
     assert (folder / "quarantine").is_dir()
+
+
+def test_an_interrupted_swap_keeps_the_old_profile(profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, arrays = load_profile(profile)
+    keep = profile.parent / "model.pt2"
+    shutil.copy(profile / "model.pt2", keep)
+    real = os.replace
+
+    def interrupted(source: Any, target: Any) -> None:
+        real(source, target)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_profile(msgspec.structs.replace(before, seed=7), arrays, profile, keep)
+    assert load_profile(profile)[0] == before

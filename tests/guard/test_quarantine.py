@@ -348,3 +348,18 @@ def test_an_item_that_another_process_removes_meanwhile(tmp_path: Path, monkeypa
     (tmp_path / f"{name}.json").unlink()
     with pytest.raises(QuarantineError, match="could not read"):
         quarantine.get(name)
+
+
+def test_what_cannot_be_removed_is_not_called_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quarantine = Quarantine(tmp_path / "q")
+    stored = quarantine.add(torch.zeros(1, 4, 4), detector="strip", score=-0.1, threshold=-0.2)
+    assert stored is not None
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(QuarantineError, match="could not remove"):
+        quarantine.delete(stored)
+    with pytest.raises(QuarantineError, match="could not remove"):
+        quarantine.release(stored, tmp_path / "clean")
