@@ -59,6 +59,7 @@ def run(out: Path, model_store: Path, engine: Literal["auto", "torchserve", "asg
         engine: `auto` takes TorchServe, or ASGI where Java is missing.
         seed: Of split, training and calibration.
     """
+    torch.set_num_threads(1)  # so small a net only waits for a second core
     digits = load_digits(seed)
     with progress_bars() as progress:
         profile = _prepare(digits, out, seed, progress)
