@@ -15,11 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from guard.arrays import load_arrays
-from guard.decoding import FORMATS, Limits, decode_image
+from guard.decoding import FORMATS, SUFFIXES, Limits, decode_image
 from guard.errors import CalibrationError, InputError
 from guard.images import InputSpec
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm")
 
 _MOST_LABELS = 2**31
 

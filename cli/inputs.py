@@ -12,8 +12,7 @@ from torch import Tensor
 
 from guard import GuardError, InputError, InputSpec, Limits, decode_image
 from guard.arrays import load_arrays
-
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm")
+from guard.decoding import SUFFIXES
 
 
 def read_images(paths: list[Path], spec: InputSpec, limits: Limits) -> Iterator[tuple[str, Tensor | GuardError]]:
@@ -26,7 +25,7 @@ def read_images(paths: list[Path], spec: InputSpec, limits: Limits) -> Iterator[
     """
     for path in paths:
         if path.is_dir():
-            files = sorted(item for item in path.rglob("*") if item.suffix.lower() in _SUFFIXES and item.is_file())
+            files = sorted(item for item in path.rglob("*") if item.suffix.lower() in SUFFIXES and item.is_file())
             if not files:
                 yield str(path), InputError(f"expected images in {path}, got none")
             for file in files:

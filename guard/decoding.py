@@ -22,6 +22,9 @@ from guard.images import InputSpec
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "PPM")
 """Formats that are decoded. Anything else (TIFF, PSD, ...) widens the attack surface and is refused."""
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm")
+"""Names by which those are found in a folder."""
+
 _NAMES = "JPEG, PNG, BMP, GIF, WebP or PPM"
 
 
