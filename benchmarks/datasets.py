@@ -1,102 +1,128 @@
-"""Image sets on disk, cut into three parts that never mix.
+"""Image sets from the files that people have: found in a folder, read, and cut into parts (see `parts`).
 
-*attacker* trains the victim, *defender* gives overlays and thresholds, *evaluation* gives every reported figure. MNIST:
-the first 50,000 of train, the last 10,000, the test set. GTSRB: train, 5,000 of test, the other 7,630; which 5,000 is
-committed in `splits/gtsrb_defender.json`.
+`python -m benchmarks.datasets fetch --set mnist --data FOLDER` downloads a set from OpenML into `FOLDER/mnist.npz`, and
+`python -m benchmarks.datasets splits` draws the committed splits again.
 """
 
 from __future__ import annotations
 
-import io
-import itertools
-import json
+import argparse
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import final, get_args
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
+from benchmarks.formats.cifar_binary import read_cifar_binary
+from benchmarks.formats.cifar_python import read_cifar_python
+from benchmarks.formats.gtsrb import read_gtsrb
+from benchmarks.formats.idx import read_idx
+from benchmarks.formats.npz import read_npz, write_npz
+from benchmarks.formats.openml import OPENML, fetch_raw_set
+from benchmarks.formats.raw_set import RawSet, SetName
+from benchmarks.parts import Parts, cut, defender_rows, draw_defender_rows, validation_rows, write_splits
+from guard.errors import GuardError, InputError
 
-from calibration.data import ImageSet
-from guard.arrays import read_arrays
-from guard.errors import InputError
+__all__ = [
+    "DEFAULT_FOLDER",
+    "FILES",
+    "Parts",
+    "SetName",
+    "defender_rows",
+    "draw_defender_rows",
+    "load_parts",
+    "read_raw_set",
+    "validation_rows",
+]
 
-SetName = Literal["mnist", "gtsrb"]
-FILES: dict[SetName, str] = {"mnist": "mnist.npz", "gtsrb": "gtsrb.webp.npz"}
+FILES: dict[SetName, str] = {
+    "mnist": "mnist.npz",
+    "fashion_mnist": "fashion_mnist.npz",
+    "gtsrb": "gtsrb.webp.npz",
+    "cifar10": "cifar10.webp.npz",
+    "cifar100": "cifar100.npz",
+}
 DEFAULT_FOLDER = Path(__file__).parent.parent.parent / "shared" / "data"
 
-_SPLITS = Path(__file__).parent / "splits"
-_SPLIT_SEED = 2026
 
-
+@final
 @dataclass(frozen=True)
-class Parts:
-    """One image set in its three parts, each with labels."""
+class _Format:
+    """Files of one format, in words for messages, and what reads them."""
 
-    attacker: ImageSet
-    defender: ImageSet
-    evaluation: ImageSet
-    num_classes: int
+    files: str
+    read: Callable[[SetName, Path], RawSet | None]
 
 
-def load_parts(name: SetName, folder: Path = DEFAULT_FOLDER) -> Parts:
+_IDX = "train-images-idx3-ubyte (or .gz) with its three others, there or in {}"
+_FORMATS: dict[SetName, tuple[_Format, ...]] = {
+    "mnist": (_Format(_IDX.format("MNIST/raw"), read_idx),),
+    "fashion_mnist": (_Format(_IDX.format("FashionMNIST/raw"), read_idx),),
+    "gtsrb": (_Format("GTSRB/Final_Training and GTSRB/Final_Test", read_gtsrb),),
+    "cifar10": (_Format("cifar-10-batches-bin", read_cifar_binary), _Format("cifar-10-batches-py", read_cifar_python)),
+    "cifar100": (_Format("cifar-100-binary", read_cifar_binary), _Format("cifar-100-python", read_cifar_python)),
+}
+
+
+def load_parts(name: SetName, folder: Path = DEFAULT_FOLDER, *, download: bool = False) -> Parts:
     """Load a set.
 
     Args:
         name: Which.
-        folder: Where its file lies.
+        folder: Where its files lie: `NAME.npz`, `NAME.webp.npz` or the official ones, the first that is found.
+        download: Fetch it from OpenML when there are none.
 
     Raises:
-        InputError: The file is not there.
+        InputError: No files, or damaged, incomplete or another set's.
     """
-    path = folder / FILES[name]
-    if not path.is_file():
-        raise InputError(f"expected {FILES[name]} in {folder}, got none: pass the folder that holds it with --data")
-    arrays = _decode(read_arrays(path))
-    train = _images(arrays["x_train"], arrays["y_train"])
-    test = _images(arrays["x_test"], arrays["y_test"])
-    if name == "mnist":
-        return Parts(train.select(torch.arange(50_000)), train.select(torch.arange(50_000, 60_000)), test, 10)
-    rows = gtsrb_defender_rows()
-    rest = torch.ones(len(test), dtype=torch.bool)
-    rest[rows] = False
-    return Parts(train, test.select(rows), test.select(torch.nonzero(rest).squeeze(1)), 43)
+    raw = read_raw_set(name, folder)
+    if raw is None and download:
+        raw = fetch_raw_set(name)
+    if raw is None:
+        looked_for = ", ".join([f"{name}.npz", f"{name}.webp.npz", *(each.files for each in _FORMATS[name])])
+        raise InputError(f"expected {name} in {folder} ({looked_for}), got none: {_advice(name, folder)}")
+    return cut(raw)
 
 
-def gtsrb_defender_rows() -> Tensor:
-    """(5000,), int64, indices into GTSRB's test set, as committed."""
-    return torch.tensor(json.loads((_SPLITS / "gtsrb_defender.json").read_text(encoding="utf-8")))
+def read_raw_set(name: SetName, folder: Path) -> RawSet | None:
+    """Read a set's files as they are, uncut, of any size; None when there are none.
+
+    Raises:
+        InputError: Damaged, incomplete or another set's.
+    """
+    for read in (read_npz, *(each.read for each in _FORMATS[name])):
+        raw = read(name, folder)
+        if raw is not None:
+            return raw
+    return None
 
 
-def draw_gtsrb_defender_rows() -> list[int]:
-    """How the committed indices were drawn."""
-    return sorted(np.random.default_rng(_SPLIT_SEED).permutation(12_630)[:5_000].tolist())
+def _advice(name: SetName, folder: Path) -> str:
+    other = "or pass the folder that holds it with --data"
+    if name not in OPENML:
+        return f"unpack GTSRB_Final_Training_Images.zip, GTSRB_Final_Test_Images.zip and GTSRB_Final_Test_GT.zip there, {other}"
+    return f"run python -m benchmarks.datasets fetch --set {name} --data {shlex.quote(str(folder))}, {other}"
 
 
-def _images(x: NDArray[np.generic], y: NDArray[np.generic]) -> ImageSet:
-    pixels = x[:, None] if x.ndim == 3 else np.moveaxis(x, 3, 1)
-    return ImageSet(torch.from_numpy(np.array(pixels, dtype=np.uint8, order="C")), torch.from_numpy(y.astype(np.int64)))
-
-
-def _decode(arrays: dict[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
-    """Arrays kept as lossless WebP strips, `NAME_webp` with offsets and shape, as plain arrays."""
-    decoded = {name: array for name, array in arrays.items() if not name.endswith(("_webp", "_offsets", "_shape"))}
-    for key in (name for name in arrays if name.endswith("_webp")):
-        name = key.removesuffix("_webp")
-        shape = tuple(int(size) for size in arrays[f"{name}_shape"])
-        offsets = [int(offset) for offset in arrays[f"{name}_offsets"]]
-        data = arrays[key].tobytes()
-        strips = [
-            np.asarray(Image.open(io.BytesIO(data[start:end])).convert("RGB")).reshape(-1, *shape[1:])
-            for start, end in itertools.pairwise(offsets)
-        ]
-        decoded[name] = np.concatenate(strips)
-    return decoded
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    fetch = commands.add_parser("fetch", help="download a set from OpenML into NAME.npz")
+    fetch.add_argument("--set", choices=get_args(SetName), dest="name", required=True)
+    fetch.add_argument("--data", type=Path, default=DEFAULT_FOLDER, help="folder to write to")
+    commands.add_parser("splits", help="draw the committed splits again")
+    chosen = parser.parse_args(arguments)
+    if chosen.command == "splits":
+        write_splits()
+        return
+    raw = fetch_raw_set(chosen.name)
+    cut(raw)  # what can't be cut is not worth keeping
+    print(f"wrote {write_npz(raw, chosen.data)}: {len(raw.train)} training and {len(raw.test)} test images")
 
 
 if __name__ == "__main__":
-    _SPLITS.mkdir(exist_ok=True)
-    (_SPLITS / "gtsrb_defender.json").write_text(json.dumps(draw_gtsrb_defender_rows()) + "\n", encoding="utf-8")
+    try:
+        main()
+    except GuardError as problem:
+        raise SystemExit(str(problem)) from None
