@@ -1,15 +1,17 @@
 """Calibration: from a model and clean images to a profile.
 
-The clean set is cut in two by a seed: STRIP's overlays, and the images that set the threshold and measure accuracy.
+The clean set is cut in two by a seed: STRIP's overlays, and the images that set the threshold and measure accuracy. A pair of
+blends is two detectors: overlays are dealt to them in turn, all the other images set each threshold, and the rate is shared.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, TypeGuard, final
+from typing import TypeGuard, final
 
 import msgspec
 import numpy as np
@@ -19,47 +21,27 @@ from torch import Tensor
 
 from calibration.data import ImageSet, Progress, no_progress
 from calibration.discovery import Hints, discover
-from calibration.overlays import choose_overlays, order_overlays
-from calibration.thresholds import Method, check_rates, set_threshold
+from calibration.overlays import choose_overlays
+from calibration.settings import Settings, check_settings, strips
+from calibration.strip import CalibratedStrip, calibrate_strip, refuse_blind
 from guard import CalibratedDetector, Guard, Policy, Predictor
-from guard.detectors import Blend, Strip
-from guard.detectors.strip import stage_ends
+from guard.detectors import Strip
 from guard.errors import CalibrationError, ModelError
 from guard.loading import PROBES
 from guard.predictors import Backend, wrap
 from guard.preprocessors import Gym
-from guard.profile import SCHEMA, ModelRecord, Profile, StripRecord, ThresholdRecord, overlays_to_array, save_profile
+from guard.profile import (
+    OVERLAYS,
+    SCHEMA,
+    ModelRecord,
+    Profile,
+    StripRecord,
+    ThresholdRecord,
+    overlays_to_array,
+    save_profile,
+)
 
 _LIBRARIES = ("backdoor-guard", "torch", "numpy", "opencv-python-headless", "onnxruntime", "kornia", "scipy")
-_MIN_OVERLAYS = 2
-
-
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What to calibrate.
-
-    Attributes:
-        frr: False rejection rate asked for.
-        overlays: N.
-        blend: How overlays are superimposed.
-        alpha: Their weight; None for the blend's own default (1, and 0.5 for `mix`).
-        preprocess: What happens to an image before the model answers it.
-        max_accuracy_drop: Points of clean accuracy that the preprocessor may cost.
-        method: Of setting the threshold.
-        confidence: With which the rate must hold; None bounds its mean.
-        allow_missing_classes: Go on when the clean set holds no image of a class.
-        seed: Of the split and the preprocessor's draws.
-    """
-
-    frr: float = 0.01
-    overlays: int = 100
-    blend: Blend = "add"
-    alpha: float | None = None
-    preprocess: Literal["none", "gym"] = "none"
-    max_accuracy_drop: float = 3.0
-    method: Method = "conformal"
-    confidence: float | None = None
-    allow_missing_classes: bool = False
-    seed: int = 0
 
 
 @final
@@ -71,24 +53,26 @@ class Calibration:
         profile: The profile.
         arrays: Its arrays.
         predictor: The model as found.
-        strip: The detector.
-        clean_entropies: (n,), float32, bits, of the threshold-setting images, all N passes.
+        strips: The detectors.
+        clean_entropies: For each, (n,), float32, bits, of the threshold-setting images, all passes.
     """
 
     profile: Profile
     arrays: dict[str, Tensor]
     predictor: Predictor
-    strip: Strip
-    clean_entropies: NDArray[np.float32]
+    strips: tuple[Strip, ...]
+    clean_entropies: tuple[NDArray[np.float32], ...]
 
     @property
-    def threshold(self) -> ThresholdRecord:
-        """STRIP's threshold, on minus the entropy."""
-        return self.profile.detectors[0].threshold
+    def thresholds(self) -> tuple[ThresholdRecord, ...]:
+        """Each detector's, on minus the entropy."""
+        return tuple(record.threshold for record in self.profile.detectors)
 
     def guard(self, policy: Policy | None = None, seed: int | None = None) -> Guard:
         """A guard from this calibration, without going through a file."""
-        detectors = [CalibratedDetector(self.strip, self.threshold.value)]
+        detectors = [
+            CalibratedDetector(strip, threshold.value) for strip, threshold in zip(self.strips, self.thresholds, strict=True)
+        ]
         return Guard(
             self.predictor,
             detectors,
@@ -135,23 +119,18 @@ def calibrate(
     progress("looking at the model", 0, 1)
     predictor = discover(backend, clean, hints)
     progress("looking at the model", 1, 1)
-    _check_classes(clean, predictor, settings)
-    generator = torch.Generator().manual_seed(settings.seed)
-    overlay_rows, rest = _split(clean, predictor, settings, generator)
-    _check_classes(clean.select(rest), predictor, settings)  # the overlays may have taken the last image of one
-    overlays = clean.images(overlay_rows)
-    alpha = settings.alpha if settings.alpha is not None else 0.5 if settings.blend == "mix" else 1.0
-    strip = Strip(predictor, overlays, settings.blend, alpha)
+    overlay_rows, rest = divide(clean, predictor, settings)
+    detectors = _compose(predictor, clean.images(overlay_rows), settings)
     accuracy, raw_accuracy = _accuracies(predictor, clean.select(rest), settings, progress)
-    strip, scores, passes = _measure(strip, clean.select(rest), settings, progress)
-    threshold = set_threshold(scores, settings.frr, settings.method, settings.confidence)
-    _refuse_blind(threshold)
+    found = [calibrate_strip(strip, clean.select(rest), settings, len(detectors), progress) for strip in detectors]
+    refuse_blind(found)
+    records = _records(found)
     profile = Profile(
         schema=SCHEMA,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         input=predictor.spec,
         model=_record(record, backend, predictor),
-        detectors=(StripRecord(threshold=threshold, blend=settings.blend, alpha=alpha, mean_passes=passes),),
+        detectors=records,
         preprocessor=Gym() if settings.preprocess == "gym" else None,
         policy=Policy(),
         clean_accuracy=accuracy,
@@ -159,23 +138,51 @@ def calibrate(
         seed=settings.seed,
         libraries=_versions(),
     )
-    arrays = {
-        "strip.overlays": overlays_to_array(strip.overlays),
-        "probe.probabilities": predictor(strip.overlays[:PROBES]).cpu(),
-    }
-    return Calibration(profile, arrays, predictor, strip, -scores)
+    ordered = tuple(item.strip for item in found)
+    arrays = {item.array: overlays_to_array(strip.overlays) for item, strip in zip(records, ordered, strict=True)}
+    arrays["probe.probabilities"] = predictor(ordered[0].overlays[:PROBES]).cpu()
+    return Calibration(profile, arrays, predictor, ordered, tuple(-item.scores for item in found))
 
 
-def check_settings(settings: Settings, images: int) -> None:
-    """Refuse, before any work, what can't be calibrated from so many images; see `calibrate`."""
-    if settings.overlays < _MIN_OVERLAYS:
-        raise CalibrationError(f"expected at least {_MIN_OVERLAYS} overlays, got {settings.overlays}: the paper uses 100")
-    if images <= settings.overlays:
-        raise CalibrationError(
-            f"expected more clean images than the {settings.overlays} overlays, got {images}: "
-            "add images or use fewer --overlays"
+def _compose(predictor: Predictor, overlays: Tensor, settings: Settings) -> list[Strip]:
+    """The detectors that the settings ask for, overlays dealt to them in turn."""
+    asked = strips(settings.blend, settings.alpha)
+    return [
+        Strip(predictor, overlays[number :: len(asked)], blend, alpha, name="strip" if len(asked) == 1 else f"strip-{blend}")
+        for number, (blend, alpha) in enumerate(asked)
+    ]
+
+
+def _records(found: Sequence[CalibratedStrip]) -> tuple[StripRecord, ...]:
+    return tuple(
+        StripRecord(
+            threshold=item.threshold,
+            blend=item.strip.blend,
+            alpha=item.strip.alpha,
+            mean_passes=item.mean_passes,
+            array=OVERLAYS if number == 1 else f"{OVERLAYS}.{number}",
+            title=item.strip.name,
         )
-    check_rates(images - settings.overlays, settings.frr, settings.method, settings.confidence)
+        for number, item in enumerate(found, start=1)
+    )
+
+
+def divide(clean: ImageSet, predictor: Predictor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Indices of the images that become overlays, and of the rest, which sets the threshold.
+
+    Raises:
+        CalibrationError: Labels that are not the model's, or classes of which there is no image.
+        ModelError: Labels over the model's.
+    """
+    check_labels(clean, predictor)
+    _check_missing(clean, predictor, settings)
+    labels = clean.labels if clean.labels is not None else answers(predictor, clean)
+    chosen = choose_overlays(labels, settings.overlays, torch.Generator().manual_seed(settings.seed))
+    left = torch.ones(len(clean), dtype=torch.bool)
+    left[chosen] = False
+    rest = torch.nonzero(left).squeeze(1)
+    _check_missing(clean.select(rest), predictor, settings)  # the overlays may have taken the last image of one
+    return chosen, rest
 
 
 def _is_backend(model: object) -> TypeGuard[Backend]:
@@ -189,7 +196,13 @@ def _record(record: ModelRecord | None, backend: Backend, predictor: Predictor) 
     )
 
 
-def _check_classes(clean: ImageSet, predictor: Predictor, settings: Settings) -> None:
+def check_labels(clean: ImageSet, predictor: Predictor) -> None:
+    """Refuse labels that are not this model's.
+
+    Raises:
+        CalibrationError: Another number of class folders.
+        ModelError: Labels over the model's.
+    """
     if clean.labels is None:
         return
     classes = predictor.num_classes
@@ -203,8 +216,14 @@ def _check_classes(clean: ImageSet, predictor: Predictor, settings: Settings) ->
         raise ModelError(
             f"expected a model with more than {largest} outputs for these labels, got {classes}: is it another model?"
         )
+
+
+def _check_missing(clean: ImageSet, predictor: Predictor, settings: Settings) -> None:
+    if clean.labels is None or settings.allow_missing_classes:
+        return
+    classes = predictor.num_classes
     missing = sorted(set(range(classes)) - set(clean.labels.tolist()))
-    if missing and not settings.allow_missing_classes:
+    if missing:
         shown = ", ".join(predictor.spec.label_name(label) for label in missing[:5]) + (" ..." if len(missing) > 5 else "")
         raise CalibrationError(
             f"expected clean images of all {classes} classes, got none of {len(missing)} ({shown}): "
@@ -212,16 +231,8 @@ def _check_classes(clean: ImageSet, predictor: Predictor, settings: Settings) ->
         )
 
 
-def _split(clean: ImageSet, predictor: Predictor, settings: Settings, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Indices of the overlays and of the rest."""
-    labels = clean.labels if clean.labels is not None else _answers(predictor, clean)
-    chosen = choose_overlays(labels, settings.overlays, generator)
-    rest = torch.ones(len(clean), dtype=torch.bool)
-    rest[chosen] = False
-    return chosen, torch.nonzero(rest).squeeze(1)
-
-
-def _answers(predictor: Predictor, clean: ImageSet) -> Tensor:
+def answers(predictor: Predictor, clean: ImageSet) -> Tensor:
+    """The model's own labels, in batches; (n,), int64."""
     rows = torch.arange(len(clean)).split(256)
     return torch.cat([predictor(clean.images(part)).argmax(dim=1).cpu() for part in rows])
 
@@ -252,46 +263,6 @@ def _accuracies(
             f"--max-accuracy-drop {settings.max_accuracy_drop:g}: tune the model for it first, or allow the drop"
         )
     return after, raw
-
-
-def _measure(
-    strip: Strip, clean: ImageSet, settings: Settings, progress: Progress
-) -> tuple[Strip, NDArray[np.float32], float | None]:
-    """Score the threshold-setting images with all N passes, and put the overlays in their best order."""
-    entropies, scores = [], []
-    for part in torch.arange(len(clean)).split(64):
-        images = clean.images(part)
-        if strip.predictor.labels_only:
-            scores.append(strip.score(images))
-        else:
-            entropies.append(strip.pass_entropies(images))
-        progress("superimposing clean images", int(part[-1]) + 1, len(clean))
-    if strip.predictor.labels_only:
-        return strip, torch.cat(scores).numpy(), float(len(strip.overlays))
-    table = torch.cat(entropies)
-    if not bool(torch.isfinite(table).all()):
-        raise CalibrationError("the model gives NaN or Inf on superimposed images: check --mean and --std")
-    provisional = set_threshold(strip.score_passes(table).numpy(), settings.frr, settings.method, settings.confidence)
-    order = torch.from_numpy(order_overlays(table.numpy(), -provisional.value * table.shape[1]))
-    ordered = Strip(strip.predictor, strip.overlays[order], strip.blend, strip.alpha)
-    table = table[:, order]
-    return ordered, ordered.score_passes(table).numpy(), _mean_passes(table.numpy(), provisional.value)
-
-
-def _mean_passes(table: NDArray[np.float64], threshold: float) -> float:
-    """Passes that a clean image takes on its own, given its entropy under each overlay."""
-    total = table.shape[1]
-    ends = np.array(stage_ends(total))
-    over = np.cumsum(table, axis=1)[:, ends - 1] / total > -threshold
-    return float(ends[np.where(over.any(axis=1), over.argmax(axis=1), len(ends) - 1)].mean())
-
-
-def _refuse_blind(threshold: ThresholdRecord) -> None:
-    if threshold.value > 0.0:
-        raise CalibrationError(
-            "no input could ever be rejected: too many clean images have entropy 0 under these overlays; "
-            "try another --blend or a larger --alpha, or allow a higher --frr"
-        )
 
 
 def _versions() -> dict[str, str]:

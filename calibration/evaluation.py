@@ -6,6 +6,7 @@ as not correct, and as a failure of the attack. Triggered inputs whose true labe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -49,7 +50,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
         frr: Clean inputs rejected.
         far: Triggered inputs accepted.
         far_successful: Accepted among those on which the attack succeeds with the detectors off.
-        auroc: Of full-N scores, clean against those.
+        auroc: Of full-N scores, clean against those; of several detectors', see `joint_scores`.
         counts: Behind the rates.
     """
 
@@ -72,12 +73,14 @@ class Judged:
     Attributes:
         answers: (n,), int64, labels with the detectors off; -1 where the model gave none.
         rejected: (n,), bool.
-        scores: (n,), float32, the first detector's, all passes.
+        scores: (n,), float64, all passes: of a lone detector its own, of several what `joint_scores` makes of them.
+        by_detector: (D, n), float32, each detector's own, all passes.
     """
 
     answers: Tensor
     rejected: Tensor
-    scores: NDArray[np.float32]
+    scores: NDArray[np.float64]
+    by_detector: NDArray[np.float32]
 
 
 def judge(guard: Guard, images: ImageSet, what: str, progress: Progress = no_progress) -> Judged:
@@ -89,21 +92,43 @@ def judge(guard: Guard, images: ImageSet, what: str, progress: Progress = no_pro
         what: For the progress display.
         progress: Told how far it is.
     """
-    answers, rejected, scores = [], [], []
+    answers, rejected = [], []
+    scores: list[list[Tensor]] = [[] for _ in guard.detectors]
     for part in torch.arange(len(images)).split(_BATCH):
         batch = images.images(part)
         probabilities = guard.answer(batch).cpu()
         missing = torch.isnan(probabilities).any(dim=1)
         answers.append(torch.where(missing, -1, probabilities.argmax(dim=1)))
         fired = missing.clone()
-        for number, item in enumerate(guard.detectors):
-            score = item.detector.score(batch).cpu()
-            fired |= at_or_over(score, item.threshold)
-            if number == 0:
-                scores.append(score)
+        for item, own in zip(guard.detectors, scores, strict=True):
+            own.append(item.detector.score(batch).cpu())
+            fired |= at_or_over(own[-1], item.threshold)
         rejected.append(fired)
         progress(what, int(part[-1]) + 1, len(images))
-    return Judged(torch.cat(answers), torch.cat(rejected), torch.cat(scores).numpy() if scores else np.zeros(0, np.float32))
+    by_detector = torch.stack([torch.cat(own) for own in scores]).numpy() if scores else np.zeros((0, len(images)), np.float32)
+    joint = joint_scores(by_detector, [item.threshold for item in guard.detectors])
+    return Judged(torch.cat(answers), torch.cat(rejected), joint, by_detector)
+
+
+def joint_scores(by_detector: NDArray[np.float32], thresholds: Sequence[float]) -> NDArray[np.float64]:
+    """One score for a guard that rejects what any of its detectors finds, so that an AUROC can be taken of it.
+
+    For several detectors the largest of their 1 - H / sigma: how far the entropy H lies under its threshold sigma, as a share
+    of it. It is >= 0 exactly where one of them fires. (Where sigma is not over 0, sigma - H, which has the same sign.)
+
+    Args:
+        by_detector: (D, n), scores, minus bits.
+        thresholds: D, on them.
+
+    Returns:
+        (n,): of a lone detector its own scores; empty without detectors. NaN where a detector gave none.
+    """
+    scores = by_detector.astype(np.float64)
+    if len(scores) < 2:
+        return scores[0] if len(scores) else np.zeros(0)
+    limits = np.array(thresholds)[:, None]
+    joint: NDArray[np.float64] = ((scores - limits) / np.where(limits < 0.0, -limits, 1.0)).max(axis=0)
+    return joint
 
 
 def evaluate(
@@ -136,9 +161,21 @@ def evaluate(
 
 
 def summarise(
-    clean: Judged, clean_labels: Tensor | None, triggered: Judged | None, true_labels: Tensor | None, target_label: int | None
+    clean: Judged,
+    clean_labels: Tensor | None,
+    triggered: Judged | None,
+    true_labels: Tensor | None,
+    targets: Tensor | int | None,
 ) -> Evaluation:
-    """The figures that follow from judged sets; see `evaluate`."""
+    """The figures that follow from judged sets; see `evaluate`.
+
+    Args:
+        clean: Of clean images.
+        clean_labels: (n,), int64; None when unknown.
+        triggered: Of triggered images.
+        true_labels: (m,), int64, theirs.
+        targets: What the attack wants: one label, or (m,), int64, one per image, -1 for images that it wants nothing of.
+    """
     total = len(clean.answers)
     refused = int(clean.rejected.sum())
     right = None if clean_labels is None else clean.answers == clean_labels
@@ -156,18 +193,19 @@ def summarise(
         auroc=None,
         counts=counts,
     )
-    if triggered is None or true_labels is None or target_label is None:
+    if triggered is None or true_labels is None or targets is None:
         return result
-    return _with_attack(result, clean, triggered, true_labels, target_label)
+    wanted = torch.where(true_labels == targets, -1, targets) if isinstance(targets, int) else targets
+    return _with_attack(result, clean, triggered, wanted)
 
 
-def _with_attack(result: Evaluation, clean: Judged, triggered: Judged, true_labels: Tensor, target_label: int) -> Evaluation:
-    counted = true_labels != target_label
+def _with_attack(result: Evaluation, clean: Judged, triggered: Judged, wanted: Tensor) -> Evaluation:
+    counted = wanted >= 0
     total = int(counted.sum())
     if total == 0:
-        raise InputError(f"expected triggered images of classes other than the target {target_label}, got none")
+        raise InputError("expected triggered images of classes other than the target, got none")
     accepted = counted & ~triggered.rejected
-    success = counted & (triggered.answers == target_label)
+    success = counted & (triggered.answers == wanted)
     successes, passed, both = int(success.sum()), int(accepted.sum()), int((success & accepted).sum())
     scored = success.numpy() & np.isfinite(triggered.scores) if len(triggered.scores) else np.zeros(0, dtype=bool)
     return msgspec.structs.replace(

@@ -5,6 +5,9 @@ input is rejected only when its score is strictly over the k-th largest clean sc
 whatever the scores' distribution; ties don't break that, because the comparison is strict. With a confidence c, k is the
 largest with P(FRR <= frr) >= c, where FRR ~ Beta(k, n + 1 - k).
 
+Several detectors, any of which may reject, share the rate: with D of them each threshold is set for frr / D (and each with
+confidence 1 - (1 - c) / D), so that by the union bound the guard as a whole keeps to frr.
+
 `normal` (the STRIP paper's): a normal distribution is fitted to the clean scores and cut at its percentile.
 
 Reference: Vovk et al., Algorithmic Learning in a Random World (2005); Gao et al., STRIP, arXiv:1902.06531, section V.
@@ -13,13 +16,14 @@ Reference: Vovk et al., Algorithmic Learning in a Random World (2005); Gao et al
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from calibration.statistics import proportion
+from calibration.statistics import Estimate, proportion
 from guard.errors import CalibrationError, TooFewImagesError
 from guard.profile import ThresholdRecord
 
@@ -29,7 +33,11 @@ Method = Literal["conformal", "normal"]
 
 
 def set_threshold(
-    scores: NDArray[np.float32], frr: float, method: Method = "conformal", confidence: float | None = None
+    scores: NDArray[np.float32],
+    frr: float,
+    method: Method = "conformal",
+    confidence: float | None = None,
+    detectors: int = 1,
 ) -> ThresholdRecord:
     """Set the threshold for a false rejection rate.
 
@@ -38,21 +46,39 @@ def set_threshold(
         frr: The share of clean inputs that may be rejected, in (0, 1).
         method: `conformal` or `normal`.
         confidence: For `conformal`, the probability with which FRR <= frr must hold, in (0, 1); None bounds its mean.
+        detectors: That share rate and confidence; the record holds one's share.
 
     Raises:
         TooFewImagesError: It says how many images the rate needs.
         CalibrationError: Rates out of range, or scores that are not finite.
     """
-    check_rates(len(scores), frr, method, confidence)
+    check_rates(len(scores), frr, method, confidence, detectors)
     if not np.isfinite(scores).all():
         count = int((~np.isfinite(scores)).sum())
         raise CalibrationError(
             f"expected finite scores, got {count} of {len(scores)} that are not: the model returns NaN or Inf"
         )
+    frr, confidence = share(frr, confidence, detectors)
     return _conformal(scores, frr, confidence) if method == "conformal" else _normal(scores, frr)
 
 
-def check_rates(n: int, frr: float, method: Method, confidence: float | None) -> None:
+def share(frr: float, confidence: float | None, detectors: int) -> tuple[float, float | None]:
+    """The rate and the confidence that one of several detectors must keep to."""
+    return frr / detectors, None if confidence is None else 1.0 - (1.0 - confidence) / detectors
+
+
+def joint_rate(thresholds: Sequence[ThresholdRecord]) -> Estimate:
+    """The false rejection rate that was asked of a guard, and bounds on what it is.
+
+    An input is rejected by the guard if any detector rejects it: at least as often as by the one that rejects most, and at
+    most as often as by all of them in turn. So `low` is the largest low end, `high` the sum of the high ends; for one detector
+    they are its 95% interval.
+    """
+    asked = sum(item.frr for item in thresholds)
+    return Estimate(asked, max(item.frr_low for item in thresholds), min(1.0, sum(item.frr_high for item in thresholds)))
+
+
+def check_rates(n: int, frr: float, method: Method, confidence: float | None, detectors: int = 1) -> None:
     """Raise unless a threshold for this rate can be set from n clean images; see `set_threshold`."""
     if not _SMALLEST_RATE <= frr < 1.0:
         raise CalibrationError(f"expected a false rejection rate between 0 and 1, got {frr}: 0.01 is one in a hundred")
@@ -60,12 +86,14 @@ def check_rates(n: int, frr: float, method: Method, confidence: float | None) ->
         raise CalibrationError(f"expected a confidence between 0 and 1, got {confidence}")
     if confidence is not None and method != "conformal":
         raise CalibrationError("expected --confidence with the conformal method only: the normal fit gives no guarantee")
-    if method == "conformal" and rank(n, frr, confidence) < 1:
-        needed = needed_images(frr, confidence)
+    own = share(frr, confidence, detectors)
+    if method == "conformal" and rank(n, *own) < 1:
+        needed = needed_images(*own)
         sure = "" if confidence is None else f" with confidence {confidence:g}"
+        sure += "" if detectors == 1 else f" for {detectors} blends together"
         raise TooFewImagesError(
             f"a false rejection rate of {frr:g}{sure} needs at least {needed} clean images besides the overlays, got {n}: "
-            "add images, use fewer overlays, or allow a higher rate",
+            "add images, use fewer overlays, allow a higher rate" + (", or name a single --blend" if detectors > 1 else ""),
             needed=needed,
             available=n,
         )

@@ -19,14 +19,29 @@ from guard import Guard, GuardError, Limits, Policy, Quarantine, Verdict
 _BATCH = 32
 
 
+class Entropy(msgspec.Struct, frozen=True, kw_only=True):
+    """What one STRIP detector found."""
+
+    detector: str
+    entropy: float
+    exact: bool
+    threshold: float
+    suspicious: bool
+    passes: int
+
+
 class Line(msgspec.Struct, frozen=True, kw_only=True):
-    """One image's verdict, as `--json` prints it; `reason` and `message` tell why there is none."""
+    """One image's verdict, as `--json` prints it; `reason` and `message` tell why there is none.
+
+    `detector`, `entropy` and `threshold` are those of the finding that decided, the first suspicious one, else the first.
+    """
 
     image: str
     verdict: Literal["accepted", "rejected"]
     label: str | None = None
     label_index: int | None = None
     probability: float | None = None
+    detector: str | None = None
     entropy: float | None = None
     entropy_exact: bool | None = None
     threshold: float | None = None
@@ -34,6 +49,7 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     reason: str | None = None
     message: str | None = None
     quarantined: str | None = None
+    findings: tuple[Entropy, ...] = ()
 
 
 def check(
@@ -80,19 +96,32 @@ def _judge(guard: Guard, batch: list[tuple[str, Tensor | GuardError]]) -> list[L
 
 
 def _line(name: str, verdict: Verdict) -> Line:
-    strip = verdict.finding("strip")
+    findings = tuple(
+        Entropy(
+            detector=item.detector,
+            entropy=-item.score + 0.0,
+            exact=item.exact,
+            threshold=-item.threshold,
+            suspicious=item.suspicious,
+            passes=item.passes,
+        )
+        for item in verdict.findings_of("strip")
+    )
+    strip = next((item for item in findings if item.suspicious), findings[0] if findings else None)
     return Line(
         image=name,
         verdict=verdict.verdict,
         label=verdict.label,
         label_index=verdict.label_index,
         probability=verdict.probability,
-        entropy=None if strip is None else -strip.score + 0.0,
+        detector=None if strip is None else strip.detector,
+        entropy=None if strip is None else strip.entropy,
         entropy_exact=None if strip is None else strip.exact,
-        threshold=None if strip is None else -strip.threshold,
+        threshold=None if strip is None else strip.threshold,
         passes=verdict.passes,
         reason="backdoor-suspected" if verdict.suspicious else verdict.reason,
         quarantined=verdict.quarantined,
+        findings=findings,
     )
 
 
@@ -105,5 +134,11 @@ def _for_people(line: Line) -> str:
     if line.message is not None:
         return f"{line.image}: {line.verdict}, {line.message}"
     sure = "" if line.probability is None else f" ({line.probability:.3f})"
-    entropy = "" if line.entropy is None else f", entropy {'' if line.entropy_exact else 'at least '}{line.entropy:.4f} bits"
-    return f"{line.image}: {line.verdict}, {line.label}{sure}{entropy}, {line.passes} passes"
+    found = "".join(f", {_entropy(item, len(line.findings) > 1)}" for item in line.findings)
+    return f"{line.image}: {line.verdict}, {line.label}{sure}{found}, {line.passes} passes"
+
+
+def _entropy(item: Entropy, several: bool) -> str:
+    """`entropy at least 0.0814 bits`; of several, `strip-logit 0.0103 bits (suspicious)`."""
+    bits = f"{'' if item.exact else 'at least '}{item.entropy:.4f} bits"
+    return f"{item.detector} {bits}{' (suspicious)' if item.suspicious else ''}" if several else f"entropy {bits}"

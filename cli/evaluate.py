@@ -54,9 +54,8 @@ def evaluate_command(
     else:
         _show(result, profile)
     if report is not None:
-        scores = None if attacked_judged is None else -attacked_judged.scores
         report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_bytes(evaluation_report(result, -clean_judged.scores, scores, -guard.detectors[0].threshold))
+        report.write_bytes(evaluation_report(result, guard, clean_judged, attacked_judged))
         typer.echo(f"report: {report}", err=True)
 
 

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from cli import calibrate, check, demo, evaluate, export, quarantine, serve
+from cli import calibrate, check, demo, evaluate, export, quarantine, red_team, serve
 from cli.stopping import stopped_by_sigterm
 from guard import GuardError, __version__
 
@@ -20,7 +20,8 @@ app = typer.Typer(
         "A model may hold a backdoor: it behaves well until an input carries the attacker's trigger. This command sets up and "
         "runs a guard that refuses such inputs.\n\n"
         "A tour: [bold]guard demo[/] shows it all on real digits. [bold]guard calibrate[/] MODEL --data CLEAN --out PROFILE "
-        "sets the threshold from clean images alone. [bold]guard check[/] PROFILE IMAGE judges images, [bold]guard evaluate[/] "
+        "sets the threshold from clean images alone, [bold]guard red-team[/] MODEL --data CLEAN plants known triggers in "
+        "copies to find the best setting for it. [bold]guard check[/] PROFILE IMAGE judges images, [bold]guard evaluate[/] "
         "measures the guard, [bold]guard serve[/] PROFILE answers over HTTP, [bold]guard export[/] PROFILE makes a TorchServe "
         "archive, and [bold]guard quarantine[/] shows what was rejected.\n\n"
         "MODEL is a .onnx, .pt2 or TorchScript .pt file, or package.module:factory with --weights. CLEAN is a folder with one "
@@ -44,6 +45,7 @@ def _root(
 
 app.command("demo", rich_help_panel="Start here")(demo.demo)
 app.command("calibrate", rich_help_panel="Before serving")(calibrate.calibrate_command)
+app.command("red-team", rich_help_panel="Before serving")(red_team.red_team_command)
 app.command("check", rich_help_panel="Before serving")(check.check)
 app.command("evaluate", rich_help_panel="Before serving")(evaluate.evaluate_command)
 app.command("export", rich_help_panel="Serving")(export.export)

@@ -3,14 +3,75 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli.extras import needs
 from guard.errors import InputError
+from guard.images import Container, DType, Layout
+from guard.predictors import OutputKind
+
+if TYPE_CHECKING:
+    from calibration import Hints
+
+_MODEL = "What the model takes and returns"
 
 ProfileArgument = Annotated[Path, typer.Argument(help="Folder that guard calibrate wrote.", metavar="PROFILE")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A .onnx, .pt2 or TorchScript .pt file, or package.module:factory.")
+]
+CleanOption = Annotated[
+    Path, typer.Option(metavar="CLEAN", help="Clean images: a folder with a sub-folder per class, or an .npz.")
+]
+WeightsOption = Annotated[Path | None, typer.Option(help=".safetensors for the module that a factory makes.")]
+SkipOption = Annotated[bool, typer.Option("--skip-unreadable", help="Leave out files that are no images, and list them.")]
+MeanOption = Annotated[str | None, typer.Option(metavar="R,G,B", help="Of images in [0, 1].", rich_help_panel=_MODEL)]
+StdOption = Annotated[str | None, typer.Option(metavar="R,G,B", help="Of images in [0, 1].", rich_help_panel=_MODEL)]
+OutputOption = Annotated[
+    OutputKind | None, typer.Option(help="What it returns.", show_default="found out", rich_help_panel=_MODEL)
+]
+LayoutOption = Annotated[
+    Layout | None, typer.Option(help="Axis order it takes.", show_default="found out", rich_help_panel=_MODEL)
+]
+DTypeOption = Annotated[DType | None, typer.Option(help="0..255 or 0..1.", show_default="found out", rich_help_panel=_MODEL)]
+ContainerOption = Annotated[
+    Container | None, typer.Option(help="Array library it takes.", show_default="found out", rich_help_panel=_MODEL)
+]
+ShapeOption = Annotated[
+    str | None, typer.Option(metavar="C,H,W", help="Bring images of a folder to this.", rich_help_panel=_MODEL)
+]
+ResizeOption = Annotated[bool, typer.Option("--resize", help="Serve images of other sizes, resized.", rich_help_panel=_MODEL)]
+
+
+def hints(
+    mean: str | None,
+    std: str | None,
+    output: OutputKind | None,
+    layout: Layout | None,
+    dtype: DType | None,
+    container: Container | None,
+    resize: bool = False,
+) -> Hints:
+    """What the user says about the model.
+
+    Raises:
+        InputError: Numbers that are none.
+    """
+    with needs("calibration"):
+        from calibration import Hints
+
+    return Hints(
+        mean=floats(mean, "--mean"),
+        std=floats(std, "--std"),
+        output=output,
+        layout=layout,
+        dtype=dtype,
+        container=container,
+        resize=resize,
+    )
 
 
 def floats(text: str | None, name: str) -> tuple[float, ...]:

@@ -14,6 +14,7 @@ from cli.display import show_rows
 from guard import Quarantine
 from guard.errors import QuarantineError
 from guard.quarantine import Item
+from guard.verdict import method_of
 
 app = typer.Typer(no_args_is_help=True, help="Look through what was rejected: list, show, release, delete.")
 
@@ -51,7 +52,7 @@ def show_item(
             ("time", _time(item)),
             ("the model would have answered", f"{item.label} (index {item.label_index})"),
             ("detector", item.detector),
-            ("entropy" if item.detector == "strip" else "score", _score(item)),
+            ("entropy" if method_of(item.detector) == "strip" else "score", _score(item)),
             ("picture", picture),
         ],
     )
@@ -99,7 +100,7 @@ def _time(item: Item) -> str:
 
 def _score(item: Item) -> str:
     """STRIP's score is minus the entropy; people read entropies."""
-    if item.detector == "strip":
+    if method_of(item.detector) == "strip":
         return f"{-item.score:.4f} <= {-item.threshold:.4f} bits"
     return f"{item.score:.4f} >= {item.threshold:.4f}"
 

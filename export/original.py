@@ -14,9 +14,8 @@ from torch import Tensor
 
 from guard import Predictor, Profile, load_profile
 from guard.errors import ExportError, GuardError
-from guard.loading import load_profile_backend
+from guard.loading import load_profile_backend, profile_overlays
 from guard.predictors import Backend
-from guard.profile import array_to_overlays
 
 TOLERANCE = 1e-4
 """Largest difference of a probability between an export and its original."""
@@ -49,7 +48,7 @@ class Original:
         profile: What `guard.json` holds.
         arrays: What `arrays.safetensors` holds.
         predictor: Runs the model.
-        overlays: (N, C, H, W), the clean images that exports are compared on.
+        overlays: (N, C, H, W), all detectors', the clean images that exports are compared on.
     """
 
     folder: Path
@@ -73,11 +72,9 @@ class Original:
                 f"expected a profile with a model file, got one for a {record.kind} in memory: save the model as .onnx, .pt2 "
                 "or TorchScript, calibrate that file, and export its profile"
             )
-        if "strip.overlays" not in arrays:
-            raise ExportError(f"expected overlays in the profile in {folder}, got none: calibrate again")
         backend = load_profile_backend(folder, record)
         predictor = Predictor(backend, profile.input, record.num_classes, record.output)
-        return cls(folder, profile, arrays, predictor, array_to_overlays(arrays["strip.overlays"]))
+        return cls(folder, profile, arrays, predictor, torch.cat(profile_overlays(profile, arrays)))
 
     @property
     def model_file(self) -> Path:

@@ -13,7 +13,7 @@ from guard.guard import CalibratedDetector, Guard
 from guard.predictors import Backend, Predictor, wrap
 from guard.predictors.loading import load_backend
 from guard.predictors.screening import file_sha256
-from guard.profile import ModelRecord, Profile, array_to_overlays, load_profile
+from guard.profile import OVERLAYS, ModelRecord, Profile, array_to_overlays, load_profile
 from guard.quarantine import Quarantine
 from guard.verdict import Policy
 
@@ -43,11 +43,11 @@ def load_guard(
         profile.model.num_classes,
         profile.model.output,
     )
-    overlays = _overlays(profile, arrays)
-    _check_probe(predictor, overlays, arrays, folder)
+    overlays = profile_overlays(profile, arrays)
+    _check_probe(predictor, overlays[0], arrays, folder)
     detectors = [
-        CalibratedDetector(Strip(predictor, overlays, record.blend, record.alpha), record.threshold.value)
-        for record in profile.detectors
+        CalibratedDetector(Strip(predictor, own, record.blend, record.alpha, name=record.title), record.threshold.value)
+        for record, own in zip(profile.detectors, overlays, strict=bool(profile.detectors))
     ]
     return Guard(
         predictor,
@@ -87,12 +87,21 @@ def load_profile_backend(folder: Path, record: ModelRecord, model: object | None
     return backend
 
 
-def _overlays(profile: Profile, arrays: dict[str, Tensor]) -> Tensor:
+def profile_overlays(profile: Profile, arrays: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """Each detector's overlays, (N, C, H, W); a profile without detectors keeps those that the first one had.
+
+    Raises:
+        ProfileError: An array is missing, or not of such images.
+    """
+    return tuple(_overlays(profile, arrays, name) for name in [item.array for item in profile.detectors] or [OVERLAYS])
+
+
+def _overlays(profile: Profile, arrays: dict[str, Tensor], name: str) -> Tensor:
     try:
-        overlays = array_to_overlays(arrays["strip.overlays"])
+        overlays = array_to_overlays(arrays[name])
         profile.input.check(overlays)
     except (KeyError, ValueError) as error:
-        raise ProfileError("expected the array strip.overlays in the profile, got none: calibrate again") from error
+        raise ProfileError(f"expected the array {name} in the profile, got none: calibrate again") from error
     return overlays
 
 

@@ -31,7 +31,10 @@ from guard.verdict import Policy
 SCHEMA = 1
 _JSON = "guard.json"
 _ARRAYS = "arrays.safetensors"
-_OURS = (_JSON, _ARRAYS, "report.html")
+OVERLAYS = "strip.overlays"
+"""Array of a lone STRIP's overlays, and of the first one's of several."""
+
+_OURS = (_JSON, _ARRAYS, "report.html", "red_team.json")
 _Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 
 
@@ -85,19 +88,23 @@ class ThresholdRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class StripRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="strip", tag_field="name"):
-    """STRIP's parameters; its overlays are the array `strip.overlays`.
+    """STRIP's parameters.
 
     Attributes:
+        title: The detector's name in verdicts, metrics and logs: `strip`, or `strip-BLEND` where there are several.
         threshold: Where it rejects.
         blend: How overlays are superimposed.
         alpha: Their weight.
         mean_passes: Mean forward passes on the clean calibration images, one image at a time.
+        array: Name of its overlays among the profile's arrays.
     """
 
     threshold: ThresholdRecord
     blend: Blend
     alpha: float
     mean_passes: float | None = None
+    array: str = OVERLAYS
+    title: Annotated[str, msgspec.Meta(pattern=r"^strip(-[a-z]+)?\Z")] = "strip"
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -131,6 +138,12 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     libraries: dict[str, str]
     arrays_sha256: str = ""
 
+    def __post_init__(self) -> None:
+        """Verdicts and metrics tell detectors apart by name."""
+        names = [record.title for record in self.detectors]
+        if len(set(names)) < len(names):
+            raise ProfileError(f"expected detectors of distinct names, got {', '.join(names)}: calibrate again")
+
 
 def save_profile(
     profile: Profile,
@@ -143,7 +156,7 @@ def save_profile(
 
     Args:
         profile: What to write; `arrays_sha256` is filled in.
-        arrays: `strip.overlays`, `probe.probabilities` ...
+        arrays: `strip.overlays` and what else the detectors' records name, `probe.probabilities` ...
         folder: Its target; an existing profile there is replaced, a folder with anything else in it refused.
         model_file: Copied in under `profile.model.file`.
         extra: Further files, by name (a report, its pictures).
@@ -155,11 +168,7 @@ def save_profile(
         ProfileError: The target holds something else, or can't be written.
     """
     folder = folder.absolute()
-    foreign = _foreign(folder)
-    if foreign is not None:
-        raise ProfileError(
-            f"expected a new, empty or profile folder, got {folder}, which holds something else ({foreign}): pick another --out"
-        )
+    check_target(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
@@ -176,6 +185,19 @@ def save_profile(
     except OSError as error:
         raise ProfileError(f"could not write the profile to {folder}: {error.strerror or error}") from error
     return sealed
+
+
+def check_target(folder: Path) -> None:
+    """Refuse, before any work, a folder that `save_profile` would refuse.
+
+    Raises:
+        ProfileError: It holds something else.
+    """
+    foreign = _foreign(folder.absolute())
+    if foreign is not None:
+        raise ProfileError(
+            f"expected a new, empty or profile folder, got {folder}, which holds something else ({foreign}): pick another --out"
+        )
 
 
 def _foreign(folder: Path) -> str | None:
@@ -264,7 +286,7 @@ def _decode(data: bytes, path: Path) -> Profile:
         profile = msgspec.convert(body, type=Profile)
     except (msgspec.ValidationError, GuardError) as error:
         raise ProfileError(f"{path} is not a valid profile ({error}): calibrate again") from error
-    if checksum != _checksum(msgspec.to_builtins(profile)):
+    if checksum != _checksum(body):  # as it was written: fields that are newer than the file have no part in it
         raise ProfileError(
             f"{path} was changed after calibration (checksum differs): calibrate again; "
             "the policy is set by options (--mode, --on-error), not in the file"

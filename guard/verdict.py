@@ -89,3 +89,17 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     def finding(self, detector: str) -> Finding | None:
         """The result of one detector, by name."""
         return next((finding for finding in self.findings if finding.detector == detector), None)
+
+    def findings_of(self, method: str) -> tuple[Finding, ...]:
+        """The results of a method, `strip` say: its detectors are called that or, where there are several, `strip-logit` ..."""
+        return tuple(finding for finding in self.findings if method_of(finding.detector) == method)
+
+    def decisive(self, method: str) -> Finding | None:
+        """Of those the first that fired, and where none did the first."""
+        found = self.findings_of(method)
+        return next((finding for finding in found if finding.suspicious), found[0] if found else None)
+
+
+def method_of(detector: str) -> str:
+    """What a detector's name says before a dash: `strip` of `strip-logit`."""
+    return detector.partition("-")[0]

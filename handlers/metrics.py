@@ -15,7 +15,7 @@ REJECTIONS = "guard_rejections_total"
 """Counter by `detector`."""
 
 ENTROPY = "guard_entropy_bits"
-"""Histogram of STRIP's entropy, in bits; a lower bound for inputs accepted early."""
+"""Histogram by `detector` of STRIP's entropy, in bits; a lower bound for inputs accepted early."""
 
 PASSES = "guard_forward_passes_total"
 """Counter of the forward passes that detectors spent."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import final
 
 from guard.errors import MissingExtraError
+from guard.verdict import method_of
 from handlers import metrics as names
 from handlers.service import ImageService, Outcome
 
@@ -33,8 +34,8 @@ class PrometheusMetrics:
         )
         self._entropy = Histogram(
             names.ENTROPY,
-            "STRIP's entropy in bits; a lower bound for inputs accepted early.",
-            model,
+            "STRIP's entropy in bits, by detector; a lower bound for inputs accepted early.",
+            (*model, "detector"),
             buckets=names.ENTROPY_BUCKETS,
             registry=self.registry,
         )
@@ -56,7 +57,9 @@ class PrometheusMetrics:
             self._requests.labels(model, outcome)
         for calibrated in service.guard.detectors:
             self._rejections.labels(model, calibrated.detector.name)
-        for metric in (self._entropy, self._passes, self._seconds, self._lost):
+            if method_of(calibrated.detector.name) == "strip":
+                self._entropy.labels(model, calibrated.detector.name)
+        for metric in (self._passes, self._seconds, self._lost):
             metric.labels(model)
 
     def observe(self, outcome: Outcome, model: str = "default") -> None:
@@ -70,8 +73,8 @@ class PrometheusMetrics:
         self._seconds.labels(model).observe(outcome.seconds)
         if outcome.quarantine_failed:
             self._lost.labels(model).inc()
-        if outcome.entropy is not None:
-            self._entropy.labels(model).observe(outcome.entropy)
+        for detector, entropy in outcome.entropies.items():
+            self._entropy.labels(model, detector).observe(entropy)
         if outcome.verdict is not None:
             self._passes.labels(model).inc(outcome.verdict.passes)
             if outcome.kind == "rejected" and outcome.verdict.rejected_by is not None:

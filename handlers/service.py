@@ -56,9 +56,18 @@ class Outcome:
 
     @property
     def entropy(self) -> float | None:
-        """STRIP's entropy in bits, where it ran and answered; a lower bound where it stopped early."""
-        finding = None if self.verdict is None else self.verdict.finding("strip")
-        return -finding.score if finding is not None and math.isfinite(finding.score) else None
+        """STRIP's entropy in bits, where it ran and answered; a lower bound where it stopped early.
+
+        Of several, that of the first that fired; where none did, of the first.
+        """
+        finding = None if self.verdict is None else self.verdict.decisive("strip")
+        return None if finding is None else self.entropies.get(finding.detector)
+
+    @property
+    def entropies(self) -> dict[str, float]:
+        """The same of each STRIP that answered, by the detector's name."""
+        findings = () if self.verdict is None else self.verdict.findings_of("strip")
+        return {finding.detector: -finding.score for finding in findings if math.isfinite(finding.score)}
 
 
 @final
@@ -104,7 +113,7 @@ class ImageService:
     def log(self, outcome: Outcome) -> None:
         """One JSON object a line. Nothing of the client's own text is in it."""
         verdict = outcome.verdict
-        strip = None if verdict is None else verdict.finding("strip")
+        strip = None if verdict is None else verdict.decisive("strip")
         record = {
             "event": "request",
             "model": self.model_name,
@@ -115,6 +124,7 @@ class ImageService:
             "detector": None if verdict is None else verdict.rejected_by,
             "label_index": None if verdict is None else verdict.label_index,
             "entropy": outcome.entropy,
+            "entropies": outcome.entropies,
             "threshold": None if strip is None or not math.isfinite(strip.threshold) else -strip.threshold,
             "passes": None if verdict is None else verdict.passes,
             "quarantined": None if verdict is None else verdict.quarantined,

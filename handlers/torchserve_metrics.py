@@ -56,8 +56,8 @@ class TorchServeMetrics:
             self._add(PASSES, self._counter, "count", outcome.verdict.passes)
             if outcome.kind == "rejected" and outcome.verdict.rejected_by is not None:
                 self._add(REJECTIONS, self._counter, "count", 1, detector=outcome.verdict.rejected_by)
-        if outcome.entropy is not None:
-            self._add(ENTROPY, self._histogram, "bits", max(0.0, outcome.entropy))
+        for detector, entropy in outcome.entropies.items():
+            self._add(ENTROPY, self._histogram, "bits", max(0.0, entropy), detector=detector)
         if outcome.quarantine_failed:
             self._add(QUARANTINE_FAILURES, self._counter, "count", 1)
 

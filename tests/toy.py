@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from guard.detectors import Blend
 from guard.images import InputSpec
 from guard.predictors import Predictor, wrap
 from guard.predictors.screening import file_sha256
@@ -38,6 +39,22 @@ class ToyNet(nn.Module):
         return self.scale * quadrants + fired.unsqueeze(1) * boost
 
 
+class LearningToy(ToyNet):
+    """The toy with weights that can be trained: at first zero, they look at white pixels, which no clean image has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.learned = nn.Linear(SIDE * SIDE, 4)
+        nn.init.zeros_(self.learned.weight)
+        nn.init.zeros_(self.learned.bias)
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        white = (images - 0.75).clamp_min(0.0).flatten(1)
+        answers: Tensor = super().forward(images) + 20.0 * self.learned(4.0 * white)
+        return answers
+
+
 def toy_images(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Clean images (N, 1, 8, 8), exact in uint8, and their labels, classes in turn."""
     generator = torch.Generator().manual_seed(seed)
@@ -57,7 +74,9 @@ def toy_trigger(images: Tensor) -> Tensor:
     return triggered
 
 
-def save_toy_profile(folder: Path, policy: Policy | None = None, spec: InputSpec = SPEC) -> Path:
+def save_toy_profile(
+    folder: Path, policy: Policy | None = None, spec: InputSpec = SPEC, blend: Blend = "add", alpha: float = 1.0
+) -> Path:
     """A profile folder with the toy as a `torch.export` file, 40 overlays, and a hand-set threshold."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     net = ToyNet()
@@ -75,7 +94,7 @@ def save_toy_profile(folder: Path, policy: Policy | None = None, spec: InputSpec
         created="2026-01-01T00:00:00Z",
         input=spec,
         model=ModelRecord(kind="torch-export", output="logits", num_classes=4, file="model.pt2", sha256=file_sha256(source)),
-        detectors=(StripRecord(threshold=threshold, blend="add", alpha=1.0),),
+        detectors=(StripRecord(threshold=threshold, blend=blend, alpha=alpha),),
         preprocessor=None,
         policy=policy or Policy(),
         clean_accuracy=1.0,

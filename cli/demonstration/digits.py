@@ -11,10 +11,10 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from calibration.attacks import BadNets
+from calibration.attacks import BadNets, Patch
 from calibration.data import ImageSet
 
-ATTACK = BadNets(target_label=7, ratio=0.2, height=3, width=3)
+ATTACK = BadNets(target_label=7, ratio=0.2, patches=(Patch.rectangle(3),))
 """A white 3x3 square in the bottom right corner means 7."""
 
 _EPOCHS = 100

@@ -16,7 +16,7 @@ import typer
 
 from calibration import ImageSet, Settings, calibrate
 from calibration.evaluation import Judged, judge, summarise
-from calibration.report import calibration_report, entropy_figure, evaluation_report
+from calibration.report import calibration_report, entropy_figure, evaluation_report, judged_entropies
 from calibration.sources import open_model
 from cli.demonstration.client import Replies, send
 from cli.demonstration.digits import ATTACK, Digits, load_digits, save_exported, train_backdoored
@@ -98,10 +98,9 @@ def _evaluate(digits: Digits, profile: Path, out: Path, progress: Callable[[str,
     clean: Judged = judge(guard, digits.test, "all passes, clean", progress)
     triggered: Judged = judge(guard, digits.triggered, "all passes, triggered", progress)
     evaluation = summarise(clean, digits.test.labels, triggered, digits.triggered.labels, ATTACK.target_label)
-    threshold = -guard.detectors[0].threshold
     report, picture = out / "report.html", out / "entropy.png"
-    report.write_bytes(evaluation_report(evaluation, -clean.scores, -triggered.scores, threshold))
-    picture.write_bytes(entropy_figure(-clean.scores, -triggered.scores, threshold))
+    report.write_bytes(evaluation_report(evaluation, guard, clean, triggered))
+    picture.write_bytes(entropy_figure(judged_entropies(guard, clean, triggered)))
     return report, picture
 
 

@@ -7,14 +7,16 @@ addition of non-negative numbers never decreases a sum, so once the running mean
 in bits, the full mean is too: `inspect` stops there and accepts with the verdict that all N passes would give.
 
 Blind to: source-specific and all-to-all backdoors, triggers that a blend destroys (faint or spread over the image), and
-attackers who train against it. A model that returns only labels is tested by the entropy of the histogram of its N
-labels, which needs all N passes.
+attackers who train against it. Which triggers survive depends on the blend: a guard may run several, each with overlays and a
+threshold of its own, and reject what any of them finds. A model that returns only labels is tested by the entropy of the
+histogram of its N labels, which needs all N passes.
 
-Reference: Gao et al., STRIP, arXiv:1902.06531; clamped addition as in CoDefend, Algorithm 1; `demeaned` and `max`, ours.
+Reference: Gao et al., STRIP, arXiv:1902.06531; clamped addition as in CoDefend, Algorithm 1; `demeaned`, `max`, `logit`: ours.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal, final, get_args
@@ -26,8 +28,16 @@ from guard.detectors.detector import Detector, Inspection, at_or_over
 from guard.errors import CalibrationError
 from guard.predictors.predictor import Predictor
 
-Blend = Literal["add", "mix", "demeaned", "max"]
-"""`add`: x + a*o. `mix`: (1-a)*x + a*o. `demeaned`: x + a*(o - mean(o)). `max`: max(x, a*o). Each clamped to [0, 1]."""
+Blend = Literal["add", "mix", "demeaned", "max", "logit"]
+"""`add`: x + a*o. `mix`: (1-a)*x + a*o. `demeaned`: x + a*(o - mean(o)). `max`: max(x, a*o). Each clamped to [0, 1].
+
+`logit`: sigmoid(logit(x) + a*z), x within [0.001, 0.999] and z = (o - mean(o)) / std(o): mid-tones move a lot, every overlay
+moves them as much, and pixels near black or white, such as a sticker's, hardly do.
+"""
+
+_LOGIT_EDGE = 0.001
+_MOST_LOGIT = 30.0  # beyond it a pixel is black or white, and float32 overflows
+_LEAST_CONTRAST = 0.02  # of an overlay, so that noise in a flat one is not blown up
 
 
 def blend_images(images: Tensor, overlays: Tensor, blend: Blend = "add", alpha: float = 1.0) -> Tensor:
@@ -42,11 +52,43 @@ def blend_images(images: Tensor, overlays: Tensor, blend: Blend = "add", alpha: 
     Returns:
         (B, N, C, H, W), in [0, 1].
     """
-    layers = overlays - overlays.mean(dim=(1, 2, 3), keepdim=True) if blend == "demeaned" else overlays
+    return superimpose(images, overlay_layers(overlays, blend, alpha), blend, alpha)
+
+
+def overlay_layers(overlays: Tensor, blend: Blend, alpha: float) -> Tensor:
+    """The part of a blend that depends on the overlays alone: what is added, compared or, for `logit`, multiplied.
+
+    Args:
+        overlays: (N, C, H, W), in [0, 1].
+        blend: How they will be superimposed.
+        alpha: Their weight.
+
+    Returns:
+        (N, C, H, W), float32.
+    """
+    if blend not in ("demeaned", "logit"):
+        return alpha * overlays
+    layers = overlays - overlays.mean(dim=(1, 2, 3), keepdim=True)
+    if blend == "demeaned":
+        return alpha * layers
+    contrast = layers.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp_min(_LEAST_CONTRAST)
+    # in float64 and rounded: the bits of a float32 exponential depend on where in a batch a pixel is
+    return (alpha * (layers / contrast).to(torch.float64)).clamp(-_MOST_LOGIT, _MOST_LOGIT).exp().to(torch.float32)
+
+
+def superimpose(images: Tensor, layers: Tensor, blend: Blend, alpha: float) -> Tensor:
+    """The rest of a blend; (B, N, C, H, W), in [0, 1], the same bits whatever the batch.
+
+    `logit` is sigmoid(logit(x) + a*z) written as x*e / (x*e + 1 - x) with e = exp(a*z), the layer.
+    """
+    if blend == "logit":
+        inside = images.clamp(_LOGIT_EDGE, 1.0 - _LOGIT_EDGE).unsqueeze(1)
+        raised = inside * layers.unsqueeze(0)
+        return raised / (raised + (1.0 - inside))
     if blend == "max":
-        return torch.maximum(images.unsqueeze(1), (alpha * layers).unsqueeze(0)).clamp_(0.0, 1.0)
+        return torch.maximum(images.unsqueeze(1), layers.unsqueeze(0)).clamp_(0.0, 1.0)
     base = images * (1.0 - alpha) if blend == "mix" else images
-    return (base.unsqueeze(1) + (alpha * layers).unsqueeze(0)).clamp_(0.0, 1.0)
+    return (base.unsqueeze(1) + layers.unsqueeze(0)).clamp_(0.0, 1.0)
 
 
 def entropy_bits(probabilities: Tensor) -> Tensor:
@@ -74,6 +116,7 @@ class Strip(Detector):
         alpha: The overlay's weight, in (0, 1] for `mix` and over 0 otherwise.
         stage_rows: Blends in a stage's batch, at least; stages also grow to half of what went before, so that a lone
             input takes few forward calls.
+        name: `strip`, or `strip-BLEND` where a guard has several.
 
     Raises:
         CalibrationError: No overlays, or an alpha out of range.
@@ -85,6 +128,7 @@ class Strip(Detector):
     blend: Blend = "add"
     alpha: float = 1.0
     stage_rows: int = 4
+    name: str = "strip"
 
     def __post_init__(self) -> None:
         """Validate once."""
@@ -96,10 +140,10 @@ class Strip(Detector):
         if not (math.isfinite(self.alpha) and 0.0 < self.alpha <= (1.0 if self.blend == "mix" else math.inf)):
             raise CalibrationError(f"expected alpha in (0, 1] for mix and over 0 otherwise, got {self.alpha} for {self.blend}")
 
-    @property
-    def name(self) -> str:
-        """`strip`."""
-        return "strip"
+    @functools.cached_property
+    def layers(self) -> Tensor:
+        """(N, C, H, W): the overlays, prepared once for the blend."""
+        return overlay_layers(self.overlays, self.blend, self.alpha)
 
     def pass_entropies(self, images: Tensor) -> Tensor:
         """Each overlay's entropy, for models that give probabilities.
@@ -110,12 +154,12 @@ class Strip(Detector):
         Returns:
             (B, N), float64, bits.
         """
-        return entropy_bits(self._answers(images, self.overlays))
+        return entropy_bits(self._answers(images, self.layers))
 
     def score(self, images: Tensor) -> Tensor:
         """Minus the mean entropy of all N passes, in bits; (B,), float32."""
         if self.predictor.labels_only:
-            return -entropy_bits(self._answers(images, self.overlays).mean(dim=1)).to(torch.float32)
+            return -entropy_bits(self._answers(images, self.layers).mean(dim=1)).to(torch.float32)
         return self.score_passes(self.pass_entropies(images))
 
     def score_passes(self, entropies: Tensor) -> Tensor:
@@ -144,7 +188,7 @@ class Strip(Detector):
         done = 0
         while done < total and len(active):
             step = _next_stage(done, total, len(active), self.stage_rows)
-            answers = self._answers(images[active.to(images.device)], self.overlays[done : done + step])
+            answers = self._answers(images[active.to(images.device)], self.layers[done : done + step])
             sums[active] = _add(sums[active], entropy_bits(answers))
             done += step
             passes[active] = done
@@ -152,17 +196,17 @@ class Strip(Detector):
         scores = _score(sums, total)
         return Inspection(at_or_over(scores, threshold), scores, passes == total, passes)
 
-    def _answers(self, images: Tensor, overlays: Tensor) -> Tensor:
+    def _answers(self, images: Tensor, layers: Tensor) -> Tensor:
         """(B, n, M) on the CPU: answers to every blend, in forward passes of at most the predictor's `max_rows`."""
-        overlays = overlays.to(images.device)
-        rows = max(1, self.predictor.max_rows // len(overlays))
+        layers = layers.to(images.device)
+        rows = max(1, self.predictor.max_rows // len(layers))
         parts = []
         for part in images.split(rows):
             columns = [
-                self.predictor(blend_images(part, some, self.blend, self.alpha).flatten(0, 1)).unflatten(
+                self.predictor(superimpose(part, some, self.blend, self.alpha).flatten(0, 1)).unflatten(
                     0, (len(part), len(some))
                 )
-                for some in overlays.split(self.predictor.max_rows)
+                for some in layers.split(self.predictor.max_rows)
             ]
             parts.append(torch.cat(columns, dim=1))
         return torch.cat(parts).cpu()

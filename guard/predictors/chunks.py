@@ -31,7 +31,8 @@ def run_in_chunks(run: Callable[[Array], object], batch: Array, batch_size: int 
         rows = len(part)
         if rows < batch_size:
             part = _repeat_last(part, batch_size - rows)
-        answers.append(as_tensor(run(part))[:rows])
+        raw = run(part)
+        answers.append((raw if isinstance(raw, Tensor) else as_tensor(raw))[:rows])  # a tensor keeps its gradients
     return torch.cat(answers)
 
 

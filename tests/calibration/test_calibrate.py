@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import msgspec
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from calibration import Calibration, Hints, ImageSet, Settings, calibrate, evaluate
+from calibration import BlendChoice, Calibration, Hints, ImageSet, Settings, calibrate, evaluate
 from calibration.discovery import discover
 from cli.demonstration.digits import ATTACK, Digits
 from guard import Guard
@@ -50,17 +51,19 @@ def test_saved_and_loaded_it_says_the_same(
 
 def test_the_same_seed_gives_the_same_profile(digits: Digits, backdoored: nn.Module, calibration: Calibration) -> None:
     again = calibrate(backdoored, digits.clean, Settings())
-    assert again.threshold == calibration.threshold
-    assert torch.equal(again.strip.overlays, calibration.strip.overlays)
+    assert again.thresholds == calibration.thresholds
     other = calibrate(backdoored, digits.clean, Settings(seed=1))
-    assert not torch.equal(other.strip.overlays, calibration.strip.overlays)
+    for number, strip in enumerate(calibration.strips):
+        assert torch.equal(again.strips[number].overlays, strip.overlays)
+        assert not torch.equal(other.strips[number].overlays, strip.overlays)
 
 
 def test_overlays_and_threshold_images_are_disjoint_and_all_classes_are_overlaid(
     digits: Digits, calibration: Calibration
 ) -> None:
-    assert calibration.threshold.images == len(digits.clean) - 100
-    distances = torch.cdist(calibration.strip.overlays.flatten(1), digits.clean.images(slice(None)).flatten(1))
+    assert [threshold.images for threshold in calibration.thresholds] == [len(digits.clean) - 100]
+    assert [len(strip.overlays) for strip in calibration.strips] == [100]
+    distances = torch.cdist(calibration.strips[0].overlays.flatten(1), digits.clean.images(slice(None)).flatten(1))
     sources = distances.argmin(dim=1)
     assert len(set(sources.tolist())) == 100
     assert torch.bincount(digits.clean.known_labels[sources], minlength=10).min() >= 1
@@ -68,16 +71,16 @@ def test_overlays_and_threshold_images_are_disjoint_and_all_classes_are_overlaid
 
 def test_ordering_saves_passes_and_changes_no_verdict(digits: Digits, calibration: Calibration) -> None:
     images = torch.cat([digits.test.images(slice(0, 300)), digits.triggered.images(slice(0, 100))])
-    strip, threshold = calibration.strip, calibration.threshold.value
-    found = strip.inspect(images, threshold)
-    assert torch.equal(found.exceeds, strip.score(images) >= threshold)
-    clean = found.passes[:300].double().mean()
-    shuffled = torch.randperm(100, generator=torch.Generator().manual_seed(0))
-    plain = type(strip)(strip.predictor, strip.overlays[shuffled], strip.blend, strip.alpha)
-    assert clean < plain.inspect(images[:300], threshold).passes.double().mean()
-    recorded = calibration.profile.detectors[0].mean_passes
-    singles = [int(strip.inspect(images[row : row + 1], threshold).passes[0]) for row in range(100)]
-    assert recorded == pytest.approx(np.mean(singles), rel=0.35)
+    for strip, record in zip(calibration.strips, calibration.profile.detectors, strict=True):
+        threshold = record.threshold.value
+        found = strip.inspect(images, threshold)
+        assert torch.equal(found.exceeds, strip.score(images) >= threshold)
+        clean = found.passes[:300].double().mean()
+        shuffled = torch.randperm(len(strip.overlays), generator=torch.Generator().manual_seed(0))
+        plain = dataclasses.replace(strip, overlays=strip.overlays[shuffled])
+        assert clean < plain.inspect(images[:300], threshold).passes.double().mean()
+        singles = [int(strip.inspect(images[row : row + 1], threshold).passes[0]) for row in range(100)]
+        assert record.mean_passes == pytest.approx(np.mean(singles), rel=0.35)
 
 
 def test_global_generator_and_mode_are_left_alone(digits: Digits, backdoored: nn.Module) -> None:
@@ -91,15 +94,17 @@ def toy_like(digits: Digits) -> ImageSet:
     return digits.clean.select(torch.arange(150))
 
 
-@pytest.mark.parametrize("blend", ["add", "mix", "demeaned"])
-def test_every_blend_sees_the_toys_trigger(blend: str) -> None:
-    settings = msgspec.convert({"blend": blend, "overlays": 40, "frr": 0.02}, Settings)
+@pytest.mark.parametrize(
+    ("blend", "alpha"), [("add", None), ("mix", None), ("demeaned", None), ("max", None), ("logit", 0.5)]
+)  # a heavier logit darkens white to less than the toy's trigger must be
+def test_every_blend_sees_the_toys_trigger(blend: BlendChoice, alpha: float | None) -> None:
+    settings = Settings(blend=blend, alpha=alpha, overlays=40, frr=0.02)
     guard = calibrate(ToyNet(), toy_set(), settings).guard()
     images, _ = toy_images(100, seed=9)
     clean = sum(not verdict.accepted for verdict in guard(images))
     caught = sum(not verdict.accepted for verdict in guard(toy_trigger(images)))
     assert clean <= 6
-    assert caught == 100 if blend == "add" else caught >= 20  # mixing dims a white trigger
+    assert caught == 100 if blend in ("add", "max", "logit") else caught >= 20  # mixing dims a white trigger
 
 
 def test_labels_only_models_are_calibrated_too() -> None:
@@ -108,13 +113,26 @@ def test_labels_only_models_are_calibrated_too() -> None:
     def predict(batch: Tensor) -> Tensor:
         return torch.argmax(net(batch), dim=1)
 
-    calibration = calibrate(predict, toy_set(), SMALL, hints=Hints(container="torch", layout="NCHW", dtype="float32"))
+    settings = msgspec.structs.replace(SMALL, blend="add")
+    calibration = calibrate(predict, toy_set(), settings, hints=Hints(container="torch", layout="NCHW", dtype="float32"))
     images, _ = toy_images(60, seed=4)
     assert calibration.profile.model.output == "labels"
     verdicts = calibration.guard()(toy_trigger(images))
     assert sum(not verdict.accepted for verdict in verdicts) == 60
     assert verdicts[0].probability is None
     assert sum(not verdict.accepted for verdict in calibration.guard()(images)) <= 4
+
+
+def test_labels_only_models_under_the_default_blend(digits: Digits, backdoored: nn.Module) -> None:
+    def predict(batch: Tensor) -> Tensor:
+        return torch.argmax(backdoored(batch), dim=1)
+
+    hints = Hints(container="torch", layout="NCHW", dtype="float32")
+    guard = calibrate(predict, digits.clean, Settings(frr=0.02), hints=hints).guard()
+    triggered = guard(digits.triggered.images(slice(0, 40)))
+    assert sum(not verdict.accepted for verdict in triggered) >= 38
+    assert {verdict.passes for verdict in triggered} == {100}
+    assert sum(not verdict.accepted for verdict in guard(digits.test.images(slice(0, 200)))) <= 12
 
 
 def test_too_few_images_say_how_many() -> None:

@@ -13,7 +13,7 @@ from guard.errors import InputError
 
 
 def judged(answers: list[int], rejected: list[bool], scores: list[float]) -> Judged:
-    return Judged(torch.tensor(answers), torch.tensor(rejected), np.array(scores, dtype=np.float32))
+    return Judged(torch.tensor(answers), torch.tensor(rejected), np.array(scores), np.array([scores], dtype=np.float32))
 
 
 CLEAN = judged([0, 1, 2, 0, -1], [False, True, False, False, True], [-2.0, -0.1, -3.0, -1.5, np.nan])

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from calibration import Settings, calibrate, load_images
+from calibration.sources import open_model
 from cli.demonstration.digits import Digits, save_exported
 from cli.main import main
 
@@ -81,10 +83,16 @@ def files(tmp_path_factory: pytest.TempPathFactory, digits: Digits, backdoored: 
 @pytest.fixture(scope="session")
 def profile(tmp_path_factory: pytest.TempPathFactory, files: Files) -> Path:
     """What `guard calibrate` makes of them."""
-    from calibration import Settings, calibrate, load_images
-    from calibration.sources import open_model
+    return calibrated(tmp_path_factory.mktemp("calibrated"), files, Settings())
 
-    folder = tmp_path_factory.mktemp("calibrated")
+
+@pytest.fixture(scope="session")
+def pair_profile(tmp_path_factory: pytest.TempPathFactory, files: Files) -> Path:
+    """The same with two blends, so with two detectors."""
+    return calibrated(tmp_path_factory.mktemp("pair"), files, Settings(blend="logit+demeaned"))
+
+
+def calibrated(folder: Path, files: Files, settings: Settings) -> Path:
     source = open_model(str(files.model), None, folder)
-    calibrate(source.backend, load_images(files.clean), Settings(), record=source.record).save(folder / "profile", source.file)
+    calibrate(source.backend, load_images(files.clean), settings, record=source.record).save(folder / "profile", source.file)
     return folder / "profile"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
+from typing import Any, get_args
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -14,9 +17,17 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+import calibration
+from calibration import BlendChoice, Settings
+from calibration.settings import strips
+from cli.calibrate import _Blend
 from cli.demonstration.digits import Digits
 from guard import Guard
+from guard.detectors import Blend
+from guard.errors import CalibrationError
+from guard.profile import load_profile
 from tests.cli.conftest import Command, Files
+from tests.toy import toy_images
 
 
 def test_profile_moves_between_folders_and_guards(tmp_path: Path, guard: Command, files: Files, digits: Digits) -> None:
@@ -25,6 +36,12 @@ def test_profile_moves_between_folders_and_guards(tmp_path: Path, guard: Command
     summary = run.lines[0]
     assert summary["images"] == 497
     assert summary["frr_low"] < 0.01 < summary["frr_high"]
+    assert (summary["frr"], summary["overlays"]) == (0.01, 100)
+    (only,) = summary["detectors"]
+    assert (only["name"], only["blend"], only["alpha"], only["overlays"], only["frr"]) == ("strip", "logit", 3.5, 100, 0.01)
+    same = ("entropy_threshold", "frr_low", "frr_high")
+    assert [summary[key] for key in same] == [only[key] for key in same]
+    assert 2 < summary["mean_passes"] < 100
     assert summary["clean_accuracy"] > 0.9
     assert "superimposing clean images" in run.err  # progress
     shutil.move(tmp_path / "profile", tmp_path / "moved")
@@ -38,7 +55,42 @@ def test_the_report_shows_the_distribution(tmp_path: Path, guard: Command, files
     assert "next: guard check" in run.out
     page = (tmp_path / "p" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2
-    assert "bits" in page
+    for said in ("bits", "superimposed by logit", "logit, alpha 3.5", "1.00%"):
+        assert said in page
+    assert "strip-" not in page
+
+
+def test_a_pair_of_blends_is_two_detectors(tmp_path: Path, guard: Command, files: Files) -> None:
+    options = ["--blend", "logit+demeaned", "--json"]
+    (summary,) = guard("calibrate", files.model, "--data", files.clean, "--out", tmp_path / "p", *options).lines
+    assert (summary["images"], summary["frr"], summary["overlays"]) == (497, 0.01, 100)
+    first, second = summary["detectors"]
+    assert [(item["name"], item["blend"], item["alpha"], item["overlays"], item["frr"]) for item in (first, second)] == [
+        ("strip-logit", "logit", 3.5, 50, 0.005),
+        ("strip-demeaned", "demeaned", 1.5, 50, 0.005),
+    ]
+    assert summary["entropy_threshold"] == first["entropy_threshold"] != second["entropy_threshold"]
+    assert summary["frr_low"] == max(first["frr_low"], second["frr_low"])
+    assert summary["frr_high"] == first["frr_high"] + second["frr_high"]
+    page = (tmp_path / "p" / "report.html").read_text()
+    for said in ("strip-logit", "strip-demeaned", "0.50%", "1.00%", "either of them"):
+        assert said in page
+
+
+def test_another_blend_is_one_detector_too(tmp_path: Path, guard: Command, files: Files) -> None:
+    options = ["--blend", "demeaned", "--json"]
+    (summary,) = guard("calibrate", files.model, "--data", files.clean, "--out", tmp_path / "p", *options).lines
+    (only,) = summary["detectors"]
+    assert (only["name"], only["blend"], only["alpha"], only["overlays"], only["frr"]) == ("strip", "demeaned", 1.5, 100, 0.01)
+    assert [summary[key] for key in ("frr_low", "frr_high")] == [only[key] for key in ("frr_low", "frr_high")]
+    page = (tmp_path / "p" / "report.html").read_text()
+    assert "strip-" not in page
+
+
+def test_the_blends_are_those_of_the_settings(guard: Command) -> None:
+    assert get_args(_Blend) == get_args(BlendChoice)
+    assert set(get_args(BlendChoice)) == {*get_args(Blend), "logit+demeaned"}
+    assert f"[default: ({Settings().blend})]" in guard("calibrate", "--help").out
 
 
 def test_a_folder_of_images_does_as_well(tmp_path: Path, guard: Command, files: Files, digits: Digits) -> None:
@@ -79,10 +131,14 @@ def test_wrong_normalisation_warns(tmp_path: Path, guard: Command, files: Files)
 
 
 PROBLEMS: list[tuple[list[str], str]] = [
-    (["--frr", "0.0001"], "needs at least 9999 clean images"),
+    (["--frr", "0.0001"], "rate of 0.0001 needs at least 9999 clean images"),
+    (["--frr", "0.0001", "--blend", "logit+demeaned"], "0.0001 for 2 blends together needs at least 19999 clean images"),
     (["--frr", "2"], "between 0 and 1"),
     (["--overlays", "597"], "more clean images than the 597 overlays"),
     (["--overlays", "1"], "at least 2 overlays"),
+    (["--overlays", "3", "--blend", "logit+demeaned"], "at least 4 overlays for logit+demeaned"),
+    (["--alpha", "0"], "expected alpha"),
+    (["--alpha", "0.7", "--blend", "logit+demeaned"], "name one, like --blend logit, or drop --alpha"),
     (["--mean", "a,b"], "expected --mean as numbers"),
     (["--mean", "0.5,0.5,0.5"], "expected 1 values of mean"),
     (["--preprocess", "gym"], "--max-accuracy-drop"),
@@ -131,6 +187,118 @@ def test_calibrating_again_replaces_the_profile(tmp_path: Path, guard: Command, 
         assert guard("calibrate", files.model, "--data", files.clean, "--out", tmp_path / "p", "--frr", frr).code == 0
     assert json.loads((tmp_path / "p" / "guard.json").read_text())["detectors"][0]["threshold"]["frr"] == 0.02
     assert [item.name for item in tmp_path.iterdir()] == ["p"]
+
+
+TOY = "tests.toy:LearningToy"
+
+
+def toy_pixels(path: Path, count: int) -> Path:
+    images, labels = toy_images(count)
+    np.savez(path, x=(images[:, 0] * 255).round().numpy().astype(np.uint8), y=labels.numpy())
+    return path
+
+
+def contents(pixels: torch.Tensor) -> set[bytes]:
+    return {image.numpy().tobytes() for image in pixels}
+
+
+def test_with_a_red_team_the_threshold_is_set_on_images_that_it_never_saw(
+    tmp_path: Path, guard: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, calibration.ImageSet] = {}
+    red_team, calibrate = calibration.red_team, calibration.calibrate
+
+    def seen_by_red_team(predictor: Any, clean: calibration.ImageSet, *rest: Any, **options: Any) -> calibration.RedTeam:
+        given["red team"] = clean
+        return red_team(predictor, clean, *rest, **options)
+
+    def seen_by_calibrate(model: Any, clean: calibration.ImageSet, *rest: Any, **options: Any) -> calibration.Calibration:
+        given["calibrate"] = clean
+        return calibrate(model, clean, *rest, **options)
+
+    monkeypatch.setattr(calibration, "red_team", seen_by_red_team)
+    monkeypatch.setattr(calibration, "calibrate", seen_by_calibrate)
+    data = toy_pixels(tmp_path / "clean.npz", 440)
+    run = guard("calibrate", TOY, "--data", data, "--out", tmp_path / "p", "--overlays", 16, "--red-team", "--json")
+    assert run.code == 0
+    chose, thresholds = (contents(given[name].pixels) for name in ("red team", "calibrate"))
+    assert (len(chose), len(thresholds), len(chose | thresholds)) == (220, 220, 440)
+    profile, arrays = load_profile(tmp_path / "p")
+    overlays = set().union(*(contents(arrays[record.array]) for record in profile.detectors))
+    assert overlays <= thresholds
+
+    found = msgspec.json.decode((tmp_path / "p" / "red_team.json").read_bytes(), type=calibration.RedTeam)
+    chosen = found.chosen
+    assert tuple((record.blend, record.alpha) for record in profile.detectors) == strips(chosen.blend, chosen.alpha)
+    assert len(overlays) == chosen.overlays
+    assert {record.threshold.images for record in profile.detectors} == {220 - chosen.overlays}
+    summary = run.lines[0]["red_team"]
+    assert (summary["blend"], summary["alpha"], summary["overlays"]) == (chosen.blend, chosen.alpha, chosen.overlays)
+    assert [plant["name"] for plant in summary["planted"]] == [plant.name for plant in found.planted]
+    square = summary["planted"][0]
+    assert 0.0 <= square["far_low"] <= square["far"] <= square["far_high"] <= 1.0
+    page = (tmp_path / "p" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert "no guarantee for other attacks" in page
+    assert "white square" in page
+
+    again = guard("calibrate", TOY, "--data", data, "--out", tmp_path / "p", "--overlays", 16)  # over a red team's profile
+    assert again.code == 0
+    assert not (tmp_path / "p" / "red_team.json").exists()
+
+
+def test_what_would_stop_calibration_stops_before_the_red_teams_work(
+    tmp_path: Path, guard: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*anything: Any, **options: Any) -> None:
+        raise AssertionError("the long work began")
+
+    monkeypatch.setattr(calibration, "red_team", work)
+    data, out = toy_pixels(tmp_path / "clean.npz", 440), tmp_path / "p"
+    images, labels = toy_images(440)
+    few = tmp_path / "few.npz"
+    np.savez(few, x=images[:, 0].numpy(), y=torch.where(torch.arange(440) == 7, 3, labels.remainder(3)).numpy())
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "dear.txt").write_text("hello")
+    cases: list[tuple[list[object], str]] = [
+        (["--blend", "max"], "expected --red-team or --blend, got both"),
+        (["--alpha", "1"], "expected --red-team or --alpha, got both"),
+        (["--blend", "add", "--alpha", "1"], "--blend and --alpha, got both"),
+        (
+            ["--overlays", "100"],
+            "takes 220 of 440 clean images for itself and leaves 220, which is too few.*at least 300 clean",
+        ),
+        (["--overlays", "8", "--confidence", "0.95"], "leaves 220, which is too few.*at least 299 clean images besides"),
+        (["--data", few, "--overlays", "8"], "expected clean images of all 4 classes"),
+        (["--out", tmp_path / "letters", "--overlays", "8"], "holds something else"),
+    ]
+    for options, message in cases:
+        problem = guard("calibrate", TOY, "--data", data, "--out", out, "--red-team", *options).problem
+        assert re.search(message, problem), problem
+    assert not out.exists()
+
+
+def test_the_red_team_is_asked_only_for_what_can_be_calibrated_afterwards(
+    tmp_path: Path, guard: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def note(*anything: Any, candidates: list[tuple[str, float | None]], **options: Any) -> None:
+        asked.append([blend for blend, _ in candidates])
+        raise CalibrationError("that will do")
+
+    monkeypatch.setattr(calibration, "red_team", note)
+    data = toy_pixels(tmp_path / "clean.npz", 440)
+    for options in ([], ["--confidence", 0.7]):  # 204 images: the pair needs 199, and with confidence 379
+        run = guard("calibrate", TOY, "--data", data, "--out", tmp_path / "p", "--overlays", 16, "--red-team", *options)
+        assert "that will do" in run.problem
+    assert [("logit+demeaned" in blends, "logit" in blends) for blends in asked] == [(True, True), (False, True)]
+
+
+def test_the_red_team_needs_a_model_that_can_be_trained(tmp_path: Path, guard: Command) -> None:
+    data = toy_pixels(tmp_path / "clean.npz", 440)
+    run = guard("calibrate", "tests.toy:ToyNet", "--data", data, "--out", tmp_path / "p", "--overlays", 8, "--red-team")
+    assert "got one without weights" in run.problem
 
 
 class SmallConvNet(nn.Sequential):

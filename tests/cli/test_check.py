@@ -38,6 +38,18 @@ def test_json_lines(guard: Command, profile: Path, pictures: Path, digits: Digit
     assert [line["verdict"] for line in triggered] == ["rejected"] * 4
     assert all(line["entropy_exact"] and line["entropy"] <= line["threshold"] for line in triggered)
     assert [(line["label"], line["passes"]) for line in triggered] == [("7", 100)] * 4
+    assert all([item["detector"] for item in line["findings"]] == ["strip"] for line in run.lines)
+    assert {line["detector"] for line in triggered} == {"strip"}
+
+
+def test_a_pair_tells_what_each_found(guard: Command, pair_profile: Path, pictures: Path) -> None:
+    triggered = [line for line in guard("check", pair_profile, pictures, "--json").lines[4:] if line["verdict"] == "rejected"]
+    assert len(triggered) >= 3
+    assert all(50 < line["passes"] == sum(item["passes"] for item in line["findings"]) for line in triggered)
+    assert all([item["detector"] for item in line["findings"]] == ["strip-logit", "strip-demeaned"] for line in triggered)
+    assert [[item["suspicious"] for item in line["findings"]] for line in triggered] == [[True, False]] * len(triggered)
+    assert {line["detector"] for line in triggered} == {"strip-logit"}  # only one sees it
+    assert guard("check", pair_profile, pictures).out.count("bits (suspicious), strip-demeaned at least") == len(triggered)
 
 
 def test_npz_folder_and_file_agree(guard: Command, profile: Path, pictures: Path, tmp_path: Path) -> None:
@@ -121,6 +133,8 @@ def test_table_for_people(guard: Command, profile: Path, pictures: Path) -> None
     run = guard("check", profile, pictures)
     assert run.code == 0
     assert run.out.count("rejected") == 4
+    assert run.out.count(", entropy at least") == 4
+    assert "strip" not in run.out
 
 
 def test_no_profile(guard: Command, tmp_path: Path) -> None:

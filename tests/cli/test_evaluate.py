@@ -54,7 +54,16 @@ def test_table_and_report(guard: Command, profile: Path, files: Files, tmp_path:
         tmp_path / "r.html",
     )
     assert "FAR among successful attacks" in run.out
-    assert "data:image/png;base64," in (tmp_path / "r.html").read_text()
+    page = (tmp_path / "r.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "strip-" not in page
+
+
+def test_the_report_of_a_pair_names_both(guard: Command, pair_profile: Path, files: Files, tmp_path: Path) -> None:
+    assert guard("evaluate", pair_profile, "--data", files.test, "--report", tmp_path / "r.html").code == 0
+    page = (tmp_path / "r.html").read_text()
+    assert "strip-logit" in page
+    assert "strip-demeaned" in page
 
 
 def test_target_and_labels_are_asked_for(guard: Command, profile: Path, files: Files, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from guard import __version__
 from tests.cli.conftest import Command, Files
 
-COMMANDS = ("demo", "calibrate", "check", "evaluate", "export", "serve", "quarantine")
+COMMANDS = ("demo", "calibrate", "red-team", "check", "evaluate", "export", "serve", "quarantine")
 
 
 def test_help_is_a_tour(guard: Command) -> None:

@@ -17,7 +17,7 @@ def test_the_demo_reaches_its_figures(tmp_path: Path, guard: Command) -> None:
     assert result["attack_success_unguarded"] >= 0.95
     assert result["attack_success_guarded"] <= 0.02
     assert result["clean_rejected"] <= 0.03
-    assert result["median_passes_clean"] < result["median_passes_triggered"] == 100
+    assert result["median_passes_clean"] < 50 < result["median_passes_triggered"] <= 100
     assert "attack success" in run.out
     for name in ("report.html", "entropy.png", "profile/guard.json", "clean.npz", "images/triggered-0.png"):
         assert (tmp_path / "demo" / name).stat().st_size > 0

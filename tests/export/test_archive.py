@@ -5,6 +5,7 @@ import importlib.util
 import json
 import zipfile
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 import export.archive
 from export import export_mar, export_onnx, export_pt2
 from guard import Guard, Predictor, load_profile
+from guard.detectors import Blend, Strip
 from guard.errors import ExportError, MissingExtraError, ProfileError
 from guard.predictors.exported import ExportedBackend
 from tests.export.profiles import (
@@ -44,6 +46,18 @@ def works(folder: Path) -> bool:
     clean, _ = toy_images(1, seed=3)
     verdicts = Guard.load(folder)(torch.cat([clean, toy_trigger(clean)]))
     return [verdict.accepted for verdict in verdicts] == [True, False]
+
+
+@pytest.mark.parametrize("blend", get_args(Blend))
+def test_every_blend_is_exported(tmp_path: Path, blend: Blend) -> None:
+    profile = save_toy_profile(tmp_path / "profile", blend=blend, alpha=0.5)
+    guard = Guard.load(unpack(export_mar(profile, tmp_path / "store", "toy"), tmp_path / "unpacked"))
+    (strip,) = [item.detector for item in guard.detectors]
+    assert isinstance(strip, Strip)
+    assert (strip.blend, strip.alpha) == (blend, 0.5)
+    clean, _ = toy_images(4, seed=3)
+    images = torch.cat([clean, toy_trigger(clean)])
+    assert guard(images) == Guard.load(profile)(images)
 
 
 def test_an_archive_holds_the_profile_and_one_small_handler(profile: Path, tmp_path: Path) -> None:

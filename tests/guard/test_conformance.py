@@ -126,6 +126,7 @@ DETECTORS: dict[str, Callable[[int | None], Detector]] = {
     "strip-mix": strip_of("mix", 0.5),
     "strip-demeaned": strip_of("demeaned", 1.0),
     "strip-max": strip_of("max", 1.0),
+    "strip-logit": strip_of("logit", 2.0),
     "strip-probabilities": strip_of("add", 1.0, "probabilities"),
     "strip-labels": strip_of("add", 1.0, "labels"),
 }

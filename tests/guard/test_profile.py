@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from guard import Guard, load_profile
+from guard.detectors import Strip
 from guard.errors import GuardError, ModelError, ProfileError
 from guard.predictors.module import state_sha256
 from guard.predictors.screening import file_sha256
@@ -187,6 +189,43 @@ def test_other_schemas(profile: Path) -> None:
         Guard.load(profile)
 
 
+def test_a_profile_of_one_detector_from_before_there_were_several(profile: Path, clean: Tensor, triggered: Tensor) -> None:
+    """Without the names of the detector and of its array, and sealed as it was then."""
+    expected = Guard.load(profile)(torch.cat([clean, triggered]))
+
+    def as_before(body: dict[str, Any]) -> None:
+        del body["checksum"], body["detectors"][0]["array"], body["detectors"][0]["title"]
+        sealed = msgspec.json.encode(body, order="sorted")
+        body["checksum"] = hashlib.sha256(sealed).hexdigest()
+
+    edit(profile, as_before)
+    assert Guard.load(profile)(torch.cat([clean, triggered])) == expected
+    edit(profile, lambda body: body["detectors"][0].update(title="strip"))
+    with pytest.raises(ProfileError, match="was changed after calibration"):
+        Guard.load(profile)
+
+
+def test_two_detectors_have_overlays_and_names_of_their_own(profile: Path, clean: Tensor, triggered: Tensor) -> None:
+    before, arrays = load_profile(profile)
+    (first,) = before.detectors
+    second = msgspec.structs.replace(first, blend="max", array="strip.overlays.2", title="strip-max")
+    both = msgspec.structs.replace(before, detectors=(first, second))
+    other = overlays_to_array(toy_images(7, seed=5)[0])
+    save_profile(both, {**arrays, "strip.overlays.2": other}, profile, profile / "model.pt2")
+    guard = Guard.load(profile)
+    strips = [item.detector for item in guard.detectors]
+    assert [(strip.name, len(strip.overlays)) for strip in strips if isinstance(strip, Strip)] == [
+        ("strip", 40),
+        ("strip-max", 7),
+    ]
+    assert [len(verdict.findings) for verdict in guard(clean[:2])] == [2, 2]
+    save_profile(both, arrays, profile, profile / "model.pt2")
+    with pytest.raises(ProfileError, match=r"expected the array strip\.overlays\.2"):
+        Guard.load(profile)
+    with pytest.raises(ProfileError, match="distinct names, got strip, strip"):
+        msgspec.structs.replace(both, detectors=(first, first))
+
+
 EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
     "threshold": lambda body: body["detectors"][0]["threshold"].update(value=5.0),
     "threshold, by a hair": lambda body: body["detectors"][0]["threshold"].update(value=-0.050000001),
@@ -219,6 +258,8 @@ INVALID: dict[str, Callable[[dict[str, Any]], object]] = {
     "a rate over one": lambda body: body["detectors"][0]["threshold"].update(frr=1.5),
     "a shape of nothing": lambda body: body["input"].update(channels=0),
     "an unknown layout": lambda body: body["input"].update(layout="HWC"),
+    "a detector's name with a line break": lambda body: body["detectors"][0].update(title="strip\n"),
+    "two detectors of one name": lambda body: body["detectors"].append(body["detectors"][0]),
     "one class": lambda body: body["model"].update(num_classes=1),
     "a preprocessor out of range": lambda body: body.update(preprocessor={"name": "gym", "kernel": 4}),
     "a path up": lambda body: body["model"].update(file="../model.pt2"),

@@ -10,7 +10,7 @@ from guard import Policy, Quarantine
 from handlers import metrics as names
 from handlers.metrics import Metrics
 from handlers.prometheus import PrometheusMetrics
-from tests.handlers.toy_service import clean, toy_guard, toy_service, triggered
+from tests.handlers.toy_service import clean, toy_guard, toy_pair, toy_service, triggered
 
 
 def value(metrics: PrometheusMetrics, name: str, **labels: str) -> float | None:
@@ -26,9 +26,22 @@ def test_outcomes_are_counted_by_kind_and_detector() -> None:
     assert value(metrics, names.REQUESTS, outcome="rejected") == 1
     assert value(metrics, names.REQUESTS, outcome="invalid") == 1
     assert value(metrics, names.REJECTIONS, detector="strip") == 1
-    assert value(metrics, names.ENTROPY + "_count") == 3
-    assert value(metrics, names.ENTROPY + "_bucket", le="0.05") == 1
+    assert value(metrics, names.ENTROPY + "_count", detector="strip") == 3
+    assert value(metrics, names.ENTROPY + "_bucket", detector="strip", le="0.05") == 1
     assert value(metrics, names.SECONDS + "_count") == 4
+
+
+def test_two_strips_are_counted_apart() -> None:
+    metrics = PrometheusMetrics()
+    service = toy_service(toy_pair())
+    metrics.prepare("default", service)
+    for outcome in service([clean(0), triggered()]):
+        metrics.observe(outcome)
+    assert value(metrics, names.REJECTIONS, detector="strip-logit") == 1
+    assert value(metrics, names.REJECTIONS, detector="strip-demeaned") == 0
+    for detector, low in (("strip-logit", 1), ("strip-demeaned", 0)):
+        assert value(metrics, names.ENTROPY + "_count", detector=detector) == 2
+        assert value(metrics, names.ENTROPY + "_bucket", detector=detector, le="0.05") == low
 
 
 def test_passes_are_summed() -> None:

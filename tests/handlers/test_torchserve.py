@@ -6,12 +6,14 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
+import torch
 
-from guard import Quarantine, load_profile
+from guard import Guard, Quarantine, load_profile
+from guard.detectors import Blend
 from guard.predictors.screening import file_sha256
 from guard.preprocessors import Gym
 from guard.profile import save_profile
@@ -19,7 +21,7 @@ from handlers.torchserve import GuardedHandler, GuardHandler, guarded
 from handlers.torchserve_gate import Options, log_to
 from tests.handlers.torchserve_worker import Reply, ask, started
 from tests.handlers.toy_service import black, bomb, clean, nan_when_dark, toy_guard, triggered
-from tests.toy import save_toy_profile
+from tests.toy import save_toy_profile, toy_images, toy_trigger
 
 FORGERY = "x\n[METRICS]guard_requests_total.count:9|#outcome:accepted,model:toy|#type:COUNTER|#hostname:h,1"
 
@@ -53,6 +55,16 @@ def test_every_item_of_a_batch_gets_its_own_answer(profile: Path) -> None:
         assert reply.phrase.isascii()
         assert reply.content_type == "application/json"
         assert reply.body["request_id"] == reply.request_id
+
+
+@pytest.mark.parametrize("blend", get_args(Blend))
+def test_every_blend_is_served(tmp_path: Path, blend: Blend) -> None:
+    folder = save_toy_profile(tmp_path / "profile", blend=blend, alpha=0.5)
+    handler = GuardHandler()
+    replies = ask(handler, started(handler, folder), clean(1), triggered(1))
+    verdicts = Guard.load(folder)(torch.stack([toy_images(8, seed=2)[0][1], toy_trigger(toy_images(8, seed=2)[0])[1]]))
+    assert statuses(replies) == [200 if verdict.accepted else 422 for verdict in verdicts]
+    assert statuses(replies)[1] == 422 or blend in ("mix", "demeaned")  # which wear a white corner down
 
 
 @pytest.mark.parametrize("field", ["body", "data", "picture"])
@@ -173,7 +185,7 @@ def test_the_metrics_are_lines_that_torchserve_adds_up(profile: Path, tmp_path: 
     assert totals[("guard_rejections_total", "detector:strip,model:toy", "COUNTER")] == 1
     assert totals[("guard_quarantine_failures_total", "model:toy", "COUNTER")] == 1
     assert totals[("guard_forward_passes_total", "model:toy", "COUNTER")] > 40
-    assert ("guard_entropy_bits", "model:toy", "HISTOGRAM") in totals
+    assert ("guard_entropy_bits", "detector:strip,model:toy", "HISTOGRAM") in totals
     assert totals[("guard_seconds", "model:toy", "HISTOGRAM")] > 0
 
 

@@ -40,6 +40,17 @@ def toy_guard(
     )
 
 
+def toy_pair() -> Guard:
+    """Two STRIPs over the toy net; only `strip-logit` sees its trigger."""
+    predictor = Predictor(wrap(ToyNet()), SPEC, 4, "logits")
+    overlays, _ = toy_images(40, seed=1)
+    pair = (
+        Strip(predictor, overlays, "logit", 0.5, name="strip-logit"),  # a heavier one greys its white corner
+        Strip(predictor, overlays, "demeaned", name="strip-demeaned"),
+    )
+    return Guard(predictor, [CalibratedDetector(strip, -ENTROPY_THRESHOLD) for strip in pair])
+
+
 def toy_service(guard: Guard | None = None, limits: Limits | None = None, expose_scores: bool = False) -> ImageService:
     return ImageService(guard or toy_guard(), "toy", limits, expose_scores)
 

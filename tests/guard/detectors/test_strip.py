@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import cast
+from typing import cast, get_args
 
 import msgspec
 import pytest
@@ -84,6 +84,9 @@ def test_entropy_is_never_negative_and_keeps_nan() -> None:
         ("demeaned", 2.0, [0.3, 0.7, 1.0, 0.0]),
         ("max", 1.0, [0.3, 0.6, 0.8, 0.2]),
         ("max", 3.0, [0.9, 0.9, 1.0, 0.2]),
+        # z = [1, 1, 3, -5] / 3: odds of 1:4, 3:2, 4:1 and 1:4 times e to the power of alpha z
+        ("logit", 1.0, [0.2586638, 0.6767230, 0.9157836, 0.0450978]),
+        ("logit", 2.0, [0.3274675, 0.7450097, 0.9672685, 0.0088406]),
     ],
 )
 def test_blends(blend: Blend, alpha: float, expected: list[float]) -> None:
@@ -97,6 +100,62 @@ def test_demeaned_subtracts_one_scalar_over_all_channels() -> None:
     overlay = torch.stack([torch.full((2, 2), 0.2), torch.full((2, 2), 0.6)])[None]
     blended = blend_images(torch.full((1, 2, 2, 2), 0.5), overlay, "demeaned", 1.0)
     torch.testing.assert_close(blended[0, 0, :, 0, 0], torch.tensor([0.3, 0.7]))
+
+
+def stripes(light: float, dark: float) -> Tensor:
+    """An overlay (1, 1, 2, 4) of two levels, as much of the one as of the other."""
+    return torch.tensor([light, dark]).repeat(4).reshape(1, 1, 2, 4)
+
+
+def moved(level: float, overlay: Tensor, alpha: float = 2.0) -> float:
+    """By how much `logit` moves an even image under an overlay, at most."""
+    return float((blend_images(torch.full((1, 1, 2, 4), level), overlay, "logit", alpha) - level).abs().max())
+
+
+def test_logit_moves_mid_tones_and_hardly_black_and_white() -> None:
+    overlay = stripes(0.9, 0.1)
+    assert moved(0.5, overlay) == pytest.approx(0.3807971, abs=1e-6)  # 1 / (1 + e^-2) - 1 / 2
+    assert moved(0.0, overlay) == pytest.approx(0.0073423, abs=1e-6)  # e^2 / (999 + e^2)
+    assert moved(1.0, overlay) == pytest.approx(0.0073423, abs=1e-6)
+
+
+def test_logit_moves_mid_tones_as_much_under_faint_overlays_as_under_strong_ones() -> None:
+    for image in (0.3, 0.5, 0.7):
+        strong = moved(image, stripes(1.0, 0.0))
+        for light, dark in ((0.55, 0.45), (0.1, 0.05), (1.0, 0.9)):
+            assert moved(image, stripes(light, dark)) == pytest.approx(strong, abs=1e-4)
+
+
+@pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
+def test_logit_neither_divides_by_nothing_nor_blows_up_the_noise_of_a_flat_overlay(level: float) -> None:
+    images = torch.tensor([0.01, 0.3, 0.5, 0.99]).repeat(2).reshape(1, 1, 2, 4)
+    torch.testing.assert_close(blend_images(images, torch.full_like(images, level), "logit", 2.0)[0], images)
+    assert moved(0.5, stripes(0.5, 0.5 - 1 / 255)) < 0.06
+
+
+def test_alpha_scales_what_logit_moves() -> None:
+    images, overlay = (torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    images = images * 0.8 + 0.1
+    shifts = [
+        torch.logit(blend_images(images, overlay, "logit", alpha)[0, 0]) - torch.logit(images[0]) for alpha in (0.5, 1.0, 2.0)
+    ]
+    torch.testing.assert_close(shifts[1], 2.0 * shifts[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(shifts[2], 4.0 * shifts[0], atol=1e-4, rtol=1e-4)
+    assert shifts[1].mean() == pytest.approx(0.0, abs=1e-5)
+    assert shifts[1].square().mean().sqrt() == pytest.approx(1.0, abs=1e-4)  # alpha, in logits
+
+
+@pytest.mark.parametrize("blend", get_args(Blend))
+@pytest.mark.parametrize("alpha", [0.01, 1.0, 50.0])
+def test_blends_stay_pixels(blend: Blend, alpha: float) -> None:
+    corners = torch.tensor([0.0, 1.0, 0.5, 0.0]).reshape(1, 1, 2, 2)
+    images = torch.cat([corners, torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)])
+    before = images.clone()
+    blended = blend_images(images, images, blend, min(alpha, 1.0) if blend == "mix" else alpha)
+    assert blended.dtype == torch.float32
+    assert torch.isfinite(blended).all()
+    assert 0.0 <= blended.min() <= blended.max() <= 1.0
+    assert torch.equal(images, before)
 
 
 def test_every_image_meets_every_overlay_in_order() -> None:
@@ -278,7 +337,16 @@ def test_sums_never_fall_and_do_not_depend_on_where_stages_are_cut(seed: int) ->
 
 @pytest.mark.parametrize(
     ("blend", "alpha"),
-    [("add", 0.0), ("add", -1.0), ("add", math.nan), ("add", math.inf), ("mix", 1.5), ("mix", 0.0), ("demeaned", 0.0)],
+    [
+        ("add", 0.0),
+        ("add", -1.0),
+        ("add", math.nan),
+        ("add", math.inf),
+        ("mix", 1.5),
+        ("mix", 0.0),
+        ("demeaned", 0.0),
+        ("logit", 0.0),
+    ],
 )
 def test_weights_out_of_range(blend: Blend, alpha: float, overlays: Tensor) -> None:
     with pytest.raises(CalibrationError, match="expected alpha"):
@@ -286,7 +354,7 @@ def test_weights_out_of_range(blend: Blend, alpha: float, overlays: Tensor) -> N
 
 
 def test_a_misspelt_blend_is_not_taken_for_another(overlays: Tensor) -> None:
-    with pytest.raises(CalibrationError, match="expected a blend of add, mix, demeaned, max, got 'Mix'"):
+    with pytest.raises(CalibrationError, match="expected a blend of add, mix, demeaned, max, logit, got 'Mix'"):
         Strip(predictor(), overlays, cast(Blend, "Mix"), 0.5)
 
 
@@ -322,3 +390,18 @@ def test_a_model_that_fails_says_so(overlays: Tensor, clean: Tensor) -> None:
 
     with pytest.raises(ModelError, match="the model failed on a batch of"):
         Strip(predictor(fails), overlays).score(clean)
+
+
+def test_logit_blends_have_the_same_bits_in_any_batch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, overlays = torch.rand(9, 3, 11, 13, generator=generator), torch.rand(17, 3, 11, 13, generator=generator)
+    whole = blend_images(images, overlays, "logit", 2.0)
+    for rows, columns in ((slice(0, 1), slice(0, 17)), (slice(3, 8), slice(5, 6)), (slice(0, 9), slice(2, 13))):
+        assert torch.equal(blend_images(images[rows], overlays[columns], "logit", 2.0), whole[rows, columns])
+
+
+def test_a_huge_logit_alpha_gives_black_and_white_not_nan() -> None:
+    image = torch.linspace(0.0, 1.0, 16).reshape(1, 1, 4, 4)
+    blended = blend_images(image, image.flip(2), "logit", 1e6)
+    assert bool(torch.isfinite(blended).all())
+    assert bool(((blended < 1e-3) | (blended > 0.999)).all())

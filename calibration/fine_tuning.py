@@ -1,0 +1,168 @@
+"""Fine-tuning a copy of a model that somebody else made, whatever it takes and returns; the model itself never changes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self, final
+
+import torch
+from torch import Tensor, nn
+
+from calibration.data import Progress, no_progress
+from guard.errors import ModelError, one_line
+from guard.predictors import Predictor
+from guard.predictors.exported import ExportedBackend
+from guard.predictors.module import ModuleBackend
+from guard.predictors.torchscript import TorchScriptBackend
+
+_TRAINABLE = "a factory of an nn.Module, a TorchScript .pt or a .pt2 file, which returns logits or probabilities"
+
+
+@final
+@dataclass(frozen=True)
+class TrainableCopy:
+    """A copy of a predictor's model with weights of its own.
+
+    It stays in eval mode: dropout is off and batch norm keeps its statistics, so a few images are enough.
+
+    Attributes:
+        predictor: Answers with the copy.
+        parameters: Its weights.
+    """
+
+    predictor: Predictor
+    parameters: list[nn.Parameter]
+
+    @classmethod
+    def of(cls, predictor: Predictor) -> TrainableCopy:
+        """Copy a predictor's model.
+
+        Raises:
+            ModelError: It has no weights that PyTorch can train.
+        """
+        backend = predictor.backend
+        module = _module(backend)
+        if predictor.labels_only:
+            raise ModelError(f"expected a model that can be fine-tuned ({_TRAINABLE}), got one that returns labels only")
+        if module is None:
+            raise ModelError(f"expected a model that can be fine-tuned ({_TRAINABLE}), got a model of kind {backend.kind}")
+        if predictor.spec.container != "torch":
+            raise ModelError(f"expected a model that can be fine-tuned ({_TRAINABLE}), got one that takes NumPy arrays")
+        copied = _copy(module)
+        parameters = [value for value in copied.parameters() if value.dtype.is_floating_point]
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        if not parameters:
+            raise ModelError(f"expected a model that can be fine-tuned ({_TRAINABLE}), got one without weights")
+        if isinstance(backend, ModuleBackend):
+            return cls(dataclasses.replace(predictor, backend=ModuleBackend(copied)), parameters)
+        if isinstance(backend, TorchScriptBackend) and isinstance(copied, torch.jit.ScriptModule):
+            return cls(dataclasses.replace(predictor, backend=TorchScriptBackend(copied, "")), parameters)
+        if isinstance(backend, ExportedBackend):
+            return cls(dataclasses.replace(predictor, backend=dataclasses.replace(backend, run=copied, sha256="")), parameters)
+        raise ModelError(f"expected a model that can be fine-tuned ({_TRAINABLE}), got {backend.kind}")
+
+    def faster(self, images: Tensor) -> Self:
+        """The same copy with its weights in channels-last order, where the model answers as before.
+
+        Convolutions are about twice as fast so on a CPU. A model may not bear it (`view` on what is no longer contiguous):
+        then it stays as it is.
+
+        Args:
+            images: (B, C, H, W), in [0, 1], a few to try it on.
+        """
+        backend = self.predictor.backend
+        if not isinstance(backend, ModuleBackend):
+            return self
+        before = self.predictor(images)
+        arrange(backend.module, torch.channels_last)
+        try:
+            same = bool(torch.isclose(self.predictor(images), before, atol=1e-3, equal_nan=True).all())
+        except ModelError:
+            same = False
+        if not same:
+            arrange(backend.module, torch.contiguous_format)
+        return self
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy in nats; images (B, C, H, W) in [0, 1], labels (B,)."""
+        raw = self.predictor.backend(self.predictor.spec.to_model(images))
+        answers = raw[0] if isinstance(raw, tuple | list) else raw
+        if not isinstance(answers, Tensor) or not answers.requires_grad:
+            raise ModelError(f"expected a model that can be fine-tuned ({_TRAINABLE}), got one without gradients")
+        labels = labels.to(answers.device)
+        if self.predictor.output == "logits":
+            return nn.functional.cross_entropy(answers.float(), labels)
+        return nn.functional.nll_loss(answers.float().clamp_min(1e-8).log(), labels)
+
+
+def arrange(module: nn.Module, memory_format: torch.memory_format) -> None:
+    """Put a module's weights in this order, in place; convolutions are about twice as fast channels last."""
+    module.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch's stubs know it only beside a device
+
+
+def fine_tune(
+    copied: TrainableCopy,
+    batches: Callable[[int], list[tuple[Tensor, Tensor]]],
+    epochs: int,
+    rate: float,
+    low_loss: float = 0.0,
+    progress: Progress = no_progress,
+    what: str = "fine-tuning",
+) -> None:
+    """Train a copy in place with Adam, its rate falling linearly to 0.
+
+    Args:
+        copied: The copy.
+        batches: Epoch to images and labels.
+        epochs: Passes.
+        rate: First learning rate.
+        low_loss: Stop once an epoch's mean loss, in nats, is under this.
+        progress: Told how far it is.
+        what: For the progress display.
+
+    Raises:
+        ModelError: The model can't be trained.
+    """
+    optimizer = torch.optim.Adam(copied.parameters, lr=rate)
+    for epoch in range(epochs):
+        found, losses = batches(epoch), []
+        for number, (images, labels) in enumerate(found):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (1.0 - (epoch + number / len(found)) / epochs)
+            optimizer.zero_grad(set_to_none=True)
+            try:
+                loss = copied.loss(images, labels)
+                loss.backward()
+            except ModelError:
+                raise
+            except Exception as error:  # foreign code
+                raise ModelError(f"the model can't be fine-tuned: {one_line(error)}") from error
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        done = sum(losses) / len(losses) < low_loss
+        progress(what, epochs if done else epoch + 1, epochs)
+        if done:
+            break
+
+
+def _module(backend: object) -> nn.Module | None:
+    if isinstance(backend, ModuleBackend | TorchScriptBackend):
+        return backend.module
+    if isinstance(backend, ExportedBackend) and isinstance(backend.run, nn.Module):
+        return backend.run
+    return None
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """A deep copy whose weights are leaves; those of TorchScript are not, unless gradients are off."""
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch.export's own, about its own trees
+            return copy.deepcopy(module)
+    except Exception as error:  # foreign code
+        raise ModelError(f"the model can't be copied, so nothing can be planted: {one_line(error)}") from error

@@ -1,0 +1,234 @@
+"""Red team: plant known triggers in copies of the model, and see which of STRIP's settings finds them.
+
+How many triggered inputs slip through (FAR) can't be measured from clean images. So a few known triggers are planted in
+copies of the model by brief fine-tuning, and each candidate setting (blend, alpha, N) is calibrated on every copy at the
+same false rejection rate: the FAR on the planted triggers picks the setting. It is an estimate for the planted attacks,
+not a guarantee for others.
+
+The images that fine-tune, those that choose, and those that later set the threshold are disjoint: `split` sees to it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from calibration.calibrate import answers, check_labels
+from calibration.data import ImageSet, Progress, no_progress
+from calibration.overlays import choose_overlays
+from calibration.planting import draw_plants, plant_trigger
+from calibration.settings import BlendChoice, strips
+from calibration.thresholds import needed_images, rank
+from calibration.trials import Planted, Setting, Trial
+from guard.errors import CalibrationError, TooFewImagesError
+from guard.predictors import Predictor
+
+_MOST = {"tuning": 1_200, "choosing": 400}
+_FEWEST = {"tuning": 100, "choosing": 100}
+_FEWEST_OVERLAYS = 4  # as calibration asks for, for a pair of blends
+_FINALISTS = 2
+_SAME_AUROC = 0.001
+
+
+CANDIDATES: tuple[tuple[BlendChoice, float | None], ...] = (
+    ("logit", 3.5),
+    ("logit+demeaned", None),
+    ("demeaned", 1.5),
+    ("max", 1.0),
+    ("add", 1.0),
+    ("mix", 0.5),
+)
+"""Among equals, the earlier is chosen."""
+
+
+class RedTeam(msgspec.Struct, frozen=True, kw_only=True):
+    """What the red team found.
+
+    Attributes:
+        chosen: The setting that it recommends.
+        frr: At which every setting was compared.
+        planted: The triggers.
+        tuning_images: That planted them.
+        choosing_images: That compared settings.
+        seconds: That it took.
+        left_out: Candidates that can't be calibrated from so few choosing images.
+    """
+
+    chosen: Setting
+    frr: float
+    planted: tuple[Planted, ...]
+    tuning_images: int
+    choosing_images: int
+    seconds: float
+    left_out: tuple[tuple[BlendChoice, float | None], ...] = ()
+
+
+def split(clean: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
+    """Cut clean images at random: one part for the red team, the other for overlays and threshold.
+
+    The red team gets half, and no more than it has use for.
+    """
+    order = torch.randperm(len(clean), generator=torch.Generator().manual_seed(seed ^ 0x5ED))
+    count = min(len(clean) // 2, 100 + sum(_MOST.values()))
+    return clean.select(order[:count]), clean.select(order[count:])
+
+
+def red_team(
+    predictor: Predictor,
+    clean: ImageSet,
+    frr: float = 0.01,
+    overlays: int = 100,
+    seed: int = 0,
+    candidates: Sequence[tuple[BlendChoice, float | None]] = CANDIDATES,
+    progress: Progress = no_progress,
+) -> RedTeam:
+    """Plant triggers in copies of a model and compare STRIP's settings on them.
+
+    Args:
+        predictor: The model; it is never changed.
+        clean: Clean images, of which none may set the threshold later; unlabelled ones get the model's own answers.
+        frr: False rejection rate at which settings are compared.
+        overlays: N, at most.
+        seed: Of triggers, targets and the split.
+        candidates: Blends and weights; one that can't be calibrated from so few images is left out.
+        progress: Told how far it is.
+
+    Raises:
+        TooFewImagesError: It says how many are needed.
+        ModelError: The model can't be fine-tuned.
+        CalibrationError: No planted trigger took, or labels that are not the model's.
+    """
+    check_images(len(clean), frr, overlays)
+    check_labels(clean, predictor)
+    started = time.monotonic()
+    generator = torch.Generator().manual_seed(seed)
+    labels = clean.labels if clean.labels is not None else answers(predictor, clean)
+    superimposed, tuning, choosing = _parts(labels, frr, overlays, generator)
+    trials = []
+    plants = draw_plants(predictor.spec.shape, predictor.num_classes, generator)
+    for number, plant in enumerate(plants):
+        progress("planting triggers", number, len(plants))
+        copied = plant_trigger(predictor, plant.attack, clean.images(tuning), labels[tuning], generator)
+        trials.append(Trial.of(copied, plant, clean.images(superimposed), clean.images(choosing), labels[choosing]))
+    progress("planting triggers", len(plants), len(plants))
+    able = [item for item in candidates if rank(len(choosing), frr / len(strips(*item))) >= 1]
+    chosen = _settle([trial for trial in trials if trial.plant.decides], able, overlays, frr, progress)
+    others = [trial for trial in trials if not trial.plant.decides]
+    _compare(others, [(chosen.blend, chosen.alpha)], [chosen.overlays], frr, progress, "looking for blind spots")
+    return RedTeam(
+        chosen=chosen,
+        frr=frr,
+        planted=tuple(trial.planted() for trial in trials),
+        tuning_images=len(tuning),
+        choosing_images=len(choosing),
+        seconds=time.monotonic() - started,
+        left_out=tuple(item for item in candidates if item not in able),
+    )
+
+
+def _settle(
+    trials: Sequence[Trial],
+    candidates: Sequence[tuple[BlendChoice, float | None]],
+    overlays: int,
+    frr: float,
+    progress: Progress,
+) -> Setting:
+    """All candidates with few overlays, then the best of them with more."""
+    few = max(_FEWEST_OVERLAYS, overlays // 4)
+    _compare(trials, candidates, [few], frr, progress, "comparing all settings")
+    best = list(dict.fromkeys((item.blend, item.alpha) for item in _ranked([trial.planted() for trial in trials])))
+    counts = sorted({few, max(_FEWEST_OVERLAYS, overlays // 2), overlays})
+    _compare(trials, best[:_FINALISTS], counts, frr, progress, "comparing the best further")
+    return choose([trial.planted() for trial in trials])
+
+
+def choose(planted: Sequence[Planted]) -> Setting:
+    """Pick a setting.
+
+    With the most overlays, the blend with the lowest mean FAR over the planted triggers that decide; among equals, the
+    higher mean AUROC. Then the fewest overlays that do as well.
+
+    Raises:
+        CalibrationError: None of them took.
+    """
+    best = _ranked(planted)[0]
+    means = _means(planted)
+    far, area = means[best]
+    same = [
+        setting
+        for setting, (its_far, its_area) in means.items()
+        if (setting.blend, setting.alpha) == (best.blend, best.alpha) and its_far <= far and its_area >= area - _SAME_AUROC
+    ]
+    return min(same, key=lambda setting: setting.overlays)
+
+
+def _ranked(planted: Sequence[Planted]) -> list[Setting]:
+    """Settings with the most overlays that were tried, best first."""
+    means = _means(planted)
+    most = max(setting.overlays for setting in means)
+    return sorted(
+        (setting for setting in means if setting.overlays == most), key=lambda setting: (means[setting][0], -means[setting][1])
+    )
+
+
+def _means(planted: Sequence[Planted]) -> dict[Setting, tuple[float, float]]:
+    """Mean FAR and AUROC of each setting over the planted triggers that decide."""
+    deciding = [plant.figures for plant in planted if plant.decides and plant.figures]
+    if not deciding:
+        rates = ", ".join(f"{plant.name} {plant.attack_success.value:.0%}" for plant in planted)
+        raise CalibrationError(f"expected a planted trigger to work on the copies, got {rates}: give more clean images")
+    return {
+        row[0].setting: (float(np.mean([item.far.value for item in row])), float(np.mean([item.auroc.value for item in row])))
+        for row in zip(*deciding, strict=True)
+    }
+
+
+def check_images(count: int, frr: float, overlays: int) -> None:
+    """Refuse, before any work, what can't be red-teamed with so many images; see `red_team`."""
+    if overlays < _FEWEST_OVERLAYS:
+        raise CalibrationError(f"expected at least {_FEWEST_OVERLAYS} overlays, got {overlays}: the paper uses 100")
+    if not 0.0 < frr < 1.0:
+        raise CalibrationError(f"expected a false rejection rate between 0 and 1, got {frr}: 0.01 is one in a hundred")
+    needed = overlays + _FEWEST["tuning"] + _fewest_choosing(frr)
+    if count < needed:
+        raise TooFewImagesError(
+            f"red-teaming with {overlays} overlays at a false rejection rate of {frr:g} needs at least {needed} clean images, "
+            f"got {count}: add images, use fewer overlays, or allow a higher rate",
+            needed=needed,
+            available=count,
+        )
+
+
+def _fewest_choosing(frr: float) -> int:
+    return max(_FEWEST["choosing"], needed_images(frr))
+
+
+def _parts(labels: Tensor, frr: float, overlays: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    superimposed = choose_overlays(labels, overlays, generator)
+    free = torch.ones(len(labels), dtype=torch.bool)
+    free[superimposed] = False
+    rest = torch.nonzero(free).squeeze(1)
+    rest = rest[torch.randperm(len(rest), generator=generator)]
+    choosing = max(_fewest_choosing(frr), min(_MOST["choosing"], len(rest) * 2 // 5))
+    return superimposed, rest[choosing : choosing + _MOST["tuning"]], rest[:choosing]
+
+
+def _compare(
+    trials: Sequence[Trial],
+    candidates: Sequence[tuple[BlendChoice, float | None]],
+    counts: Sequence[int],
+    frr: float,
+    progress: Progress,
+    what: str,
+) -> None:
+    total = len(trials) * len(candidates)
+    for number, (trial, (blend, alpha)) in enumerate(itertools.product(trials, candidates)):
+        progress(what, number, total)
+        trial.compare(blend, alpha, counts, frr)
+    progress(what, total, total)
