@@ -1,4 +1,4 @@
-"""Committed results meet the figures that the README quotes from them."""
+"""Committed results meet the figures that the documents quote from them."""
 
 from __future__ import annotations
 
@@ -6,42 +6,61 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.datasets import SetName
-from benchmarks.main_path import CHOSEN, DEVELOPMENT, REPORTED, load_report, table
+from benchmarks import red_team, strip
+from benchmarks.plans import REPORTED
 
-MOST_PASSES = {"mnist": 10.0, "gtsrb": 25.0}
-
-
-def test_the_readme_quotes_them() -> None:
-    assert table() in (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("name", ["mnist", "gtsrb"])
-def test_the_chosen_setting_reaches_its_figures(name: SetName) -> None:
-    report = load_report("report", name)
-    chosen = report.measurements[0]
-    figures = chosen.evaluation
-    assert report.recipe == REPORTED[name]
-    assert (chosen.blend, chosen.alpha) == CHOSEN[name]
-    assert chosen.threshold_images == 4_900
-    assert figures.attack_success_rate is not None
-    assert figures.far_successful is not None
-    assert figures.counts.triggered_successful is not None
-    assert figures.attack_success_rate.value >= 0.99
-    assert figures.counts.clean >= 2_000
-    assert figures.counts.triggered_successful >= 2_000
-    assert figures.frr.value <= 0.015
-    assert figures.far_successful.value <= 0.01
-    assert chosen.mean_passes_clean <= MOST_PASSES[name]
-    assert chosen.curtailed_inputs >= 10_000
-    assert chosen.curtailed_verdicts_that_differ == 0
+ROOT = Path(__file__).parent.parent.parent
+REPORTS = strip.load_reports()
+CHOICES = red_team.load_reports()
+PATCHES = {
+    "mnist-a",
+    "mnist-conv-badnets",
+    "mnist-amplified",
+    "gtsrb-b",
+    "gtsrb-lenet8",
+    "gtsrb-multi-target",
+    "cifar10-c",
+    "cifar10-d",
+    "cifar10-two-triggers",
+}
 
 
-@pytest.mark.parametrize("name", ["mnist", "gtsrb"])
-def test_the_setting_was_chosen_on_another_victim(name: SetName) -> None:
-    choice, report = load_report("choose", name), load_report("report", name)
-    assert choice.recipe == DEVELOPMENT[name]
-    for field in ("target_label", "seed"):
-        assert getattr(choice.recipe, field) != getattr(report.recipe, field)
-    where = [(recipe.side, recipe.bottom, recipe.right) for recipe in (choice.recipe, report.recipe)]
-    assert where[0] != where[1]
+def test_the_documents_quote_them() -> None:
+    assert strip.table(REPORTS) in (ROOT / "docs" / "victims.md").read_text(encoding="utf-8")
+    assert red_team.table(CHOICES) in (ROOT / "docs" / "victims.md").read_text(encoding="utf-8")
+    assert strip.short_table(REPORTS) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_victim_is_reported_as_it_is_planned() -> None:
+    assert {report.name: report.plan for report in REPORTS} == dict(REPORTED)
+    assert len(REPORTS) >= 14
+    assert {report.plan.images for report in REPORTS} == {"mnist", "gtsrb", "cifar10"}
+
+
+@pytest.mark.parametrize("report", REPORTS, ids=lambda report: report.name)
+def test_a_victim_carries_its_backdoor_and_works_as_well_as_its_clean_twin(report: strip.Report) -> None:
+    success = report.evaluation.attack_success_rate
+    assert success is not None
+    assert success.value >= report.plan.lowest_success
+    assert report.accuracy >= report.twin_accuracy - 0.015
+    assert report.accuracy >= report.plan.lowest_accuracy
+
+
+@pytest.mark.parametrize("report", REPORTS, ids=lambda report: report.name)
+def test_the_false_rejection_rate_is_at_its_target(report: strip.Report) -> None:
+    assert report.threshold_images == 4_900
+    assert report.evaluation.frr.value <= 0.015
+    assert report.curtailed_verdicts_that_differ == 0
+
+
+@pytest.mark.parametrize("report", [item for item in REPORTS if item.name in PATCHES], ids=lambda report: report.name)
+def test_patch_triggers_are_seen(report: strip.Report) -> None:
+    assert report.evaluation.far_successful is not None
+    assert report.evaluation.far_successful.value <= 0.01
+
+
+def test_the_red_team_chooses_as_well_as_hindsight_on_eight_of_ten() -> None:
+    assert [report.name for report in CHOICES] == list(red_team.VICTIMS)
+    assert sum(report.within for report in CHOICES) >= 8
+    for report in CHOICES:
+        assert report.calibrated.evaluation.frr.value <= 0.015, report.name
