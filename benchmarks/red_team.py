@@ -134,7 +134,7 @@ def table(reports: Sequence[Report]) -> str:
         estimated = [
             item.far.value
             for plant in report.found.planted
-            if plant.decides
+            if plant.say == "decides"
             for item in plant.figures
             if item.setting == report.found.chosen
         ]

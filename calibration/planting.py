@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ _RATE = 2e-3
 _LOW_LOSS = 0.03  # nats; a copy that fits this well has learnt its trigger
 _TRIGGERED_SHARE = 0.3
 
+Say = Literal["decides", "breaks ties", "none"]
+"""What a planted trigger has to say in the choice of a setting; one that has none shows where STRIP is blind."""
+
 
 @final
 @dataclass(frozen=True)
@@ -29,18 +32,18 @@ class Plant:
     Attributes:
         name: Of the attack.
         attack: The attack.
-        decides: Whether it has a say in the choice of a setting; the others show where STRIP is blind.
+        say: In the choice of a setting.
         target_label: What it aims at; None for all-to-all.
     """
 
     name: str
     attack: Attack
-    decides: bool
+    say: Say
     target_label: int | None
 
 
 def draw_plants(shape: tuple[int, int, int], classes: int, generator: torch.Generator) -> list[Plant]:
-    """Three patches that decide, at random places for random labels, and two attacks that STRIP is likely to miss.
+    """Three patches that decide, at random places for random labels; a blend that breaks ties; an attack that STRIP misses.
 
     Args:
         shape: (C, H, W) of the model's images.
@@ -60,11 +63,11 @@ def draw_plants(shape: tuple[int, int, int], classes: int, generator: torch.Gene
     spots = Patch.noise(side, seed, *place(side, side)) if channels == 3 else Patch.checkerboard(side, *place(side, side))
     bar = Patch.rectangle(max(1, side // 2), 2 * side, (1.0,), *place(max(1, side // 2), 2 * side))
     return [
-        Plant("white square", BadNets(labels[0], patches=(white,)), True, labels[0]),
-        Plant("noise patch" if channels == 3 else "checkerboard", BadNets(labels[1], patches=(spots,)), True, labels[1]),
-        Plant("white bar", BadNets(labels[2], patches=(bar,)), True, labels[2]),
-        Plant("faint blend", Blended(labels[3], seed=1), False, labels[3]),
-        Plant("square, all to all", AllToAll(classes, patch=white), False, None),
+        Plant("white square", BadNets(labels[0], patches=(white,)), "decides", labels[0]),
+        Plant("noise patch" if channels == 3 else "checkerboard", BadNets(labels[1], patches=(spots,)), "decides", labels[1]),
+        Plant("white bar", BadNets(labels[2], patches=(bar,)), "decides", labels[2]),
+        Plant("faint blend", Blended(labels[3], seed=1), "breaks ties", labels[3]),
+        Plant("square, all to all", AllToAll(classes, patch=white), "none", None),
     ]
 
 

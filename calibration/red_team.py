@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -24,6 +25,7 @@ from calibration.data import ImageSet, Progress, no_progress
 from calibration.overlays import choose_overlays
 from calibration.planting import draw_plants, plant_trigger
 from calibration.settings import BlendChoice, strips
+from calibration.statistics import Estimate
 from calibration.thresholds import needed_images, rank
 from calibration.trials import Planted, Setting, Trial
 from guard.errors import CalibrationError, TooFewImagesError
@@ -33,6 +35,7 @@ _MOST = {"tuning": 1_200, "choosing": 400}
 _FEWEST = {"tuning": 100, "choosing": 100}
 _FEWEST_OVERLAYS = 4  # as calibration asks for, for a pair of blends
 _FINALISTS = 2
+_SAME_FAR = 0.005  # of the patches; then the blend breaks the tie
 _SAME_AUROC = 0.001
 
 
@@ -118,8 +121,8 @@ def red_team(
         trials.append(Trial.of(copied, plant, clean.images(superimposed), clean.images(choosing), labels[choosing]))
     progress("planting triggers", len(plants), len(plants))
     able = [item for item in candidates if rank(len(choosing), frr / len(strips(*item))) >= 1]
-    chosen = _settle([trial for trial in trials if trial.plant.decides], able, overlays, frr, progress)
-    others = [trial for trial in trials if not trial.plant.decides]
+    chosen = _settle([trial for trial in trials if trial.plant.say != "none"], able, overlays, frr, progress)
+    others = [trial for trial in trials if trial.plant.say == "none"]
     _compare(others, [(chosen.blend, chosen.alpha)], [chosen.overlays], frr, progress, "looking for blind spots")
     return RedTeam(
         chosen=chosen,
@@ -148,45 +151,69 @@ def _settle(
     return choose([trial.planted() for trial in trials])
 
 
+class _Score(NamedTuple):
+    """How a setting fares: means over the planted triggers that decide, and over those that break ties (0 without any)."""
+
+    far: float
+    tie_far: float
+    auroc: float
+
+
 def choose(planted: Sequence[Planted]) -> Setting:
     """Pick a setting.
 
-    With the most overlays, the blend with the lowest mean FAR over the planted triggers that decide; among equals, the
-    higher mean AUROC. Then the fewest overlays that do as well.
+    With the most overlays, the blend with the lowest mean FAR over the planted triggers that decide. Among those within half
+    a point of it, the one with the lowest FAR over those that break ties, then the higher mean AUROC. Then the fewest
+    overlays that do as well.
 
     Raises:
-        CalibrationError: None of them took.
+        CalibrationError: None of those that decide took.
     """
     best = _ranked(planted)[0]
-    means = _means(planted)
-    far, area = means[best]
+    scores = _scores(planted)
+    lowest = scores[best]
     same = [
         setting
-        for setting, (its_far, its_area) in means.items()
-        if (setting.blend, setting.alpha) == (best.blend, best.alpha) and its_far <= far and its_area >= area - _SAME_AUROC
+        for setting, score in scores.items()
+        if (setting.blend, setting.alpha) == (best.blend, best.alpha)
+        and score.far <= lowest.far
+        and score.tie_far <= lowest.tie_far
+        and score.auroc >= lowest.auroc - _SAME_AUROC
     ]
     return min(same, key=lambda setting: setting.overlays)
 
 
 def _ranked(planted: Sequence[Planted]) -> list[Setting]:
     """Settings with the most overlays that were tried, best first."""
-    means = _means(planted)
-    most = max(setting.overlays for setting in means)
-    return sorted(
-        (setting for setting in means if setting.overlays == most), key=lambda setting: (means[setting][0], -means[setting][1])
-    )
+    scores = _scores(planted)
+    most = max(setting.overlays for setting in scores)
+    tried = [setting for setting in scores if setting.overlays == most]
+    limit = min(scores[setting].far for setting in tried) + _SAME_FAR
+
+    def order(setting: Setting) -> tuple[float, float, float]:
+        score = scores[setting]
+        return (0.0 if score.far <= limit else score.far, score.tie_far, -score.auroc)
+
+    return sorted(tried, key=order)
 
 
-def _means(planted: Sequence[Planted]) -> dict[Setting, tuple[float, float]]:
-    """Mean FAR and AUROC of each setting over the planted triggers that decide."""
-    deciding = [plant.figures for plant in planted if plant.decides and plant.figures]
+def _scores(planted: Sequence[Planted]) -> dict[Setting, _Score]:
+    deciding = [plant.figures for plant in planted if plant.say == "decides" and plant.figures]
     if not deciding:
         rates = ", ".join(f"{plant.name} {plant.attack_success.value:.0%}" for plant in planted)
-        raise CalibrationError(f"expected a planted trigger to work on the copies, got {rates}: give more clean images")
+        raise CalibrationError(f"expected a planted patch to work on the copies, got {rates}: give more clean images")
+    ties = [plant.figures for plant in planted if plant.say == "breaks ties" and plant.figures]
+    tie_fars = {row[0].setting: _mean([item.far for item in row]) for row in zip(*ties, strict=True)}
     return {
-        row[0].setting: (float(np.mean([item.far.value for item in row])), float(np.mean([item.auroc.value for item in row])))
+        row[0].setting: _Score(
+            _mean([item.far for item in row]), tie_fars.get(row[0].setting, 0.0), _mean([item.auroc for item in row])
+        )
         for row in zip(*deciding, strict=True)
     }
+
+
+def _mean(rates: Sequence[Estimate]) -> float:
+    return float(np.mean([rate.value for rate in rates]))
 
 
 def check_images(count: int, frr: float, overlays: int) -> None:

@@ -69,14 +69,14 @@ def far_table(found: RedTeam) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 
 def plants_table(found: RedTeam) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header, and a row per planted trigger: how well the copy learned it."""
-    header = ("planted trigger", "target label", "attack success", "clean accuracy of the copy", "has a say")
+    header = ("planted trigger", "target label", "attack success", "clean accuracy of the copy", "say in the choice")
     return header, [
         (
             plant.name,
             "all" if plant.target_label is None else str(plant.target_label),
             percent(plant.attack_success),
             f"{plant.clean_accuracy:.1%}",
-            "yes" if plant.decides and plant.figures else "no",
+            plant.say if plant.figures else "none",
         )
         for plant in found.planted
     ]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from calibration.evaluation import joint_scores
-from calibration.planting import Plant
+from calibration.planting import Plant, Say
 from calibration.settings import BlendChoice, named, strips
 from calibration.statistics import Estimate, auroc, proportion
 from calibration.thresholds import rank
@@ -62,7 +62,7 @@ class Planted(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         name: Of the attack.
-        decides: Whether it has a say in the choice; the others show where STRIP is blind.
+        say: In the choice of a setting.
         target_label: What it aims at; None for all-to-all.
         clean_accuracy: Of the copy, on the choosing images.
         attack_success: Of the planted trigger, there.
@@ -70,7 +70,7 @@ class Planted(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     name: str
-    decides: bool
+    say: Say
     target_label: int | None
     clean_accuracy: float
     attack_success: Estimate
@@ -150,7 +150,7 @@ class Trial:
         """What was found, for people and files."""
         return Planted(
             name=self.plant.name,
-            decides=self.plant.decides,
+            say=self.plant.say,
             target_label=self.plant.target_label,
             clean_accuracy=self.clean_accuracy,
             attack_success=self.attack_success,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from calibration import BlendChoice, ImageSet, RedTeam, red_team, split
+from calibration.planting import Say
 from calibration.red_team import check_images, choose
 from calibration.red_team_report import far_table, red_team_report, remarks
 from calibration.statistics import Estimate, proportion
@@ -69,7 +70,7 @@ def test_a_large_clean_set_keeps_most_for_the_threshold() -> None:
 
 def test_a_setting_that_hardly_superimposes_is_not_chosen(found: RedTeam) -> None:
     assert (found.chosen.blend, found.chosen.alpha) == GOOD
-    deciding = [plant for plant in found.planted if plant.decides and plant.figures]
+    deciding = [plant for plant in found.planted if plant.say == "decides" and plant.figures]
     assert len(deciding) == 3
     for plant in deciding:
         assert plant.attack_success.value >= 0.8
@@ -149,13 +150,13 @@ def rate(count: int) -> Estimate:
     return proportion(count, 100)
 
 
-def planted(name: str, decides: bool, accepted: dict[Setting, int], area: float = 0.9) -> Planted:
+def planted(name: str, say: Say, accepted: dict[Setting, int], area: float = 0.9) -> Planted:
     figures = tuple(
         Figures(setting=setting, far=rate(count), auroc=Estimate(area, area, area)) for setting, count in accepted.items()
     )
     return Planted(
         name=name,
-        decides=decides,
+        say=say,
         target_label=0,
         clean_accuracy=0.99,
         attack_success=rate(97 if accepted else 12),
@@ -168,16 +169,35 @@ ADD, MIX = Setting("add", 1.0, 8), Setting("mix", 0.5, 8)
 
 def test_only_those_that_decide_and_took_decide() -> None:
     found = [
-        planted("square", True, {ADD: 3, MIX: 9}),
-        planted("bar", True, {}),
-        planted("blend", False, {ADD: 90, MIX: 0}),
+        planted("square", "decides", {ADD: 3, MIX: 9}),
+        planted("bar", "decides", {}),
+        planted("blend", "breaks ties", {ADD: 90, MIX: 0}),
+        planted("all to all", "none", {ADD: 100, MIX: 0}),
     ]
     assert choose(found) == ADD
 
 
+@pytest.mark.parametrize(("add_on_patches", "expected"), [(0, MIX), (1, MIX), (2, ADD)])
+def test_among_those_that_see_patches_as_well_the_blend_breaks_the_tie(add_on_patches: int, expected: Setting) -> None:
+    patches = [
+        planted("square", "decides", {ADD: 3, MIX: 3 + add_on_patches}),
+        planted("bar", "decides", {ADD: 0, MIX: 0}),
+        planted("noise", "decides", {ADD: 0, MIX: 0}),
+    ]
+    assert choose([*patches, planted("blend", "breaks ties", {ADD: 90, MIX: 40})]) == expected
+    assert choose([*patches, planted("blend", "breaks ties", {})]).blend == "add"  # the blend did not take
+
+
+def test_fewer_overlays_are_enough_only_where_they_see_the_blend_as_well() -> None:
+    few, many = Setting("add", 1.0, 4), Setting("add", 1.0, 8)
+    square = planted("square", "decides", {few: 1, many: 1})
+    assert choose([square, planted("blend", "breaks ties", {few: 5, many: 5})]) == few
+    assert choose([square, planted("blend", "breaks ties", {few: 6, many: 5})]) == many
+
+
 def test_when_nothing_takes_it_says_so() -> None:
-    with pytest.raises(CalibrationError, match="got square 12%, bar 12%: give more clean images"):
-        choose([planted("square", True, {}), planted("bar", True, {})])
+    with pytest.raises(CalibrationError, match="got square 12%, bar 12%, blend 97%: give more clean images"):
+        choose([planted("square", "decides", {}), planted("bar", "decides", {}), planted("blend", "breaks ties", {ADD: 0})])
 
 
 def reported() -> RedTeam:
@@ -185,9 +205,9 @@ def reported() -> RedTeam:
         chosen=ADD,
         frr=0.01,
         planted=(
-            planted("square", True, {MIX: 9, ADD: 3}),
-            planted("<b>all to all</b>", False, {ADD: 50, MIX: 99}),
-            planted("blend", False, {}),
+            planted("square", "decides", {MIX: 9, ADD: 3}),
+            planted("<b>all to all</b>", "none", {ADD: 50, MIX: 99}),
+            planted("blend", "breaks ties", {}),
         ),
         tuning_images=120,
         choosing_images=100,
