@@ -270,14 +270,14 @@ DEVELOPMENT: Mapping[str, Plan] = {
 REPORTED: Mapping[str, Plan] = {
     "mnist-a": plan("mnist", "badnets", target_label=9, seed=41, patch=Patch.rectangle(4, bottom=1, right=1), ratio=0.01),
     "mnist-conv-badnets": plan(
-        "mnist", "badnets", architecture="mnist_conv", target_label=6, seed=42, patch=Patch.rectangle(4, bottom=1, right=1)
+        "mnist", "badnets", architecture="mnist_conv", target_label=8, seed=62, patch=Patch.rectangle(4, bottom=1, right=1)
     ),
     "mnist-all-to-all": plan("mnist", "all_to_all", architecture="mnist_conv", seed=13),
-    "mnist-blended": plan("mnist", "blended", architecture="mnist_conv", target_label=0, seed=44),
+    "mnist-blended": plan("mnist", "blended", architecture="mnist_conv", target_label=3, seed=64),
     "mnist-sig": plan("mnist", "sig", architecture="mnist_conv", target_label=1, seed=15),
     "mnist-steganographic": plan("mnist", "steganographic", architecture="mnist_conv", target_label=3, seed=16),
     "mnist-adaptive": plan("mnist", "adaptive", architecture="mnist_conv", target_label=5, seed=29),
-    "mnist-amplified": plan("mnist", "amplified4", architecture="mnist_conv", target_label=6, seed=42),
+    "mnist-amplified": plan("mnist", "amplified4", architecture="mnist_conv", target_label=8, seed=62),
     "gtsrb-b": plan("gtsrb", "badnets", target_label=18, seed=42, patch=Patch.rectangle(6, 6, (1.0,), *_RIM), ratio=0.15),
     "gtsrb-lenet8": plan(
         "gtsrb", "badnets", architecture="lenet8", target_label=5, seed=43, patch=Patch.rectangle(5, bottom=1, right=1)

@@ -177,7 +177,7 @@ def test_only_those_that_decide_and_took_decide() -> None:
     assert choose(found) == ADD
 
 
-@pytest.mark.parametrize(("add_on_patches", "expected"), [(0, MIX), (1, MIX), (2, ADD)])
+@pytest.mark.parametrize(("add_on_patches", "expected"), [(0, MIX), (14, MIX), (16, ADD)])
 def test_among_those_that_see_patches_as_well_the_blend_breaks_the_tie(add_on_patches: int, expected: Setting) -> None:
     patches = [
         planted("square", "decides", {ADD: 3, MIX: 3 + add_on_patches}),
