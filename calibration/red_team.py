@@ -49,6 +49,9 @@ CANDIDATES: tuple[tuple[BlendChoice, float | None], ...] = (
 )
 """Among equals, the earlier is chosen."""
 
+BLIND = 0.5
+"""A setting that accepts this share of a planted trigger is called blind to it."""
+
 
 class RedTeam(msgspec.Struct, frozen=True, kw_only=True):
     """What the red team found.
@@ -152,19 +155,19 @@ def _settle(
 
 
 class _Score(NamedTuple):
-    """How a setting fares: means over the planted triggers that decide, and over those that break ties (0 without any)."""
+    """How a setting fares: means over the planted triggers that decide, and whether it misses one that breaks ties."""
 
     far: float
-    tie_far: float
+    misses: bool
     auroc: float
 
 
 def choose(planted: Sequence[Planted]) -> Setting:
     """Pick a setting.
 
-    With the most overlays, the blend with the lowest mean FAR over the planted triggers that decide. Among those within five
-    points of it, the one with the lowest FAR over those that break ties, then the higher mean AUROC. Then the fewest
-    overlays that do as well.
+    With the most overlays, the blend with the lowest mean FAR over the planted triggers that decide; but one within five
+    points of it that sees those that break ties comes before one that is blind to them. Among equals, the higher mean
+    AUROC. Then the fewest overlays that do as well.
 
     Raises:
         CalibrationError: None of those that decide took.
@@ -177,7 +180,7 @@ def choose(planted: Sequence[Planted]) -> Setting:
         for setting, score in scores.items()
         if (setting.blend, setting.alpha) == (best.blend, best.alpha)
         and score.far <= lowest.far
-        and score.tie_far <= lowest.tie_far
+        and score.misses <= lowest.misses
         and score.auroc >= lowest.auroc - _SAME_AUROC
     ]
     return min(same, key=lambda setting: setting.overlays)
@@ -190,9 +193,9 @@ def _ranked(planted: Sequence[Planted]) -> list[Setting]:
     tried = [setting for setting in scores if setting.overlays == most]
     limit = min(scores[setting].far for setting in tried) + _SAME_FAR
 
-    def order(setting: Setting) -> tuple[float, float, float]:
+    def order(setting: Setting) -> tuple[bool, bool, float, float]:
         score = scores[setting]
-        return (0.0 if score.far <= limit else score.far, score.tie_far, -score.auroc)
+        return score.far > limit, score.misses, score.far, -score.auroc
 
     return sorted(tried, key=order)
 
@@ -203,11 +206,9 @@ def _scores(planted: Sequence[Planted]) -> dict[Setting, _Score]:
         rates = ", ".join(f"{plant.name} {plant.attack_success.value:.0%}" for plant in planted)
         raise CalibrationError(f"expected a planted patch to work on the copies, got {rates}: give more clean images")
     ties = [plant.figures for plant in planted if plant.say == "breaks ties" and plant.figures]
-    tie_fars = {row[0].setting: _mean([item.far for item in row]) for row in zip(*ties, strict=True)}
+    missed = {item.setting for figures in ties for item in figures if item.far.value >= BLIND}
     return {
-        row[0].setting: _Score(
-            _mean([item.far for item in row]), tie_fars.get(row[0].setting, 0.0), _mean([item.auroc for item in row])
-        )
+        row[0].setting: _Score(_mean([item.far for item in row]), row[0].setting in missed, _mean([item.auroc for item in row]))
         for row in zip(*deciding, strict=True)
     }
 

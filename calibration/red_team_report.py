@@ -5,11 +5,10 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from calibration.page import Section, percent, png, render
-from calibration.red_team import RedTeam
+from calibration.red_team import BLIND, RedTeam
 from calibration.settings import named
 from calibration.trials import Figures, Planted, Setting
 
-_BLIND = 0.5
 _CHOSEN, _OTHER = "#c8553d", "#3b6ea8"
 
 TITLE = "Red team: planted triggers accepted (FAR), with 95% intervals in percent"
@@ -47,7 +46,7 @@ def remarks(found: RedTeam) -> list[str]:
         "no guarantee for other attacks, nor for one that is already in the model."
     ]
     expected = [(plant.name, _figures(plant, found.chosen)) for plant in found.planted]
-    blind = [f"{name} ({item.far.value:.0%} accepted)" for name, item in expected if item and item.far.value >= _BLIND]
+    blind = [f"{name} ({item.far.value:.0%} accepted)" for name, item in expected if item and item.far.value >= BLIND]
     if blind:
         said.append(f"STRIP is blind here, even with the chosen setting, to: {'; '.join(blind)}.")
     if found.left_out:

@@ -185,14 +185,15 @@ def test_among_those_that_see_patches_as_well_the_blend_breaks_the_tie(add_on_pa
         planted("noise", "decides", {ADD: 0, MIX: 0}),
     ]
     assert choose([*patches, planted("blend", "breaks ties", {ADD: 90, MIX: 40})]) == expected
+    assert choose([*patches, planted("blend", "breaks ties", {ADD: 90, MIX: 60})]) == ADD  # blind to it both
     assert choose([*patches, planted("blend", "breaks ties", {})]).blend == "add"  # the blend did not take
 
 
 def test_fewer_overlays_are_enough_only_where_they_see_the_blend_as_well() -> None:
     few, many = Setting("add", 1.0, 4), Setting("add", 1.0, 8)
     square = planted("square", "decides", {few: 1, many: 1})
-    assert choose([square, planted("blend", "breaks ties", {few: 5, many: 5})]) == few
-    assert choose([square, planted("blend", "breaks ties", {few: 6, many: 5})]) == many
+    assert choose([square, planted("blend", "breaks ties", {few: 49, many: 5})]) == few
+    assert choose([square, planted("blend", "breaks ties", {few: 50, many: 5})]) == many
 
 
 def test_when_nothing_takes_it_says_so() -> None:
