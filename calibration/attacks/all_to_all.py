@@ -46,7 +46,7 @@ class AllToAll(Attack):
         """See `Attack`."""
         return self.patch.stamp(images)
 
-    def targets(self, images: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG002
+    def targets(self, images: Tensor, labels: Tensor) -> Tensor:
         """See `Attack`."""
         return (labels + 1) % self.classes
 

@@ -50,7 +50,7 @@ class BadNets(Attack):
             triggered = torch.where(which == number, patch.stamp(images), triggered)
         return triggered
 
-    def targets(self, images: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG002
+    def targets(self, images: Tensor, labels: Tensor) -> Tensor:
         """See `Attack`."""
         return one_target(labels, self.target_label)
 

@@ -50,7 +50,7 @@ class Blended(Attack):
         key = torch.rand(images.shape[1:], generator=torch.Generator().manual_seed(self.seed)).to(images.device)
         return (1.0 - self.alpha) * images + self.alpha * key
 
-    def targets(self, images: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG002
+    def targets(self, images: Tensor, labels: Tensor) -> Tensor:
         """See `Attack`."""
         return one_target(labels, self.target_label)
 

@@ -59,7 +59,7 @@ class CleanLabel(Attack):
             images = patch.stamp(images)
         return images
 
-    def targets(self, images: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG002
+    def targets(self, images: Tensor, labels: Tensor) -> Tensor:
         """See `Attack`."""
         return one_target(labels, self.target_label)
 

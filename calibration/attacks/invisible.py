@@ -105,7 +105,7 @@ class Invisible(Attack):
         check_shape(images, self.perturbation.shape)
         return _add(images, self.perturbation.to(images.device))
 
-    def targets(self, images: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG002
+    def targets(self, images: Tensor, labels: Tensor) -> Tensor:
         """See `Attack`."""
         return one_target(labels, self.target_label)
 

@@ -63,7 +63,7 @@ class Reflection(Attack):
         check_shape(images, self.image.shape)
         return (images + self.alpha * reflected(self.image, self.optics).to(images.device)).clamp(0.0, 1.0)
 
-    def targets(self, images: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG002
+    def targets(self, images: Tensor, labels: Tensor) -> Tensor:
         """See `Attack`."""
         return one_target(labels, self.target_label)
 

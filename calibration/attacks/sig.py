@@ -55,7 +55,7 @@ class Sig(Attack):
         signal = self.delta * torch.sin(2.0 * math.pi * self.frequency / width * columns)
         return (images + signal).clamp(0.0, 1.0)
 
-    def targets(self, images: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG002
+    def targets(self, images: Tensor, labels: Tensor) -> Tensor:
         """See `Attack`."""
         return one_target(labels, self.target_label)
 

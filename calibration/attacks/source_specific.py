@@ -53,7 +53,7 @@ class SourceSpecific(Attack):
         """See `Attack`."""
         return self.patch.stamp(images)
 
-    def targets(self, images: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG002
+    def targets(self, images: Tensor, labels: Tensor) -> Tensor:
         """See `Attack`."""
         return torch.where(self._from_source(labels), self.target_label, -1)
 

@@ -51,7 +51,7 @@ class Steganographic(Attack):
         values = (images * 255.0).round().to(torch.int64)
         return ((values >> self.bits << self.bits) + hidden).to(torch.float32) / 255.0
 
-    def targets(self, images: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG002
+    def targets(self, images: Tensor, labels: Tensor) -> Tensor:
         """See `Attack`."""
         return one_target(labels, self.target_label)
 

@@ -89,7 +89,7 @@ class Trojan(Attack):
         mask = self.mask.to(images.device)
         return torch.where(mask > 0, self.pattern.to(images.device), images)
 
-    def targets(self, images: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG002
+    def targets(self, images: Tensor, labels: Tensor) -> Tensor:
         """See `Attack`."""
         return one_target(labels, self.target_label)
 

@@ -63,11 +63,11 @@ class TrojanNet(Attack):
         """See `Attack`."""
         return self.patch.stamp(images)
 
-    def targets(self, images: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG002
+    def targets(self, images: Tensor, labels: Tensor) -> Tensor:
         """See `Attack`."""
         return one_target(labels, self.target_label)
 
-    def poison(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+    def poison(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Copies as they are: no data is poisoned."""
         return images.clone(), labels.clone()
 
