@@ -19,7 +19,7 @@ from benchmarks.datasets import Parts
 from benchmarks.plans import DEVELOPMENT, Plan
 from benchmarks.reports import load_results, markdown, percent, run, versions
 from benchmarks.strip import Probe, as_onnx, shuffled
-from benchmarks.victims import CACHE, bars, triggered_images, victim
+from benchmarks.victims import CACHE, bars, victim
 from calibration import BlendChoice, ImageSet, Settings, calibrate
 from calibration.data import Progress
 from calibration.evaluation import Evaluation, judge, summarise
@@ -83,7 +83,7 @@ def measure(name: str, parts: Parts, cache: Path = CACHE) -> Report:
         rest = defender.select(torch.arange(_SET_ASIDE + _CLEAN, len(defender)))
         wanted = found.attack.targets(rest.images(slice(None)), rest.known_labels)
         rows = torch.nonzero(wanted >= 0).squeeze(1)[:_TRIGGERED]
-        probe = Probe(fresh, triggered_images(found.attack, rest.select(rows)), wanted[rows])
+        probe = Probe.of(found.attack, fresh, rest.select(rows), wanted[rows])
         fixed = [measure_setting(backend, setting, aside, probe, progress) for setting in settings()]
     return Report(
         name=name,

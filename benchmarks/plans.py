@@ -292,6 +292,16 @@ REPORTED: Mapping[str, Plan] = {
         ratio=0.15,
         retrains=True,
     ),
+    "gtsrb-lenet8-noise": plan(
+        "gtsrb",
+        "badnets",
+        architecture="lenet8",
+        target_label=24,
+        seed=46,
+        patch=Patch.noise(5, 46, bottom=1, right=1),
+        ratio=0.15,
+        retrains=True,
+    ),
     "gtsrb-source-specific": plan(
         "gtsrb",
         "source_specific",

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Self, final
 
 import msgspec
 import numpy as np
@@ -27,6 +27,7 @@ from benchmarks.plans import REPORTED, Plan
 from benchmarks.reports import load_results, markdown, percent, run, versions
 from benchmarks.victims import CACHE, Victim, bars, name_of, share_right, triggered_images, victim
 from calibration import Calibration, Evaluation, ImageSet, Settings, calibrate
+from calibration.attacks import Attack
 from calibration.evaluation import Judged, judge, summarise
 from calibration.statistics import Estimate, proportion
 from calibration.thresholds import set_threshold
@@ -53,11 +54,20 @@ class Probe:
         clean: Clean images with labels.
         triggered: Triggered images with their true labels, of which the attack wants something.
         targets: (m,), int64, what it wants.
+        change: (m,), float64, by how much the trigger changes an image: mean absolute difference, in [0, 1].
     """
 
     clean: ImageSet
     triggered: ImageSet
     targets: torch.Tensor
+    change: torch.Tensor
+
+    @classmethod
+    def of(cls, attack: Attack, clean: ImageSet, chosen: ImageSet, targets: torch.Tensor) -> Self:
+        """Trigger the chosen images."""
+        triggered = triggered_images(attack, chosen)
+        change = (triggered.pixels.double() - chosen.pixels.double()).abs().flatten(1).mean(dim=1) / 255.0
+        return cls(clean, triggered, targets, change)
 
 
 class AtPaperRate(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,6 +100,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         mean_passes: Of a clean input, curtailed, over all detectors.
         curtailed_inputs: On which curtailed and full verdicts were compared.
         curtailed_verdicts_that_differ: Of these.
+        far_where_it_shows: FAR among successful attacks whose trigger changes the image at least half as much as it does at the
+            median: a white patch on white is hardly there.
         at_paper_rate: At CoDefend's false rejection rate.
         training_minutes: Of the victim.
         seconds: Of the measurement.
@@ -108,6 +120,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     mean_passes: float
     curtailed_inputs: int
     curtailed_verdicts_that_differ: int
+    far_where_it_shows: Estimate | None = None
     at_paper_rate: AtPaperRate
     training_minutes: float
     seconds: float
@@ -149,6 +162,7 @@ def measure(name: str, parts: Parts, cache: Path = CACHE) -> Report:
         mean_passes=curtailed[0][1],
         curtailed_inputs=sum(len(images) for images in firsts),
         curtailed_verdicts_that_differ=curtailed[0][0] + curtailed[1][0],
+        far_where_it_shows=far_where_it_shows(on_triggered, probe),
         at_paper_rate=_at(calibration, rate, on_clean, on_triggered, probe.targets),
         training_minutes=found.record.minutes,
         seconds=time.monotonic() - started,
@@ -168,7 +182,7 @@ def evaluation_images(found: Victim, parts: Parts, clean: int, triggered: int) -
         ]
     )
     rows = torch.nonzero(wanted >= 0).squeeze(1)[-triggered:]
-    return Probe(images.select(torch.arange(clean)), triggered_images(found.attack, images.select(rows)), wanted[rows])
+    return Probe.of(found.attack, images.select(torch.arange(clean)), images.select(rows), wanted[rows])
 
 
 def as_onnx(found: Victim, parts: Parts, cache: Path) -> OnnxBackend:
@@ -206,6 +220,14 @@ def _curtailed(calibration: Calibration, images: ImageSet, full: Judged) -> tupl
     return differ, passes / len(images)
 
 
+def far_where_it_shows(triggered: Judged, probe: Probe) -> Estimate | None:
+    """Triggered images accepted, among successful attacks whose trigger shows; see `Report`."""
+    shows = (triggered.answers == probe.targets) & (probe.change >= 0.5 * probe.change.median())
+    if not bool(shows.any()):
+        return None
+    return proportion(int((shows & ~triggered.rejected).sum()), int(shows.sum()))
+
+
 def _at(calibration: Calibration, asked: float, clean: Judged, triggered: Judged, targets: torch.Tensor) -> AtPaperRate:
     """The same detectors with thresholds for another rate."""
     limits = np.array(
@@ -230,7 +252,17 @@ def load_reports() -> list[Report]:
 
 def table(reports: Sequence[Report]) -> str:
     """Markdown."""
-    header = ("victim", "model", "CA (clean twin)", "ASR", "FRR", "FAR, successful attacks", "FAR, all", "AUROC")
+    header = (
+        "victim",
+        "model",
+        "CA (clean twin)",
+        "ASR",
+        "FRR",
+        "FAR, successful attacks",
+        "where it shows",
+        "FAR, all",
+        "AUROC",
+    )
     rows = []
     for report in reports:
         found, paper = report.evaluation, report.at_paper_rate
@@ -242,13 +274,14 @@ def table(reports: Sequence[Report]) -> str:
                 percent(found.attack_success_rate),
                 percent(found.frr),
                 percent(found.far_successful),
+                percent(report.far_where_it_shows),
                 percent(found.far),
                 "" if found.auroc is None else f"{found.auroc.value:.4f} [{found.auroc.low:.4f}, {found.auroc.high:.4f}]",
                 f"{paper.asked:.1%}: {percent(paper.frr)}, {percent(paper.far)}",
                 f"{report.mean_passes:.1f}",
             ]
         )
-    return markdown([*header, "at CoDefend's FRR: FRR, FAR", "passes"], rows)
+    return markdown([*header, "AUROC", "at CoDefend's FRR: FRR, FAR", "passes"], rows)
 
 
 def short_table(reports: Sequence[Report]) -> str:

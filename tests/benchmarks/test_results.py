@@ -17,12 +17,16 @@ PATCHES = {
     "mnist-conv-badnets",
     "mnist-amplified",
     "gtsrb-b",
-    "gtsrb-lenet8",
+    "gtsrb-lenet8-noise",
     "gtsrb-multi-target",
     "cifar10-c",
     "cifar10-d",
     "cifar10-two-triggers",
+    "cifar10-trojan-sq",
+    "cifar10-trojan-wm",
 }
+WHITE_ON_WHITE = {"gtsrb-lenet8", "gtsrb-lenet8-rim"}
+"""White patches where many images are white already: there the trigger is hardly in the image."""
 
 
 def test_the_documents_quote_them() -> None:
@@ -57,6 +61,12 @@ def test_the_false_rejection_rate_is_at_its_target(report: strip.Report) -> None
 def test_patch_triggers_are_seen(report: strip.Report) -> None:
     assert report.evaluation.far_successful is not None
     assert report.evaluation.far_successful.value <= 0.01
+
+
+@pytest.mark.parametrize("report", [item for item in REPORTS if item.name in WHITE_ON_WHITE], ids=lambda report: report.name)
+def test_white_patches_are_seen_where_they_show(report: strip.Report) -> None:
+    assert report.far_where_it_shows is not None
+    assert report.far_where_it_shows.value <= 0.01
 
 
 def test_the_red_team_chooses_as_well_as_hindsight_on_eight_of_ten() -> None:
