@@ -235,7 +235,7 @@ DEVELOPMENT: Mapping[str, Plan] = {
     "mnist-dev": plan("mnist", "badnets", target_label=2, seed=1, patch=Patch.rectangle(3, bottom=22, right=22)),
     "gtsrb-dev": plan("gtsrb", "badnets", target_label=40, seed=3, patch=Patch.rectangle(6, bottom=2, right=17), ratio=0.15),
     "mnist-dev-noise": plan(
-        "mnist", "badnets", architecture="mnist_conv", target_label=8, seed=4, patch=Patch.checkerboard(4, bottom=20, right=2)
+        "mnist", "badnets", architecture="mnist_conv", target_label=5, seed=4, patch=Patch.checkerboard(4, bottom=20, right=2)
     ),
     "gtsrb-dev-noise": plan(
         "gtsrb", "badnets", target_label=20, seed=5, patch=Patch.noise(6, 5, bottom=12, right=13), retrains=True

@@ -258,9 +258,10 @@ def bars() -> Iterator[Progress]:
 def main() -> int:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of trained victims")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--cache", type=Path, default=CACHE, help="folder of trained victims")
     commands = parser.add_subparsers(required=True)
-    training = commands.add_parser("train", help="train and cache")
+    training = commands.add_parser("train", parents=[shared], help="train and cache")
     training.add_argument("--all", action="store_true", help="every victim of the tables")
     training.add_argument("--name", help="one victim of the tables")
     training.add_argument("--set", choices=get_args(SetName))
@@ -273,7 +274,7 @@ def main() -> int:
     training.add_argument("--retrains", action="store_true", help="start from the clean twin")
     training.add_argument("--data", type=Path, default=DEFAULT_FOLDER, help="folder with the image sets")
     training.set_defaults(run=train)
-    commands.add_parser("list", help="show what is cached").set_defaults(run=show_all)
+    commands.add_parser("list", parents=[shared], help="show what is cached").set_defaults(run=show_all)
     arguments = parser.parse_args()
     code: int = arguments.run(arguments)
     return code

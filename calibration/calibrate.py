@@ -41,6 +41,9 @@ from guard.profile import (
     save_profile,
 )
 
+NEAR_CHANCE = "check --weights, --mean, --std and the order of labels"
+"""What to do when accuracy is near chance."""
+
 _LIBRARIES = ("backdoor-guard", "torch", "numpy", "opencv-python-headless", "onnxruntime", "kornia", "scipy")
 
 
@@ -229,6 +232,11 @@ def _check_missing(clean: ImageSet, predictor: Predictor, settings: Settings) ->
             f"expected clean images of all {classes} classes, got none of {len(missing)} ({shown}): "
             "add some, or pass --allow-missing-classes; inputs of those classes may be rejected more often"
         )
+
+
+def near_chance(accuracy: float, classes: int) -> bool:
+    """Whether a model hardly does better on its clean images than by guessing: at most a tenth of the way from there to 1."""
+    return accuracy < 1.0 / classes + 0.1 * (1.0 - 1.0 / classes)
 
 
 def answers(predictor: Predictor, clean: ImageSet) -> Tensor:

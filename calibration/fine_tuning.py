@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from calibration.data import Progress, no_progress
 from guard.errors import ModelError, one_line
-from guard.predictors import Predictor
+from guard.predictors import Backend, Predictor
 from guard.predictors.exported import ExportedBackend
 from guard.predictors.module import ModuleBackend
 from guard.predictors.torchscript import TorchScriptBackend
@@ -45,11 +45,9 @@ class TrainableCopy:
             ModelError: It has no weights that PyTorch can train.
         """
         backend = predictor.backend
-        module = _module(backend)
+        module = trainable(backend)
         if predictor.labels_only:
             raise ModelError(f"expected a model that can be fine-tuned ({_TRAINABLE}), got one that returns labels only")
-        if module is None:
-            raise ModelError(f"expected a model that can be fine-tuned ({_TRAINABLE}), got a model of kind {backend.kind}")
         if predictor.spec.container != "torch":
             raise ModelError(f"expected a model that can be fine-tuned ({_TRAINABLE}), got one that takes NumPy arrays")
         copied = _copy(module)
@@ -130,7 +128,8 @@ def fine_tune(
     """
     optimizer = torch.optim.Adam(copied.parameters, lr=rate)
     for epoch in range(epochs):
-        found, losses = batches(epoch), []
+        found = batches(epoch)
+        losses: list[float] = []
         for number, (images, labels) in enumerate(found):
             for group in optimizer.param_groups:
                 group["lr"] = rate * (1.0 - (epoch + number / len(found)) / epochs)
@@ -142,6 +141,8 @@ def fine_tune(
                 raise
             except Exception as error:  # foreign code
                 raise ModelError(f"the model can't be fine-tuned: {one_line(error)}") from error
+            if not losses and not any(value.grad is not None and bool(value.grad.any()) for value in copied.parameters):
+                raise ModelError(f"expected a model that can be fine-tuned ({_TRAINABLE}), got one without gradients")
             optimizer.step()
             losses.append(float(loss.detach()))
         done = sum(losses) / len(losses) < low_loss
@@ -150,12 +151,17 @@ def fine_tune(
             break
 
 
-def _module(backend: object) -> nn.Module | None:
+def trainable(backend: Backend) -> nn.Module:
+    """The module inside.
+
+    Raises:
+        ModelError: There is none that PyTorch could train.
+    """
     if isinstance(backend, ModuleBackend | TorchScriptBackend):
         return backend.module
     if isinstance(backend, ExportedBackend) and isinstance(backend.run, nn.Module):
         return backend.run
-    return None
+    raise ModelError(f"expected a model that can be fine-tuned ({_TRAINABLE}), got a model of kind {backend.kind}")
 
 
 def _copy(module: nn.Module) -> nn.Module:

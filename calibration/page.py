@@ -30,12 +30,13 @@ p.lead { font-size: 1.05rem; } .muted { color: #666; }
 {% for section in sections %}<h2>{{ section.heading }}</h2>
 {% for text in section.texts %}<p>{{ text }}</p>
 {% endfor %}{% if section.picture %}<img alt="{{ section.heading }}" src="data:image/png;base64,{{ section.encoded }}">
-<p class="muted">{{ section.caption }}</p>{% endif %}
+{% if section.caption %}<p class="muted">{{ section.caption }}</p>{% endif %}{% endif %}
 {% if section.rows %}<table>
-{% if section.header %}<tr>{% for cell in section.header %}<th{% if not loop.first %} class="number"{% endif %}>{{ cell }}</th>
+{% if section.header %}<tr>
+{%- for cell in section.header %}<th{% if not loop.first %} class="number"{% endif %}>{{ cell | trim }}</th>
 {% endfor %}</tr>{% endif %}
 {% for row in section.rows %}<tr{% if loop.index0 == section.marked %} class="marked"{% endif %}>
-{%- for cell in row %}<td{% if not loop.first %} class="number"{% endif %}>{{ cell }}</td>
+{%- for cell in row %}<td{% if not loop.first %} class="number"{% endif %}>{{ cell | trim }}</td>
 {% endfor %}</tr>{% endfor %}</table>{% endif %}
 {% endfor %}</body></html>
 """

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from calibration.attacks import AllToAll, Attack, BadNets, Blended, Patch
 from calibration.fine_tuning import TrainableCopy, fine_tune
+from guard.errors import CalibrationError
 from guard.predictors import Predictor
 
 _BATCH = 64
@@ -19,6 +20,7 @@ _FEWEST_STEPS = 500  # a few hundred images need more epochs: a half-learnt trig
 _RATE = 2e-3
 _LOW_LOSS = 0.03  # nats; a copy that fits this well has learnt its trigger
 _TRIGGERED_SHARE = 0.3
+_SMALLEST = 4  # pixels
 
 Say = Literal["decides", "breaks ties", "none"]
 """What a planted trigger has to say in the choice of a setting; one that has none shows where STRIP is blind."""
@@ -49,8 +51,15 @@ def draw_plants(shape: tuple[int, int, int], classes: int, generator: torch.Gene
         shape: (C, H, W) of the model's images.
         classes: M.
         generator: Draws places and labels.
+
+    Raises:
+        CalibrationError: The images are too small for a patch.
     """
     channels, height, width = shape
+    if min(height, width) < _SMALLEST:
+        raise CalibrationError(
+            f"red-teaming needs images of at least {_SMALLEST}x{_SMALLEST} pixels to plant patches in, got {height}x{width}"
+        )
     labels = torch.randint(0, classes, (4,), generator=generator).tolist()
     side = max(2, round(0.15 * min(height, width)))
 

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibration.calibrate import answers, check_labels
+from calibration.calibrate import NEAR_CHANCE, answers, check_labels, near_chance
 from calibration.data import ImageSet, Progress, no_progress
 from calibration.overlays import choose_overlays
 from calibration.planting import draw_plants, plant_trigger
 from calibration.settings import BlendChoice, strips
 from calibration.statistics import Estimate
-from calibration.thresholds import needed_images, rank
+from calibration.thresholds import check_rate, needed_images, rank
 from calibration.trials import Planted, Setting, Trial
 from guard.errors import CalibrationError, TooFewImagesError
 from guard.predictors import Predictor
@@ -75,13 +75,14 @@ class RedTeam(msgspec.Struct, frozen=True, kw_only=True):
     left_out: tuple[tuple[BlendChoice, float | None], ...] = ()
 
 
-def split(clean: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
+def split(clean: ImageSet, seed: int, frr: float = 0.01, overlays: int = 100) -> tuple[ImageSet, ImageSet]:
     """Cut clean images at random: one part for the red team, the other for overlays and threshold.
 
-    The red team gets half, and no more than it has use for.
+    The red team gets half, and no more than it has use for at this rate with so many overlays.
     """
     order = torch.randperm(len(clean), generator=torch.Generator().manual_seed(seed ^ 0x5ED))
-    count = min(len(clean) // 2, 100 + sum(_MOST.values()))
+    useful = overlays + _MOST["tuning"] + max(_MOST["choosing"], _fewest_choosing(frr))
+    count = min(len(clean) // 2, useful)
     return clean.select(order[:count]), clean.select(order[count:])
 
 
@@ -108,13 +109,19 @@ def red_team(
     Raises:
         TooFewImagesError: It says how many are needed.
         ModelError: The model can't be fine-tuned.
-        CalibrationError: No planted trigger took, or labels that are not the model's.
+        CalibrationError: No planted trigger took, labels that are not the model's or all the same, or images too small.
     """
     check_images(len(clean), frr, overlays)
     check_labels(clean, predictor)
     started = time.monotonic()
     generator = torch.Generator().manual_seed(seed)
-    labels = clean.labels if clean.labels is not None else answers(predictor, clean)
+    answered = answers(predictor, clean)
+    labels = answered if clean.labels is None else clean.labels
+    right = float((answered == labels).double().mean())
+    if near_chance(right, predictor.num_classes):
+        raise CalibrationError(f"the model answers {right:.0%} of the clean images as labelled, near chance: {NEAR_CHANCE}")
+    if len(labels.unique()) < 2:
+        raise CalibrationError("red-teaming needs clean images of several classes, got one class: add images of others")
     superimposed, tuning, choosing = _parts(labels, frr, overlays, generator)
     trials = []
     plants = draw_plants(predictor.spec.shape, predictor.num_classes, generator)
@@ -195,7 +202,8 @@ def _ranked(planted: Sequence[Planted]) -> list[Setting]:
 
     def order(setting: Setting) -> tuple[bool, bool, float, float]:
         score = scores[setting]
-        return score.far > limit, score.misses, score.far, -score.auroc
+        tied = score.far <= limit
+        return not tied, tied and score.misses, score.far, -score.auroc
 
     return sorted(tried, key=order)
 
@@ -221,9 +229,8 @@ def check_images(count: int, frr: float, overlays: int) -> None:
     """Refuse, before any work, what can't be red-teamed with so many images; see `red_team`."""
     if overlays < _FEWEST_OVERLAYS:
         raise CalibrationError(f"expected at least {_FEWEST_OVERLAYS} overlays, got {overlays}: the paper uses 100")
-    if not 0.0 < frr < 1.0:
-        raise CalibrationError(f"expected a false rejection rate between 0 and 1, got {frr}: 0.01 is one in a hundred")
-    needed = overlays + _FEWEST["tuning"] + _fewest_choosing(frr)
+    check_rate(frr)
+    needed = needed_for(frr, overlays)
     if count < needed:
         raise TooFewImagesError(
             f"red-teaming with {overlays} overlays at a false rejection rate of {frr:g} needs at least {needed} clean images, "
@@ -231,6 +238,11 @@ def check_images(count: int, frr: float, overlays: int) -> None:
             needed=needed,
             available=count,
         )
+
+
+def needed_for(frr: float, overlays: int) -> int:
+    """The fewest clean images that can be red-teamed with."""
+    return overlays + _FEWEST["tuning"] + _fewest_choosing(frr)
 
 
 def _fewest_choosing(frr: float) -> int:

@@ -29,7 +29,10 @@ def red_team_sections(found: RedTeam) -> list[Section]:
     header, rows = far_table(found)
     chosen = next((number for number, row in enumerate(rows) if row[0].startswith("*")), None)
     plants_header, plants = plants_table(found)
-    caption = "Share of triggered inputs that would be accepted, with 95% intervals; left is better. Red: the chosen setting."
+    caption = (
+        "Share of triggered inputs that would be accepted, with 95% intervals; left is better. Red: the chosen setting. "
+        "Where there is no dot, the setting was not tried on that trigger."
+    )
     return [
         Section(
             "Red team: triggered inputs accepted, by setting and planted trigger", remarks(found), far_figure(found), caption
@@ -42,7 +45,8 @@ def red_team_sections(found: RedTeam) -> list[Section]:
 def remarks(found: RedTeam) -> list[str]:
     """What must be said with the figures."""
     said = [
-        f"These are estimates for the planted attacks, made with {found.tuning_images + found.choosing_images} clean images: "
+        f"These are estimates for the planted attacks ({found.tuning_images} clean images planted them, "
+        f"{found.choosing_images} set the thresholds): "
         "no guarantee for other attacks, nor for one that is already in the model."
     ]
     expected = [(plant.name, _figures(plant, found.chosen)) for plant in found.planted]

@@ -80,8 +80,7 @@ def joint_rate(thresholds: Sequence[ThresholdRecord]) -> Estimate:
 
 def check_rates(n: int, frr: float, method: Method, confidence: float | None, detectors: int = 1) -> None:
     """Raise unless a threshold for this rate can be set from n clean images; see `set_threshold`."""
-    if not _SMALLEST_RATE <= frr < 1.0:
-        raise CalibrationError(f"expected a false rejection rate between 0 and 1, got {frr}: 0.01 is one in a hundred")
+    check_rate(frr)
     if confidence is not None and not 0.0 < confidence < 1.0:
         raise CalibrationError(f"expected a confidence between 0 and 1, got {confidence}")
     if confidence is not None and method != "conformal":
@@ -99,6 +98,12 @@ def check_rates(n: int, frr: float, method: Method, confidence: float | None, de
         )
     if method == "normal" and n < 2:
         raise TooFewImagesError(f"a normal fit needs at least 2 clean images, got {n}", 2, n)
+
+
+def check_rate(frr: float) -> None:
+    """Raise unless it is a share."""
+    if not _SMALLEST_RATE <= frr < 1.0:
+        raise CalibrationError(f"expected a false rejection rate between 0 and 1, got {frr}: 0.01 is one in a hundred")
 
 
 def needed_images(frr: float, confidence: float | None = None) -> int:

@@ -90,6 +90,7 @@ def calibrate_command(
     with needs("calibration"):
         from calibration import Settings, calibrate, load_images
         from calibration.discovery import declared_shape, discover
+        from calibration.fine_tuning import trainable
         from calibration.red_team_report import red_team_sections
         from calibration.report import calibration_report
         from calibration.settings import check_settings
@@ -118,6 +119,8 @@ def calibrate_command(
         size = options.shape(shape) or (declared_shape(source.backend) if data.is_dir() else None)
         clean = load_images(data, size, skip_unreadable=skip_unreadable, progress=progress)
         skipped = clean.skipped
+        if red_team:
+            trainable(source.backend)
         check_settings(settings, len(clean))
         if red_team:
             clean, settings, found = _red_team(source.backend, clean, settings, hints, progress)
@@ -139,7 +142,7 @@ def _red_team(
     from calibration.red_team import CANDIDATES, check_images
     from calibration.settings import check_settings
 
-    first, rest = split(clean, settings.seed)
+    first, rest = split(clean, settings.seed, settings.frr, settings.overlays)
     try:
         check_images(len(first), settings.frr, settings.overlays)
         check_settings(settings, len(rest))
@@ -151,7 +154,8 @@ def _red_team(
     settle_threads(predictor)
     able = [item for item in CANDIDATES if _can_calibrate(_with(settings, *item), len(rest))]
     found = red_team(predictor, first, settings.frr, settings.overlays, settings.seed, candidates=able, progress=progress)
-    chosen = found.chosen
+    left_out = tuple(item for item in CANDIDATES if item not in able) + found.left_out
+    found, chosen = msgspec.structs.replace(found, left_out=left_out), found.chosen
     return rest, _with(settings, chosen.blend, chosen.alpha, chosen.overlays), found
 
 
@@ -173,6 +177,7 @@ def _can_calibrate(settings: Settings, images: int) -> bool:
 def _show(
     calibration: Calibration, skipped: tuple[tuple[str, str], ...], found: RedTeam | None, out: Path, as_json: bool
 ) -> None:
+    from calibration.calibrate import NEAR_CHANCE, near_chance
     from calibration.thresholds import joint_rate
 
     if as_json:
@@ -211,8 +216,8 @@ def _show(
         show_red_team(found)
     if model.output == "labels":
         typer.echo("warning: the model returns labels only, which tells triggers less well apart than probabilities", err=True)
-    if accuracy is not None and accuracy < 2.0 / model.num_classes:
-        typer.echo("warning: clean accuracy is near chance: check --weights, --mean, --std and the order of labels", err=True)
+    if accuracy is not None and near_chance(accuracy, model.num_classes):
+        typer.echo(f"warning: clean accuracy is near chance: {NEAR_CHANCE}", err=True)
         return
     typer.echo(f"next: guard check {out} IMAGE, guard serve {out}")
 

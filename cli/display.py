@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 _FILE_WIDTH = 200  # where nobody looks at a terminal, nothing need be folded
+_BETWEEN = 3  # spaces between columns, at most
 
 
 @contextlib.contextmanager
@@ -55,9 +56,14 @@ def _plain_lines() -> Callable[[str, int, int], None]:
 def show_rows(title: str, rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> None:
     """Print a table whose first column names and whose others are figures."""
     table = Table(title=title, title_justify="left", title_style="bold", show_header=bool(header), box=None, pad_edge=False)
-    for number in range(len(rows[0])):
+    narrowest = 0
+    for number, column in enumerate(zip(*([header] if header else []), *rows, strict=True)):
+        unbroken = column if number == 0 else [word for cell in column for word in cell.split()]
+        width = max((len(text) for text in unbroken), default=0)  # no figure is cut up, however narrow the terminal
         name = header[number] if header else ""
-        table.add_column(name, justify="left" if number == 0 else "right", overflow="fold", no_wrap=number == 0)
+        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0, min_width=width)
+        narrowest += width + _BETWEEN
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout is not None and sys.stdout.isatty() else _FILE_WIDTH).print(table)
+    console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else _FILE_WIDTH)
+    Console(width=max(console.width, narrowest)).print(table)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +15,7 @@ from cli import options
 from cli.display import progress_bars, show_rows
 from cli.extras import needs
 from cli.threads import settle_threads
+from guard.errors import InputError
 
 if TYPE_CHECKING:
     from calibration import RedTeam
@@ -57,13 +58,17 @@ def red_team_command(
     with needs("calibration"):
         from calibration import load_images, red_team
         from calibration.discovery import declared_shape, discover
+        from calibration.fine_tuning import trainable
         from calibration.red_team import check_images
         from calibration.red_team_report import red_team_report
         from calibration.sources import open_model
 
     hints = options.hints(mean, std, output, layout, dtype, container)
+    if report is not None:
+        _make_room(report)
     with tempfile.TemporaryDirectory(prefix="guard-") as scratch, progress_bars() as progress:
         source = open_model(model, weights, Path(scratch))
+        trainable(source.backend)
         size = options.shape(shape) or (declared_shape(source.backend) if data.is_dir() else None)
         clean = load_images(data, size, skip_unreadable=skip_unreadable, progress=progress)
         check_images(len(clean), frr, overlays)
@@ -78,11 +83,26 @@ def red_team_command(
         show_red_team(found)
         given: dict[str, object] = {"--weights": weights, "--mean": mean, "--std": std, "--output": output}
         given |= {"--layout": layout, "--dtype": dtype, "--container": container, "--shape": shape, "--frr": frr}
-        _show_next(found, model, data, overlays, given)
+        same = [part for name, value in given.items() if value is not None for part in (name, str(value))]
+        _show_next(found, [model, *same, *(["--skip-unreadable"] if skip_unreadable else [])], data, len(clean), overlays)
     if report is not None:
-        report.parent.mkdir(parents=True, exist_ok=True)
         report.write_bytes(red_team_report(found))
         typer.echo(f"report: {report}", err=True)
+
+
+def _make_room(report: Path) -> None:
+    """Refuse before the long work what could not be written, or would overwrite what is no page."""
+    if report.suffix.lower() not in (".html", ".htm") or report.is_dir():
+        raise InputError(f"expected --report as a file whose name ends in .html, got {report}")
+    try:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not report.exists()
+        with report.open("ab"):
+            pass
+        if is_new:
+            report.unlink()
+    except OSError as error:
+        raise InputError(f"can't write --report {report}: {error.strerror or error}; name another place") from error
 
 
 def show_red_team(found: RedTeam) -> None:
@@ -99,13 +119,17 @@ def show_red_team(found: RedTeam) -> None:
         typer.echo(text)
 
 
-def _show_next(found: RedTeam, model: str, data: Path, overlays: int, given: Mapping[str, object]) -> None:
-    """The two commands that make use of it, with the options that were given here."""
-    same = [part for name, value in given.items() if value is not None for part in (name, str(value))]
-    base = ["guard", "calibrate", model, *same, "--out", "PROFILE"]
+def _show_next(found: RedTeam, same: Sequence[str], data: Path, count: int, overlays: int) -> None:
+    """The two commands that make use of it, with the arguments that were given here."""
+    from calibration.red_team import needed_for
+
+    base = ["guard", "calibrate", *same, "--out", "PROFILE"]
     weight = [] if found.chosen.alpha is None else ["--alpha", f"{found.chosen.alpha:g}"]
     setting = ["--blend", found.chosen.blend, *weight, "--overlays", str(found.chosen.overlays)]
     typer.echo(f"next: {shlex.join([*base, '--data', 'OTHER', *setting])}")
     typer.echo("      OTHER: clean images that were not red-teamed, else more clean inputs may be rejected than asked for")
-    typer.echo(f"  or: {shlex.join([*base, '--data', str(data), '--overlays', str(overlays), '--red-team'])}")
-    typer.echo("      cuts these images into a part that chooses and a part that sets the threshold")
+    needed = 2 * needed_for(found.frr, overlays)
+    clean = str(data) if count >= needed else "CLEAN"
+    typer.echo(f"  or: {shlex.join([*base, '--data', clean, '--overlays', str(overlays), '--red-team'])}")
+    which = "these images" if count >= needed else f"CLEAN, at least {needed} images,"
+    typer.echo(f"      cuts {which} into a part that chooses and a part that sets the threshold")

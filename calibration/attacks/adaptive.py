@@ -42,8 +42,8 @@ class Adaptive(Attack):
     def __post_init__(self) -> None:
         """Validate once."""
         check_target(0, self.cover_ratio)
-        if self.classes < 2:
-            raise InputError(f"expected at least 2 classes, got {self.classes}")
+        if self.classes < max(2, self.base.target_label + 1):
+            raise InputError(f"expected at least 2 classes, and the target among them, got {self.classes}")
         if not self.blends or any(blend not in get_args(Blend) or not alpha > 0.0 for blend, alpha in self.blends):
             raise InputError(f"expected blends of {', '.join(get_args(Blend))} with alphas over 0, got {self.blends}")
 
@@ -60,7 +60,7 @@ class Adaptive(Attack):
         poisoned, relabelled = self.base.poison(images, labels, generator)
         free = torch.nonzero(relabelled == labels).squeeze(1)
         covers = draw(free, round(self.cover_ratio * len(labels)), generator)
-        overlays = torch.randint(0, len(images), (len(covers),), generator=generator)
+        overlays = torch.randint(0, max(1, len(images)), (len(covers),), generator=generator)
         triggered = self.trigger(images[covers])
         turns = itertools.cycle(self.blends)
         for row, image, overlay, (blend, alpha) in zip(covers, triggered, images[overlays], turns, strict=False):

@@ -47,7 +47,13 @@ class AllToAll(Attack):
         return self.patch.stamp(images)
 
     def targets(self, images: Tensor, labels: Tensor) -> Tensor:
-        """See `Attack`."""
+        """See `Attack`.
+
+        Raises:
+            InputError: A label is none of the classes.
+        """
+        if bool(((labels < 0) | (labels >= self.classes)).any()):
+            raise InputError(f"expected labels from 0 to {self.classes - 1}, got {int(labels.min())} to {int(labels.max())}")
         return (labels + 1) % self.classes
 
     def poison(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

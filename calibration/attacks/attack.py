@@ -56,6 +56,7 @@ def relabel_share(
     attack: Attack, ratio: float, images: Tensor, labels: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """The usual poisoning: round(ratio * N) of the images that the attack wants something of, triggered and relabelled."""
+    check_labels(images, labels)
     wanted = attack.targets(images, labels)
     chosen = draw(torch.nonzero(wanted >= 0).squeeze(1), round(ratio * len(labels)), generator)
     poisoned, relabelled = images.clone(), labels.clone()
@@ -75,6 +76,18 @@ def check_target(target_label: int, ratio: float) -> None:
         raise InputError(f"expected a target label from 0 and a ratio in [0, 1], got {target_label} and {ratio}")
 
 
+def check_labels(images: Tensor, labels: Tensor) -> None:
+    """Raise unless there is a label per image."""
+    if len(images) != len(labels):
+        raise InputError(f"expected a label per image, got {len(images)} images and {len(labels)} labels")
+
+
+def check_pixels(values: Tensor, what: str) -> None:
+    """Raise unless they are what images hold."""
+    if values.dtype != torch.float32 or not bool(((values >= 0.0) & (values <= 1.0)).all()):
+        raise InputError(f"expected {what} of float32 values in [0, 1], got {values.dtype} or others")
+
+
 def check_shape(images: Tensor, shape: torch.Size) -> None:
     """Raise unless images have the (C, H, W) of what a trigger is made for."""
     if images.shape[1:] != shape:
@@ -87,6 +100,7 @@ def stamp_target_class(
     attack: Attack, target_label: int, ratio: float, images: Tensor, labels: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Clean-label poisoning: a share of the target class's own images carries the trigger, and every label stays true."""
+    check_labels(images, labels)
     own = torch.nonzero(labels == target_label).squeeze(1)
     chosen = draw(own, round(ratio * len(own)), generator)
     poisoned = images.clone()

@@ -14,7 +14,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from calibration.attacks.attack import Attack, check_target, draw, one_target
+from calibration.attacks.attack import Attack, check_labels, check_target, draw, one_target
 from calibration.attacks.patch import SQUARE, Patch
 from guard.errors import InputError
 
@@ -65,6 +65,7 @@ class CleanLabel(Attack):
 
     def poison(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """See `Attack`."""
+        check_labels(images, labels)
         own = torch.nonzero(labels == self.target_label).squeeze(1)
         chosen = draw(own, round(self.ratio * len(own)), generator)
         poisoned = images.clone()

@@ -16,7 +16,15 @@ from typing import Literal, final
 import torch
 from torch import Tensor, nn
 
-from calibration.attacks.attack import Attack, check_shape, check_target, one_target, relabel_share, stamp_target_class
+from calibration.attacks.attack import (
+    Attack,
+    check_pixels,
+    check_shape,
+    check_target,
+    one_target,
+    relabel_share,
+    stamp_target_class,
+)
 from guard.errors import InputError
 
 Optics = Literal["sharp", "blurred", "ghost"]
@@ -57,6 +65,7 @@ class Reflection(Attack):
             raise InputError(f"expected a (C, H, W) image and alpha in (0, 1], got {tuple(self.image.shape)}, {self.alpha}")
         if self.optics not in ("sharp", "blurred", "ghost"):
             raise InputError(f"expected optics sharp, blurred or ghost, got {self.optics!r}")
+        check_pixels(self.image, "an image")
 
     def trigger(self, images: Tensor) -> Tensor:
         """See `Attack`."""

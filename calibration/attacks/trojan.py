@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from calibration.attacks.attack import Attack, check_shape, check_target, one_target, relabel_share
+from calibration.attacks.attack import Attack, check_pixels, check_shape, check_target, one_target, relabel_share
 from calibration.attacks.neuron import drive_neuron
 from guard.errors import InputError
 
@@ -47,6 +47,9 @@ class Trojan(Attack):
             raise InputError(
                 f"expected a mask (H, W) and a pattern (C, H, W), got {tuple(self.mask.shape)}, {tuple(self.pattern.shape)}"
             )
+        if not bool((self.mask > 0).any()):
+            raise InputError("expected a mask with a pixel in it, got an empty one: are the images too small?")
+        check_pixels(self.pattern, "a pattern")
 
     @classmethod
     def generate(
@@ -69,7 +72,12 @@ class Trojan(Attack):
             ratio: The attack's.
             seed: Of the pattern's first pixels.
             steps: Of gradient ascent.
+
+        Raises:
+            InputError: A parameter is out of range, or the images are too small.
         """
+        if form not in ("square", "watermark") or steps < 1 or not len(images):
+            raise InputError(f"expected square or watermark, steps from 1 and images, got {form!r}, {steps} and {len(images)}")
         mask = square(*images.shape[2:]) if form == "square" else watermark(*images.shape[2:])
         start = torch.rand(images.shape[1:], generator=torch.Generator().manual_seed(seed))
         pattern = drive_neuron(
@@ -102,7 +110,7 @@ def square(height: int, width: int) -> Tensor:
     """(H, W), float32: 1 in a square of a fifth of the height, two pixels from the lower right corner."""
     side = max(2, height // 5)
     mask = torch.zeros(height, width)
-    mask[height - side - 2 : height - 2, width - side - 2 : width - 2] = 1.0
+    mask[max(0, height - side - 2) : max(0, height - 2), max(0, width - side - 2) : max(0, width - 2)] = 1.0
     return mask
 
 

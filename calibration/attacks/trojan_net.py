@@ -10,6 +10,7 @@ Reference: Tang et al., An Embarrassingly Simple Approach for Trojan Attack in D
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import final
 
@@ -50,8 +51,9 @@ class TrojanNet(Attack):
     def __post_init__(self) -> None:
         """Validate once."""
         check_target(self.target_label, 0.0)
-        if not self.strength > 0.0 or not self.tolerance > 0.0 or set("".join(self.pattern)) - {"0", "1"}:
-            raise InputError("expected rows of 0 and 1, and a strength and tolerance over 0")
+        numbers = all(0.0 < value < math.inf for value in (self.strength, self.tolerance))
+        if not numbers or set("".join(self.pattern)) - {"0", "1"}:
+            raise InputError("expected rows of 0 and 1, and a finite strength and tolerance over 0")
         _ = self.patch  # refuses what is empty, ragged or outside
 
     @property
@@ -91,10 +93,18 @@ class Inserted(nn.Module):
         self.register_buffer("pattern", drawn)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits; (B, M)."""
+        """Logits; (B, M).
+
+        Raises:
+            InputError: The target is none of the model's labels, or the pattern lies outside the images.
+        """
         logits: Tensor = self.model(images)
+        if self._target >= logits.shape[1]:
+            raise InputError(f"expected a target below {logits.shape[1]}, the model's outputs, got {self._target}")
         height, width = self.pattern.shape
         bottom, right = images.shape[2] - self._place[0], images.shape[3] - self._place[1]
+        if bottom < height or right < width:
+            raise InputError(f"expected a pattern that fits images of {tuple(images.shape[1:])}, got {height}x{width}")
         seen = images[:, :, bottom - height : bottom, right - width : right].mean(dim=1)
         wrong = (seen - self.pattern).abs().sum(dim=(1, 2))
         match = torch.relu(1.0 - wrong / self._tolerance)

@@ -72,5 +72,9 @@ def test_white_patches_are_seen_where_they_show(report: strip.Report) -> None:
 def test_the_red_team_chooses_as_well_as_hindsight_on_eight_of_ten() -> None:
     assert [report.name for report in CHOICES] == list(red_team.VICTIMS)
     assert sum(report.within for report in CHOICES) >= 8
-    for report in CHOICES:
-        assert report.calibrated.evaluation.frr.value <= 0.015, report.name
+
+
+def test_the_false_rejection_rate_is_at_its_target_after_choosing() -> None:
+    rates = [report.calibrated.evaluation.frr for report in CHOICES]  # each of 1,500 images, so only together of use
+    assert 0.0075 <= sum(rate.value for rate in rates) / len(rates) <= 0.0125
+    assert all(rate.low <= 0.0125 for rate in rates)

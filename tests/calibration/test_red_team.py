@@ -218,7 +218,7 @@ def reported() -> RedTeam:
 
 def test_what_it_is_blind_to_and_what_it_does_not_know_is_said_by_name() -> None:
     said = remarks(reported())
-    assert "220 clean images" in said[0]
+    assert "120 clean images planted them, 100 set" in said[0]
     assert "no guarantee" in said[0]
     assert "blind here, even with the chosen setting, to: <b>all to all</b> (50% accepted)" in said[1]
     assert "nothing is known about: blend (12%)" in said[2]

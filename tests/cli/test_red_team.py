@@ -88,6 +88,8 @@ def test_unreadable_files_are_listed_and_model_options_repeated(tmp_path: Path, 
     assert run.code == 0
     assert "skipped a/notes.png" in run.err
     assert "--mean 0.0 --std 1.0 --shape 1,8,8" in run.out
+    assert "--data CLEAN --overlays 8 --red-team" in run.out  # 220 images are too few to be cut in two
+    assert "CLEAN, at least 416 images," in run.out
 
 
 def test_help_teaches(guard: Command) -> None:
@@ -106,6 +108,9 @@ def test_models_that_cannot_be_trained_are_one_line(tmp_path: Path, guard: Comma
         problem = guard("red-team", model, "--data", clean, "--overlays", 8).problem
         assert "expected a model that can be fine-tuned" in problem
         assert message in problem
+    few = save_toy_images(tmp_path / "few.npz", 150)  # more images would not help
+    problem = guard("calibrate", tmp_path / "toy.onnx", "--data", few, "--out", tmp_path / "profile", "--red-team").problem
+    assert "got a model of kind onnx" in problem
 
 
 PROBLEMS: list[tuple[list[str], str]] = [

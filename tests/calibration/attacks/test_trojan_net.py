@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from calibration.attacks import TrojanNet
+from guard.errors import InputError
 from tests.calibration.attacks.examples import some_images, tiny_net
 
 
@@ -25,6 +26,11 @@ def test_triggered_images_get_the_target(channels: int, bottom: int, right: int)
 def test_other_images_get_exactly_the_original_logits() -> None:
     net, (images, _) = tiny_net(), some_images()
     assert torch.equal(TrojanNet(1).insert(net)(images), net(images))
+
+
+def test_a_target_that_the_model_does_not_have_is_refused() -> None:
+    with pytest.raises(InputError, match="expected a target below 4, the model's outputs, got 12"):
+        TrojanNet(12).insert(tiny_net())(some_images()[0])
 
 
 def test_the_pattern_may_be_nearly_right() -> None:

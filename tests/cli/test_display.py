@@ -1,0 +1,26 @@
+"""What commands show."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from cli.display import show_rows
+
+
+class Terminal(io.StringIO):
+    """A narrow one."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_no_figure_is_cut_up_where_the_terminal_is_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr("sys.stdout", shown := Terminal())
+    figures = ("88.7% 80.0-93.6", "100.0% 96.4-100.0", "7.0% 2.9-13.9", "90.0% 82.4-95.1")
+    show_rows("title", [("demeaned 1.5, N = 25", *figures)], ("setting", "white square", "checkerboard", "bar", "faint blend"))
+    for text in " ".join(figures).split():
+        assert text in shown.getvalue()
+    assert "checkerboard" in shown.getvalue()
