@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 _FILE_WIDTH = 200  # where nobody looks at a terminal, nothing need be folded
-_BETWEEN = 3  # spaces between columns, at most
+_BETWEEN = 4  # spaces between columns, at most
 
 
 @contextlib.contextmanager
