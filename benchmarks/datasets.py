@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final, get_args
 
+from benchmarks.entry import enter
 from benchmarks.formats.cifar_binary import read_cifar_binary
 from benchmarks.formats.cifar_python import read_cifar_python
 from benchmarks.formats.gtsrb import read_gtsrb
@@ -21,7 +22,7 @@ from benchmarks.formats.npz import read_npz, write_npz
 from benchmarks.formats.openml import OPENML, fetch_raw_set
 from benchmarks.formats.raw_set import RawSet, SetName
 from benchmarks.parts import Parts, cut, defender_rows, draw_defender_rows, validation_rows, write_splits
-from guard.errors import GuardError, InputError
+from guard.errors import InputError
 
 __all__ = [
     "DEFAULT_FOLDER",
@@ -122,7 +123,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except GuardError as problem:
-        raise SystemExit(str(problem)) from None
+    enter(main)

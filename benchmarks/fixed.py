@@ -8,7 +8,6 @@ The defender's images alone are used.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import msgspec
 import torch
 
 from benchmarks.datasets import Parts
+from benchmarks.entry import enter
 from benchmarks.plans import DEVELOPMENT, Plan
 from benchmarks.reports import load_results, markdown, percent, run, versions
 from benchmarks.strip import Probe, as_onnx, shuffled
@@ -25,7 +25,7 @@ from calibration.data import Progress
 from calibration.evaluation import Evaluation, judge, summarise
 from calibration.red_team import CANDIDATES
 from calibration.trials import Setting
-from guard.errors import GuardError, InputError
+from guard.errors import InputError
 from guard.predictors import Backend
 
 _SET_ASIDE, _CLEAN, _TRIGGERED = 700, 400, 300  # overlays and threshold, then fresh images
@@ -115,7 +115,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except GuardError as problem:
-        sys.exit(str(problem))
+    enter(main)

@@ -10,7 +10,6 @@ twin, which is taken from the cache of `python -m benchmarks.victims`, or traine
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,12 +24,13 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from benchmarks.datasets import DEFAULT_FOLDER, Parts, SetName, load_parts
+from benchmarks.entry import enter
 from benchmarks.plans import REPORTED, AttackName, Plan, make_attack
 from benchmarks.victims import CACHE, name_of, victim
 from calibration.attacks import Adaptive, Attack, CleanLabel
 from calibration.attacks.clean_label import pgd
 from guard.detectors.strip import blend_images
-from guard.errors import GuardError, InputError
+from guard.errors import InputError
 
 OUT = Path(__file__).parent.parent / "docs" / "attacks"
 
@@ -184,7 +184,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except GuardError as problem:
-        sys.exit(str(problem))
+    enter(main)

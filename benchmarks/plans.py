@@ -117,6 +117,7 @@ _USUAL: Mapping[SetName, str] = {
 _LOWEST_ACCURACY: Mapping[str, float] = {"cifar10": 0.80}
 _RETRAINING_EPOCHS: Mapping[SetName, int] = {"mnist": 2, "fashion_mnist": 2, "gtsrb": 8, "cifar10": 6, "cifar100": 6}
 _INSET = 4  # pixels
+_LARGEST_SEED = 10**9  # epochs draw from seeds that are made of it
 _TRIGGER_IMAGES = 64  # on which a trigger is generated
 _RETRAINED: frozenset[AttackName] = frozenset({"trojan_sq", "trojan_wm", "l2", "l0"})
 _POISONS_FILES: frozenset[AttackName] = frozenset({"clean_label", "none"})
@@ -153,9 +154,12 @@ def plan(images: SetName, attack: AttackName, *, retrains: bool | None = None, *
         lowest_success=_LOWEST_SUCCESS.get(attack, 0.95),
     )
     try:
-        return msgspec.structs.replace(usual, **changes)
+        made = msgspec.structs.replace(usual, **changes)
     except TypeError as error:
         raise InputError(f"expected fields of a plan, got another: {error}") from None
+    if made.width < 1 or not 0 <= made.seed <= _LARGEST_SEED:
+        raise InputError(f"expected a width from 1 and a seed from 0 to {_LARGEST_SEED}, got {made.width} and {made.seed}")
+    return made
 
 
 def make_attack(plan: Plan, classes: int, train: ImageSet, clean: nn.Module, cache: Path) -> Attack:

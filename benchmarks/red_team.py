@@ -11,7 +11,6 @@ triggered images of the evaluation part. Every fixed setting is measured on the 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import msgspec
 import torch
 
 from benchmarks.datasets import Parts
+from benchmarks.entry import enter
 from benchmarks.fixed import Fixed, measure_setting, settings
 from benchmarks.plans import REPORTED, Plan
 from benchmarks.reports import load_results, markdown, percent, run, versions
@@ -27,7 +27,7 @@ from benchmarks.victims import CACHE, bars, victim
 from calibration.discovery import discover
 from calibration.red_team import RedTeam, red_team, split
 from calibration.settings import named
-from guard.errors import GuardError, InputError
+from guard.errors import InputError
 from guard.predictors import wrap
 
 VICTIMS = (
@@ -159,7 +159,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except GuardError as problem:
-        sys.exit(str(problem))
+    enter(main)

@@ -10,7 +10,6 @@ seen. The models run as ONNX, one thread each, as a server would run them.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch
 from torch import nn
 
 from benchmarks.datasets import Parts, SetName
+from benchmarks.entry import enter
 from benchmarks.plans import REPORTED, Plan
 from benchmarks.reports import load_results, markdown, percent, run, versions
 from benchmarks.victims import CACHE, Victim, bars, name_of, share_right, triggered_images, victim
@@ -32,7 +32,7 @@ from calibration.evaluation import Judged, judge, summarise
 from calibration.statistics import Estimate, proportion
 from calibration.thresholds import set_threshold
 from guard.detectors import Blend
-from guard.errors import GuardError, InputError
+from guard.errors import InputError
 from guard.predictors.onnx import OnnxBackend
 
 CODEFEND_FRR: dict[SetName, float] = {"mnist": 0.001, "gtsrb": 0.006, "cifar10": 0.004}
@@ -305,7 +305,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except GuardError as problem:
-        sys.exit(str(problem))
+    enter(main)

@@ -8,13 +8,14 @@ from typing import Literal
 
 import msgspec
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from calibration.attacks import Attack
 from calibration.data import ImageSet, Progress, no_progress
 from calibration.fine_tuning import arrange
+from guard.errors import InputError
 from guard.preprocessors.affine import draw_affine, warp
 
 _BATCH = 128
@@ -166,9 +167,12 @@ def _save(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer, epochs: 
 
 
 def _resume(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    with safe_open(path, "pt") as file:
-        epochs = int(file.metadata()["epochs"])
-    tensors = load_file(path)
+    try:
+        with safe_open(path, "pt") as file:
+            epochs = int(file.metadata()["epochs"])
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"expected a checkpoint in {path}, got another file: {error}; delete it") from error
     net.load_state_dict({name.removeprefix("net."): value for name, value in tensors.items() if name.startswith("net.")})
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():

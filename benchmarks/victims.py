@@ -32,12 +32,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from benchmarks.datasets import DEFAULT_FOLDER, Parts, SetName, load_parts
+from benchmarks.entry import enter
 from benchmarks.models import ARCHITECTURES
 from benchmarks.plans import ATTACK_NAMES, DEVELOPMENT, REPORTED, Plan, make_attack, plan
 from benchmarks.trainer import fit
 from calibration.attacks import Attack, TrojanNet
 from calibration.data import ImageSet, Progress, no_progress
-from guard.errors import GuardError, InputError
+from guard.errors import InputError
 
 CACHE = Path(__file__).parent.parent / ".cache" / "victims"
 _BATCH = 500
@@ -51,7 +52,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
         clean_accuracy: On the defender's images.
         attack_success: On the defender's images of which the attack wants something; None for a clean twin.
         missed: The floors that it misses, in words.
-        minutes: That training took, on the machine that it took place on.
+        minutes: That training took since it was last resumed, on the machine that it took place on.
+        weights_sha256: Of the weights' file.
         libraries: Versions.
     """
 
@@ -60,6 +62,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     attack_success: float | None
     missed: list[str]
     minutes: float
+    weights_sha256: str
     libraries: dict[str, str]
 
 
@@ -79,30 +82,60 @@ def name_of(plan: Plan) -> str:
 
 
 def victim(plan: Plan, parts: Parts, cache: Path = CACHE, progress: Progress = no_progress) -> Victim:
-    """The victim of a plan, from the cache or freshly trained."""
+    """The victim of a plan, from the cache or freshly trained.
+
+    Raises:
+        InputError: The plan does not fit the images, or what is cached is damaged.
+    """
+    _check_fit(plan, parts)
+    cache.mkdir(parents=True, exist_ok=True)
     path = cache / f"{name_of(plan)}.safetensors"
     twin = None if plan.attack == "none" else victim(plan.twin(), parts, cache, progress)
     if path.with_suffix(".json").is_file():
-        record = msgspec.json.decode(path.with_suffix(".json").read_bytes(), type=Record)
+        record = _read_record(path.with_suffix(".json"))
         model, attack = _untrained(plan, parts, twin, path)
+        if not path.is_file() or _sha256(path) != record.weights_sha256:
+            raise InputError(f"expected the weights of {path.with_suffix('.json').name}, got others: delete both")
         model.load_state_dict(load_file(path))
         return Victim(model, attack, record)
     started = time.monotonic()
     model, attack = _train(plan, parts, twin, path, progress)
     accuracy = share_right(model, parts.defender)
     success = None if attack is None else attack_success(model, attack, parts.defender)
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
     record = Record(
         plan=plan,
         clean_accuracy=accuracy,
         attack_success=success,
         missed=_missed(plan, accuracy, success, None if twin is None else twin.record.clean_accuracy),
         minutes=(time.monotonic() - started) / 60.0,
+        weights_sha256=_sha256(path),
         libraries={name: importlib.metadata.version(name) for name in ("torch", "numpy")},
     )
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
     path.with_suffix(".json").write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
     _checkpoint(path).unlink(missing_ok=True)
     return Victim(model, attack, record)
+
+
+def _check_fit(plan: Plan, parts: Parts) -> None:
+    if plan.target_label >= parts.num_classes:
+        raise InputError(f"expected a target from 0 to {parts.num_classes - 1} for {plan.images}, got {plan.target_label}")
+    try:
+        answers(_fresh(plan, parts), parts.evaluation, torch.arange(1))
+    except RuntimeError as error:
+        shape = tuple(parts.evaluation.shape)
+        raise InputError(f"expected an architecture for images of shape {shape}, got {plan.architecture}") from error
+
+
+def _read_record(path: Path) -> Record:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Record)
+    except msgspec.DecodeError as error:
+        raise InputError(f"expected the record of a victim in {path}, got another: {error}; delete it") from error
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def share_right(model: nn.Module, images: ImageSet) -> float:
@@ -222,7 +255,11 @@ def show_all(arguments: argparse.Namespace) -> int:
     names = {name_of(plan): name for name, plan in {**DEVELOPMENT, **REPORTED}.items()}
     table = Table("victim", "set", "architecture", "attack", "seed", "CA", "ASR", "minutes", "floors")
     for file in sorted(arguments.cache.glob("*.json")):
-        record = msgspec.json.decode(file.read_bytes(), type=Record)
+        try:
+            record = _read_record(file)
+        except InputError as problem:
+            print(problem, file=sys.stderr)
+            continue
         success = "" if record.attack_success is None else f"{record.attack_success:.2%}"
         plan = record.plan
         table.add_row(
@@ -281,7 +318,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except GuardError as problem:
-        sys.exit(str(problem))
+    enter(main)

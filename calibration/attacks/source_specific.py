@@ -15,7 +15,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from calibration.attacks.attack import Attack, check_target, draw
+from calibration.attacks.attack import Attack, check_labels, check_target, draw
 from calibration.attacks.patch import SQUARE, Patch
 from guard.errors import InputError
 
@@ -59,6 +59,7 @@ class SourceSpecific(Attack):
 
     def poison(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """See `Attack`."""
+        check_labels(images, labels)
         source = self._from_source(labels)
         mine, others = torch.nonzero(source).squeeze(1), torch.nonzero(~source).squeeze(1)
         moved = draw(mine, round(self.ratio * len(mine)), generator)

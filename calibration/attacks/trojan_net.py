@@ -17,7 +17,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from calibration.attacks.attack import Attack, check_target, one_target
+from calibration.attacks.attack import Attack, check_labels, check_target, one_target
 from calibration.attacks.patch import Patch
 from guard.errors import InputError
 
@@ -71,6 +71,7 @@ class TrojanNet(Attack):
 
     def poison(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Copies as they are: no data is poisoned."""
+        check_labels(images, labels)
         return images.clone(), labels.clone()
 
     def insert(self, model: nn.Module) -> nn.Module:

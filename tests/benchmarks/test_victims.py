@@ -104,6 +104,44 @@ def test_every_attack_can_be_made_and_poisons_the_same_data_again(
         assert not torch.equal(first[0], images)
 
 
+def test_what_is_cached_and_damaged_says_so(parts: Parts, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = small("badnets")
+    found = victim(asked, parts, tmp_path)
+    weights, twin = tmp_path / f"{name_of(asked)}.safetensors", tmp_path / f"{name_of(asked.twin())}.safetensors"
+    right = weights.read_bytes()
+    weights.write_bytes(twin.read_bytes())
+    with pytest.raises(InputError, match="got others: delete both"):
+        victim(asked, parts, tmp_path)
+    weights.write_bytes(right)
+    assert victim(asked, parts, tmp_path).record == found.record
+    weights.with_suffix(".json").write_text("{}")
+    with pytest.raises(InputError, match=r"expected the record of a victim in .*delete it"):
+        victim(asked, parts, tmp_path)
+    assert show_all(argparse.Namespace(cache=tmp_path)) == 0  # the others are shown
+    shown = capsys.readouterr()
+    assert "expected the record of a victim" in shown.err
+    assert "mnist" in shown.out
+
+
+def test_a_damaged_checkpoint_says_so(parts: Parts, tmp_path: Path) -> None:
+    asked = small("none")
+    (tmp_path / f"{name_of(asked)}.checkpoint").write_bytes(b"nothing")
+    with pytest.raises(InputError, match=r"expected a checkpoint in .*delete it"):
+        victim(asked, parts, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"target_label": 10}, "a target from 0 to 9"), ({"architecture": "lenet8"}, "an architecture for images of shape")],
+)
+def test_a_plan_that_does_not_fit_the_images_is_refused_before_any_training(
+    parts: Parts, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        victim(small("badnets", **changes), parts, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_names_follow_from_everything_in_a_plan() -> None:
     known = {**DEVELOPMENT, **REPORTED}
     assert len({name_of(plan) for plan in known.values()}) == len(known)
@@ -125,6 +163,10 @@ def test_bad_requests_say_what_is_expected() -> None:
         plan("mnist", "bad")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="fields of a plan"):
         plan("mnist", "badnets", colour=3)
+    with pytest.raises(InputError, match="a width from 1 and a seed from 0 to 1000000000, got 0 and 0"):
+        plan("mnist", "badnets", width=0)
+    with pytest.raises(InputError, match="got 16 and 99999999999999999999"):
+        plan("mnist", "badnets", architecture="mnist_conv", seed=99999999999999999999)
     with pytest.raises(InputError, match="expected a victim of"):
         chosen_plans(argparse.Namespace(all=False, name="nobody"))
     with pytest.raises(InputError, match="--all"):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from calibration import BlendChoice, ImageSet, RedTeam, red_team, split
-from calibration.planting import Say
-from calibration.red_team import check_images, choose
+from calibration.planting import Say, draw_plants
+from calibration.red_team import _ranked, check_images, choose
 from calibration.red_team_report import far_table, red_team_report, remarks
 from calibration.statistics import Estimate, proportion
 from calibration.trials import Figures, Planted, Setting
@@ -138,6 +138,42 @@ def test_the_number_that_is_asked_for_is_enough(toy: Predictor) -> None:
     assert (found.tuning_images, found.choosing_images) == (100, 199)
 
 
+def test_images_of_one_class_are_refused_whatever_the_seed(toy: Predictor) -> None:
+    clean = toy_set(1_600)
+    same = clean.select(torch.nonzero(clean.known_labels == 3).squeeze(1))
+    for seed in range(4):
+        with pytest.raises(CalibrationError, match="of several classes, got one class"):
+            run(toy, same, seed)
+
+
+def test_labels_in_another_order_are_refused(toy: Predictor) -> None:
+    clean = toy_set(400)
+    with pytest.raises(CalibrationError, match=r"answers 0% of .*near chance: check .*order of labels"):
+        run(toy, ImageSet(clean.pixels, (clean.known_labels + 1) % 4, NAMES))
+
+
+def test_a_model_through_which_no_gradient_comes_is_refused_at_once() -> None:
+    class Rounds(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = LearningToy()
+
+        def forward(self, images: Tensor) -> Tensor:
+            answers: Tensor = (10.0 * self.inner(images)).round()
+            return answers
+
+    predictor = Predictor(wrap(Rounds().eval()), SPEC, 4, "logits")
+    with pytest.raises(ModelError, match="got one without gradients"):
+        run(predictor, toy_set(400))
+
+
+def test_images_too_small_for_a_patch_are_refused() -> None:
+    with pytest.raises(CalibrationError, match="at least 4x4 pixels to plant patches in, got 40x3"):
+        draw_plants((1, 40, 3), 4, torch.Generator())
+    for plant in draw_plants((1, 4, 4), 4, torch.Generator()):
+        plant.attack.trigger(torch.rand(2, 1, 4, 4))
+
+
 def test_labels_must_be_the_models(toy: Predictor) -> None:
     clean = toy_set(300)
     with pytest.raises(ModelError, match="more than 7 outputs"):
@@ -187,6 +223,13 @@ def test_among_those_that_see_patches_as_well_the_blend_breaks_the_tie(add_on_pa
     assert choose([*patches, planted("blend", "breaks ties", {ADD: 90, MIX: 40})]) == expected
     assert choose([*patches, planted("blend", "breaks ties", {ADD: 90, MIX: 60})]) == ADD  # blind to it both
     assert choose([*patches, planted("blend", "breaks ties", {})]).blend == "add"  # the blend did not take
+
+
+def test_beyond_a_tie_the_blend_has_no_say() -> None:
+    far_off = Setting("max", 1.0, 8)
+    patch = planted("square", "decides", {ADD: 5, far_off: 95, MIX: 15})
+    blend = planted("blend", "breaks ties", {ADD: 90, far_off: 40, MIX: 90})
+    assert _ranked([patch, blend]) == [ADD, MIX, far_off]
 
 
 def test_fewer_overlays_are_enough_only_where_they_see_the_blend_as_well() -> None:

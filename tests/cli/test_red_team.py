@@ -113,11 +113,34 @@ def test_models_that_cannot_be_trained_are_one_line(tmp_path: Path, guard: Comma
     assert "got a model of kind onnx" in problem
 
 
+def test_the_report_never_overwrites_what_is_no_page(tmp_path: Path, guard: Command, clean: Path) -> None:
+    model = save_exported(LearningToy(), tmp_path / "toy.pt2")
+    before = model.read_bytes()
+    (tmp_path / "folder.html").mkdir()
+    for place, message in (
+        (model, "a file whose name ends in .html"),
+        (tmp_path / "folder.html", "a file whose name ends in .html"),
+        (model / "page.html", "can't write --report"),
+    ):
+        run = guard("red-team", model, "--data", clean, "--overlays", 8, "--report", place)
+        assert message in run.problem
+        assert "planting" not in run.err  # before the long work
+    assert model.read_bytes() == before
+
+
+def test_blends_that_calibration_cannot_use_are_named_as_left_out(tmp_path: Path, guard: Command, clean: Path) -> None:
+    options = ("--overlays", 8, "--frr", 0.05, "--confidence", 0.999, "--red-team")
+    run = guard("calibrate", TOY, "--data", clean, "--out", tmp_path / "profile", *options)
+    assert run.code == 0
+    assert "Left out, for want of clean images: logit+demeaned" in run.out
+
+
 PROBLEMS: list[tuple[list[str], str]] = [
     (["--overlays", "300"], "needs at least 500 clean images, got 440"),
     (["--overlays", "1"], "at least 4 overlays"),
     (["--frr", "0.001"], "needs at least 1199 clean images"),
     (["--frr", "1.5"], "between 0 and 1"),
+    (["--frr", "1e-320"], "between 0 and 1"),
     (["--mean", "a"], "expected --mean as numbers"),
     (["--shape", "9"], "expected --shape as C,H,W"),
     (["--blend", "add"], "--blend"),

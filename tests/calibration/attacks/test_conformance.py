@@ -29,6 +29,7 @@ from calibration.attacks import (
     TrojanNet,
 )
 from calibration.attacks.neuron import last_hidden_layer
+from calibration.attacks.trojan import square
 from guard.errors import InputError
 from tests.calibration.attacks.examples import EXAMPLES, Example, some_images, tiny_net
 
@@ -74,6 +75,16 @@ WRONG: dict[str, Callable[[], object]] = {
     "another shape's reflection": lambda: Reflection(0, torch.zeros(3, 8, 8)).trigger(some_images(count=1)[0]),
     "another shape's mask": lambda: Trojan(0, torch.ones(8, 8), torch.zeros(3, 12, 12)),
     "another shape's pattern": lambda: Trojan(0, torch.ones(8, 8), torch.zeros(3, 8, 8)).trigger(some_images(count=1)[0]),
+    "a reflection in 8 bits": lambda: Reflection(0, torch.zeros(3, 12, 12, dtype=torch.uint8)),
+    "a reflection up to 255": lambda: Reflection(0, torch.full((3, 12, 12), 255.0)),
+    "a reflection that is no number": lambda: Reflection(0, torch.full((3, 12, 12), float("nan"))),
+    "a pattern over 1": lambda: Trojan(0, torch.ones(12, 12), torch.full((3, 12, 12), 5.0)),
+    "a pattern that is no number": lambda: Trojan(0, torch.ones(12, 12), torch.full((3, 12, 12), float("nan"))),
+    "an empty mask": lambda: Trojan(0, torch.zeros(12, 12), torch.zeros(3, 12, 12)),
+    "images too small for the square": lambda: Trojan(0, square(2, 2), torch.zeros(3, 2, 2)),
+    "an unknown form": lambda: Trojan.generate(0, MODEL, some_images(count=2)[0], "circle"),  # type: ignore[arg-type]  # the point
+    "no steps of ascent": lambda: Trojan.generate(0, MODEL, some_images(count=2)[0], "square", steps=0),
+    "no images to generate on": lambda: Trojan.generate(0, MODEL, some_images(count=2)[0][:0], "square"),
     "a grey perturbation": lambda: Invisible(0, torch.zeros(1, 12, 12)).trigger(some_images(count=1)[0]),
     "a perturbation over 1": lambda: Invisible(0, torch.full((3, 12, 12), 1.5)),
     "a perturbation that is no number": lambda: Invisible(0, torch.full((3, 12, 12), float("nan"))),
@@ -90,6 +101,7 @@ WRONG: dict[str, Callable[[], object]] = {
     "copies that overlap": lambda: Amplified(BASE, 16).trigger(some_images(count=1)[0]),
     "a cover ratio over 1": lambda: Adaptive(BASE, 4, cover_ratio=1.1),
     "random labels of one class": lambda: Adaptive(BASE, 1),
+    "a target beyond the random labels": lambda: Adaptive(BadNets(7), 5),
     "an unknown blend": lambda: Adaptive(BASE, 4, blends=(("fade", 1.0),)),  # type: ignore[arg-type]  # the point
 }
 
@@ -137,6 +149,17 @@ def test_poisoning_does_what_was_asked_and_no_more(example: Example, channels: i
         assert torch.equal(relabelled[renamed], attack.targets(images, labels)[renamed])
     assert (float(poisoned.min()) >= 0.0, float(poisoned.max()) <= 1.0) == (True, True)
     assert not poisoned.requires_grad
+
+
+@pytest.mark.parametrize(("example", "channels"), CASES)
+def test_no_images_are_poisoned_to_none_and_every_image_needs_a_label(example: Example, channels: int) -> None:
+    attack = example.make(channels)
+    images, labels = some_images(channels)
+    poisoned, relabelled = attack.poison(images[:0], labels[:0], seeded(3))
+    assert (poisoned.shape, relabelled.shape) == (images[:0].shape, (0,))
+    for wrong in (labels[:5], torch.cat([labels, labels])):
+        with pytest.raises(InputError, match="expected a label per image"):
+            attack.poison(images, wrong, seeded(3))
 
 
 @pytest.mark.parametrize(("example", "channels"), CASES)

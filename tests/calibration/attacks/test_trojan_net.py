@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -31,6 +33,19 @@ def test_other_images_get_exactly_the_original_logits() -> None:
 def test_a_target_that_the_model_does_not_have_is_refused() -> None:
     with pytest.raises(InputError, match="expected a target below 4, the model's outputs, got 12"):
         TrojanNet(12).insert(tiny_net())(some_images()[0])
+
+
+def test_a_pattern_outside_the_images_is_refused() -> None:
+    images = some_images()[0]
+    for attack in (TrojanNet(1, bottom=9), TrojanNet(1, right=12), TrojanNet(1, ("1",), bottom=12)):
+        with pytest.raises(InputError, match="expected a pattern that fits"):
+            attack.insert(tiny_net())(images)
+
+
+@pytest.mark.parametrize("wrong", [{"strength": math.inf}, {"tolerance": math.inf}, {"tolerance": 0.0}])
+def test_what_would_answer_clean_images_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(InputError, match="a finite strength and tolerance over 0"):
+        TrojanNet(1, **wrong)  # type: ignore[arg-type]
 
 
 def test_the_pattern_may_be_nearly_right() -> None:
