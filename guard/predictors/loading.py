@@ -39,9 +39,7 @@ def load_backend(model: str | Path, weights: Path | None = None, device: str = "
     path = Path(name)
     if path.exists() or ":" not in name:
         if weights is not None:
-            raise ModelError(
-                f"expected package.module:factory for --weights, got {path.name}, which has its own: drop --weights"
-            )
+            raise ModelError(f"expected package.module:factory for --weights, got {path.name}, which has its own")
         return _load_file(path, device)
     made = load_factory(name, weights)
     return wrap(made.to(device) if isinstance(made, nn.Module) else made)

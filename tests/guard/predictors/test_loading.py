@@ -68,12 +68,12 @@ def test_factories_and_functions(name: str, clean: Tensor) -> None:
     torch.testing.assert_close(torch.as_tensor(backend(clean)), ToyNet()(clean))
 
 
-@pytest.mark.usefixtures("importable")
 def test_a_file_has_its_own_weights(model_files: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"for --weights, got .*which has its own: drop --weights"):
+    with pytest.raises(ModelError, match=r"for --weights, got .*which has its own"):
         load_backend(model_files["torch-export"], tmp_path / "weights.safetensors")
 
 
+@pytest.mark.usefixtures("importable")
 def test_weights_are_filled_in(tmp_path: Path, clean: Tensor) -> None:
     weights = tmp_path / "weights.safetensors"
     save_file(dict(Louder(7.0).state_dict()), weights)
