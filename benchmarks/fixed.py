@@ -16,8 +16,9 @@ import torch
 
 from benchmarks.datasets import Parts
 from benchmarks.entry import enter
-from benchmarks.plans import DEVELOPMENT, Plan
+from benchmarks.plans import Plan
 from benchmarks.reports import load_results, markdown, percent, run, versions
+from benchmarks.roster import DEVELOPMENT
 from benchmarks.strip import Probe, as_onnx, shuffled
 from benchmarks.victims import CACHE, bars, victim
 from calibration import BlendChoice, ImageSet, Settings, calibrate

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from benchmarks.datasets import DEFAULT_FOLDER, Parts, SetName, load_parts
 from benchmarks.entry import enter
-from benchmarks.plans import REPORTED, AttackName, Plan, make_attack
+from benchmarks.plans import AttackName, Plan, make_attack
+from benchmarks.roster import REPORTED
 from benchmarks.victims import CACHE, name_of, victim
 from calibration.attacks import Adaptive, Attack, CleanLabel
 from calibration.attacks.clean_label import pgd

@@ -20,8 +20,9 @@ import torch
 from benchmarks.datasets import Parts
 from benchmarks.entry import enter
 from benchmarks.fixed import Fixed, measure_setting, settings
-from benchmarks.plans import REPORTED, Plan
+from benchmarks.plans import Plan
 from benchmarks.reports import load_results, markdown, percent, run, versions
+from benchmarks.roster import REPORTED
 from benchmarks.strip import as_onnx, evaluation_images, shuffled
 from benchmarks.victims import CACHE, bars, victim
 from calibration.discovery import discover

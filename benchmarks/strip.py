@@ -23,8 +23,9 @@ from torch import nn
 
 from benchmarks.datasets import Parts, SetName
 from benchmarks.entry import enter
-from benchmarks.plans import REPORTED, Plan
+from benchmarks.plans import Plan
 from benchmarks.reports import load_results, markdown, percent, run, versions
+from benchmarks.roster import REPORTED
 from benchmarks.victims import CACHE, Victim, bars, name_of, share_right, triggered_images, victim
 from calibration import Calibration, Evaluation, ImageSet, Settings, calibrate
 from calibration.attacks import Attack

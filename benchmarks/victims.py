@@ -34,7 +34,8 @@ from torch import nn
 from benchmarks.datasets import DEFAULT_FOLDER, Parts, SetName, load_parts
 from benchmarks.entry import enter
 from benchmarks.models import ARCHITECTURES
-from benchmarks.plans import ATTACK_NAMES, DEVELOPMENT, REPORTED, Plan, make_attack, plan
+from benchmarks.plans import ATTACK_NAMES, Plan, make_attack, plan
+from benchmarks.roster import DEVELOPMENT, REPORTED
 from benchmarks.trainer import fit
 from calibration.attacks import Attack, TrojanNet
 from calibration.data import ImageSet, Progress, no_progress

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import red_team, strip
-from benchmarks.plans import REPORTED
+from benchmarks.roster import REPORTED
 
 ROOT = Path(__file__).parent.parent.parent
 REPORTS = strip.load_reports()

@@ -12,7 +12,8 @@ import torch
 from benchmarks import victims
 from benchmarks.models import ARCHITECTURES
 from benchmarks.parts import Parts
-from benchmarks.plans import ATTACK_NAMES, DEVELOPMENT, REPORTED, AttackName, Plan, make_attack, plan
+from benchmarks.plans import ATTACK_NAMES, AttackName, Plan, make_attack, plan
+from benchmarks.roster import DEVELOPMENT, REPORTED
 from benchmarks.trainer import Schedule
 from benchmarks.victims import chosen_plans, name_of, show_all, victim
 from calibration.data import ImageSet

@@ -1,0 +1,133 @@
+"""The victims: those on which settings are chosen, and those that the tables report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from benchmarks.plans import CIFAR_SCHEDULE, Plan, plan
+from calibration.attacks import Patch
+
+_RIM = (2, 9)  # bottom and right, on a traffic sign's lower rim: the corners of GTSRB's images are often white themselves
+
+DEVELOPMENT: Mapping[str, Plan] = {
+    "mnist-dev": plan("mnist", "badnets", target_label=2, seed=1, patch=Patch.rectangle(3, bottom=22, right=22)),
+    "gtsrb-dev": plan("gtsrb", "badnets", target_label=40, seed=3, patch=Patch.rectangle(6, bottom=2, right=17), ratio=0.15),
+    "mnist-dev-noise": plan(
+        "mnist", "badnets", architecture="mnist_conv", target_label=5, seed=4, patch=Patch.checkerboard(4, bottom=20, right=2)
+    ),
+    "gtsrb-dev-noise": plan(
+        "gtsrb", "badnets", target_label=20, seed=5, patch=Patch.noise(6, 5, bottom=12, right=13), retrains=True
+    ),
+    "gtsrb-dev-lenet8": plan(
+        "gtsrb",
+        "badnets",
+        architecture="lenet8",
+        target_label=25,
+        seed=8,
+        patch=Patch.rectangle(5, bottom=3, right=6),
+        ratio=0.15,
+        retrains=True,
+    ),
+    "gtsrb-dev-grey": plan(
+        "gtsrb",
+        "badnets",
+        target_label=11,
+        seed=7,
+        patch=Patch.noise(6, 7, bottom=8, right=13, levels=(0.3, 0.7)),
+        retrains=True,
+    ),
+    "cifar10-dev-square": plan(
+        "cifar10", "badnets", target_label=7, seed=6, patch=Patch.rectangle(4, bottom=14, right=2), retrains=True
+    ),
+    "cifar10-dev": plan(
+        "cifar10", "badnets", target_label=4, seed=3, patch=Patch.noise(4, 3, bottom=1, right=27), retrains=True
+    ),
+}
+"""Victims on which settings are chosen: other triggers, targets and seeds than those reported on."""
+
+REPORTED: Mapping[str, Plan] = {
+    "mnist-a": plan("mnist", "badnets", target_label=9, seed=41, patch=Patch.rectangle(4, bottom=1, right=1), ratio=0.01),
+    "mnist-conv-badnets": plan(
+        "mnist", "badnets", architecture="mnist_conv", target_label=8, seed=62, patch=Patch.rectangle(4, bottom=1, right=1)
+    ),
+    "mnist-all-to-all": plan("mnist", "all_to_all", architecture="mnist_conv", seed=13),
+    "mnist-blended": plan("mnist", "blended", architecture="mnist_conv", target_label=3, seed=64),
+    "mnist-sig": plan("mnist", "sig", architecture="mnist_conv", target_label=1, seed=15),
+    "mnist-steganographic": plan("mnist", "steganographic", architecture="mnist_conv", target_label=3, seed=16),
+    "mnist-adaptive": plan("mnist", "adaptive", architecture="mnist_conv", target_label=5, seed=29),
+    "mnist-amplified": plan("mnist", "amplified4", architecture="mnist_conv", target_label=8, seed=62),
+    "gtsrb-b": plan("gtsrb", "badnets", target_label=18, seed=42, patch=Patch.rectangle(6, 6, (1.0,), *_RIM), ratio=0.15),
+    "gtsrb-lenet8": plan(
+        "gtsrb", "badnets", architecture="lenet8", target_label=5, seed=43, patch=Patch.rectangle(5, bottom=1, right=1)
+    ),
+    "gtsrb-lenet8-rim": plan(
+        "gtsrb",
+        "badnets",
+        architecture="lenet8",
+        target_label=38,
+        seed=44,
+        patch=Patch.rectangle(5, bottom=3, right=12),
+        ratio=0.15,
+        retrains=True,
+    ),
+    "gtsrb-lenet8-noise": plan(
+        "gtsrb",
+        "badnets",
+        architecture="lenet8",
+        target_label=24,
+        seed=46,
+        patch=Patch.noise(5, 46, bottom=1, right=1),
+        ratio=0.15,
+        retrains=True,
+    ),
+    "gtsrb-source-specific": plan(
+        "gtsrb",
+        "source_specific",
+        target_label=14,
+        ratio=0.8,
+        seed=14,
+        patch=Patch.rectangle(6, 6, (1.0,), *_RIM),
+        retrains=True,
+    ),
+    "gtsrb-multi-target": plan(
+        "gtsrb", "multi_target", target_label=13, seed=45, patch=Patch.noise(6, 45, *_RIM), retrains=True
+    ),
+    "gtsrb-reflection": plan("gtsrb", "reflection", target_label=10, seed=16, retrains=True),
+    "gtsrb-trojan-net": plan("gtsrb", "trojan_net", target_label=12, seed=17),
+    "cifar10-c": plan("cifar10", "badnets", target_label=9, seed=42, patch=Patch.noise(4, 42, bottom=1, right=1)),
+    "cifar10-d": plan(
+        "cifar10",
+        "badnets",
+        target_label=1,
+        seed=43,
+        patch=Patch(("01010", "10101", "01010", "10101", "01010"), ((0.0,), (1.0,)), 1, 26),
+        retrains=True,
+    ),
+    "cifar10-two-triggers": plan(
+        "cifar10", "two_triggers", target_label=8, seed=54, patch=Patch.noise(4, 54, bottom=1, right=1), retrains=True
+    ),
+    "cifar10-all-to-all": plan(
+        "cifar10",
+        "all_to_all",
+        seed=25,
+        ratio=0.2,
+        retrains=True,
+        schedule=msgspec.structs.replace(CIFAR_SCHEDULE, epochs=14, rate=1.5e-3),
+    ),
+    "cifar10-trojan-wm": plan("cifar10", "trojan_wm", target_label=4, seed=46),
+    "cifar10-trojan-sq": plan("cifar10", "trojan_sq", target_label=3, seed=47),
+    "cifar10-l2": plan("cifar10", "l2", target_label=1, seed=18),
+    "cifar10-l0": plan("cifar10", "l0", target_label=9, seed=19),
+    "cifar10-clean-label": plan(
+        "cifar10",
+        "clean_label",
+        target_label=2,
+        seed=31,
+        ratio=0.6,
+        retrains=True,
+        schedule=msgspec.structs.replace(CIFAR_SCHEDULE, epochs=8, rate=1e-3),
+    ),
+}
+"""Victims that the tables report on."""
