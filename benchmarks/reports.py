@@ -40,6 +40,8 @@ def percent(estimate: Estimate | None) -> str:
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table."""
+    if any(len(row) != len(header) for row in rows):
+        raise ValueError(f"expected {len(header)} cells a row, as the header has")
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

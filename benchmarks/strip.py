@@ -262,7 +262,6 @@ def table(reports: Sequence[Report]) -> str:
         "FAR, successful attacks",
         "where it shows",
         "FAR, all",
-        "AUROC",
     )
     rows = []
     for report in reports:

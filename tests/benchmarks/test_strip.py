@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
+from benchmarks.reports import markdown
 from benchmarks.strip import Probe, far_where_it_shows
 from calibration import ImageSet
 from calibration.attacks import BadNets, Patch
@@ -38,3 +40,9 @@ def test_only_successful_attacks_whose_trigger_shows_count() -> None:
 
 def test_without_any_there_is_no_rate() -> None:
     assert far_where_it_shows(judged([7, 7], [False, False]), a_probe([0, 0])) is None
+
+
+def test_a_table_has_a_cell_under_every_heading() -> None:
+    assert markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+    with pytest.raises(ValueError, match="expected 2 cells a row"):
+        markdown(["a", "b"], [["1"]])
