@@ -49,6 +49,11 @@ def post(port: int, body: bytes) -> tuple[int, dict[str, object]] | None:
         connection.close()
 
 
+def listen_to_interrupts() -> None:
+    """A shell that runs the tests in the background has them ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(("engine", "sign"), [("asgi", signal.SIGTERM), ("torchserve", signal.SIGINT)])
 def test_it_answers_and_a_signal_ends_it_all(tmp_path: Path, engine: str, sign: signal.Signals) -> None:
     if engine == "torchserve" and shutil.which("java") is None:
@@ -57,7 +62,8 @@ def test_it_answers_and_a_signal_ends_it_all(tmp_path: Path, engine: str, sign: 
     options = ["--engine", engine, "--port", str(port), "--quarantine", str(tmp_path / "q")]
     log = tmp_path / "log"
     with log.open("wb") as stream:
-        server = subprocess.Popen([*COMMAND, str(save_toy_profile(tmp_path / "toy")), *options], stderr=stream, stdout=stream)
+        command = [*COMMAND, str(save_toy_profile(tmp_path / "toy")), *options]
+        server = subprocess.Popen(command, stderr=stream, stdout=stream, preexec_fn=listen_to_interrupts)
     try:
         images, labels = toy_images(4, seed=2)
         deadline = time.monotonic() + 60
