@@ -124,7 +124,7 @@ def calibrate(
     progress("looking at the model", 1, 1)
     overlay_rows, rest = divide(clean, predictor, settings)
     detectors = _compose(predictor, clean.images(overlay_rows), settings)
-    accuracy, raw_accuracy = _accuracies(predictor, clean.select(rest), settings, progress)
+    accuracy, raw_accuracy = accuracies(predictor, clean.select(rest), settings, progress)
     found = [calibrate_strip(strip, clean.select(rest), settings, len(detectors), progress) for strip in detectors]
     refuse_blind(found)
     records = _records(found)
@@ -245,10 +245,14 @@ def answers(predictor: Predictor, clean: ImageSet) -> Tensor:
     return torch.cat([predictor(clean.images(part)).argmax(dim=1).cpu() for part in rows])
 
 
-def _accuracies(
+def accuracies(
     predictor: Predictor, clean: ImageSet, settings: Settings, progress: Progress
 ) -> tuple[float | None, float | None]:
-    """Clean accuracy through the preprocessor, and without it."""
+    """Clean accuracy through the preprocessor, and without it.
+
+    Raises:
+        CalibrationError: The preprocessor costs more than is allowed, or there are no labels to measure it with.
+    """
     if clean.labels is None:
         if settings.preprocess != "none":
             raise CalibrationError("expected labels with the clean images, to measure what the preprocessor costs: add y")

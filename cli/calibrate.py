@@ -137,7 +137,7 @@ def _red_team(
 ) -> tuple[ImageSet, Settings, RedTeam]:
     """Let one part of the clean images choose the setting; returns the other part, which no choice has seen."""
     from calibration import red_team, split
-    from calibration.calibrate import divide
+    from calibration.calibrate import accuracies, divide
     from calibration.discovery import discover
     from calibration.red_team import CANDIDATES, check_images
     from calibration.settings import check_settings
@@ -151,6 +151,8 @@ def _red_team(
         raise CalibrationError(f"--red-team takes {shares}, which is too few: {error}") from error
     predictor = discover(backend, first, hints)
     divide(rest, predictor, settings)  # what would stop calibration stops here, before the long work
+    if settings.preprocess != "none":
+        accuracies(predictor, rest, settings, progress)
     settle_threads(predictor)
     able = [item for item in CANDIDATES if _can_calibrate(_with(settings, *item), len(rest))]
     found = red_team(predictor, first, settings.frr, settings.overlays, settings.seed, candidates=able, progress=progress)

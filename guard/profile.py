@@ -191,8 +191,13 @@ def check_target(folder: Path) -> None:
     """Refuse, before any work, a folder that `save_profile` would refuse.
 
     Raises:
-        ProfileError: It holds something else.
+        ProfileError: It holds something else, or can't be written.
     """
+    parent = next(place for place in folder.absolute().parents if place.exists())
+    if not parent.is_dir():
+        raise ProfileError(f"could not write the profile to {folder}: {parent} is no folder; pick another --out")
+    if not os.access(parent, os.W_OK):
+        raise ProfileError(f"could not write the profile to {folder}: Permission denied; pick another --out")
     foreign = _foreign(folder.absolute())
     if foreign is not None:
         raise ProfileError(

@@ -159,6 +159,18 @@ def test_bad_options_are_one_line(tmp_path: Path, guard: Command, files: Files, 
     assert not (tmp_path / "p").exists()
 
 
+def test_what_would_stop_calibration_stops_it_before_the_red_team(tmp_path: Path, guard: Command, files: Files) -> None:
+    options = ("--data", files.clean, "--overlays", 50, "--red-team")
+    cases = (
+        (("--out", files.model / "p"), "is no folder; pick another --out"),
+        (("--out", tmp_path / "p", "--preprocess", "gym"), "--max-accuracy-drop"),
+    )
+    for wrong, message in cases:
+        run = guard("calibrate", files.model, *options, *wrong)
+        assert message in run.problem
+        assert "planting" not in run.err
+
+
 def test_bad_models_are_one_line(tmp_path: Path, guard: Command, files: Files) -> None:
     torch.save({"a": torch.zeros(3)}, tmp_path / "checkpoint.pt")
     (tmp_path / "empty.onnx").write_bytes(b"")
