@@ -121,7 +121,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     mean_passes: float
     curtailed_inputs: int
     curtailed_verdicts_that_differ: int
-    far_where_it_shows: Estimate | None = None
+    far_where_it_shows: Estimate | None
     at_paper_rate: AtPaperRate
     training_minutes: float
     seconds: float

@@ -25,7 +25,7 @@ PATCHES = {
     "cifar10-trojan-sq",
     "cifar10-trojan-wm",
 }
-WHITE_ON_WHITE = {"gtsrb-lenet8", "gtsrb-lenet8-rim"}
+WHITE_ON_WHITE = {"gtsrb-lenet8", "gtsrb-lenet8-rim", "cifar10-clean-label"}
 """White patches where many images are white already: there the trigger is hardly in the image."""
 
 
