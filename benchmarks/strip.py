@@ -43,7 +43,8 @@ _THRESHOLD_AND_OVERLAYS = 5_000
 _CLEAN = 5_000
 _TRIGGERED = 1_000
 _CURTAILED = (1_000, 200)  # clean and triggered images on which curtailed and full verdicts are compared
-_BATCH = 32
+_BATCH = 32  # of requests that are judged together
+_AT_ONCE = 1_000  # images in memory
 
 
 @final
@@ -179,7 +180,7 @@ def evaluation_images(found: Victim, parts: Parts, clean: int, triggered: int) -
     wanted = torch.cat(
         [
             found.attack.targets(images.images(rows), images.known_labels[rows])
-            for rows in torch.arange(len(images)).split(_CLEAN)
+            for rows in torch.arange(len(images)).split(_AT_ONCE)
         ]
     )
     rows = torch.nonzero(wanted >= 0).squeeze(1)[-triggered:]

@@ -97,11 +97,11 @@ def check_shape(images: Tensor, shape: torch.Size) -> None:
 
 
 def stamp_target_class(
-    attack: Attack, target_label: int, ratio: float, images: Tensor, labels: Tensor, generator: torch.Generator
+    attack: Attack, ratio: float, images: Tensor, labels: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Clean-label poisoning: a share of the target class's own images carries the trigger, and every label stays true."""
+    """Clean-label poisoning: a share of the images that have the target label already is triggered; every label stays true."""
     check_labels(images, labels)
-    own = torch.nonzero(labels == target_label).squeeze(1)
+    own = torch.nonzero(attack.targets(images, labels) < 0).squeeze(1)
     chosen = draw(own, round(ratio * len(own)), generator)
     poisoned = images.clone()
     poisoned[chosen] = attack.trigger(images[chosen])

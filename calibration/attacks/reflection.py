@@ -78,9 +78,8 @@ class Reflection(Attack):
 
     def poison(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """See `Attack`."""
-        if self.relabel:
-            return relabel_share(self, self.ratio, images, labels, generator)
-        return stamp_target_class(self, self.target_label, self.ratio, images, labels, generator)
+        poison = relabel_share if self.relabel else stamp_target_class
+        return poison(self, self.ratio, images, labels, generator)
 
 
 def reflected(image: Tensor, optics: Optics) -> Tensor:

@@ -161,7 +161,7 @@ def test_settings_are_chosen_on_other_victims_than_those_reported() -> None:
 
 def test_bad_requests_say_what_is_expected() -> None:
     with pytest.raises(InputError, match="an attack of"):
-        plan("mnist", "bad")  # type: ignore[arg-type]
+        plan("mnist", "bad")  # type: ignore[arg-type]  # the point
     with pytest.raises(InputError, match="fields of a plan"):
         plan("mnist", "badnets", colour=3)
     with pytest.raises(InputError, match="a width from 1 and a seed from 0 to 1000000000, got 0 and 0"):

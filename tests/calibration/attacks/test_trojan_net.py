@@ -42,10 +42,10 @@ def test_a_pattern_outside_the_images_is_refused() -> None:
             attack.insert(tiny_net())(images)
 
 
-@pytest.mark.parametrize("wrong", [{"strength": math.inf}, {"tolerance": math.inf}, {"tolerance": 0.0}])
-def test_what_would_answer_clean_images_is_refused(wrong: dict[str, float]) -> None:
+@pytest.mark.parametrize(("strength", "tolerance"), [(math.inf, 2.0), (100.0, math.inf), (100.0, 0.0)])
+def test_what_would_answer_clean_images_is_refused(strength: float, tolerance: float) -> None:
     with pytest.raises(InputError, match="a finite strength and tolerance over 0"):
-        TrojanNet(1, **wrong)  # type: ignore[arg-type]
+        TrojanNet(1, strength=strength, tolerance=tolerance)
 
 
 def test_the_pattern_may_be_nearly_right() -> None:
