@@ -6,7 +6,6 @@ blends is two detectors: overlays are dealt to them in turn, all the other image
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,12 +23,13 @@ from calibration.discovery import Hints, discover
 from calibration.overlays import choose_overlays
 from calibration.settings import Settings, check_settings, strips
 from calibration.strip import CalibratedStrip, calibrate_strip, refuse_blind
+from calibration.versions import versions
 from guard import CalibratedDetector, Guard, Policy, Predictor
 from guard.detectors import Strip
 from guard.errors import CalibrationError, ModelError
-from guard.loading import PROBES
+from guard.loading import PROBE, PROBES, TRIPWIRE_PROBE
 from guard.predictors import Backend, wrap
-from guard.preprocessors import Gym
+from guard.preprocessors import AnyPreprocessor, Flip, Gym, GymIntensive, ShrinkPad
 from guard.profile import (
     OVERLAYS,
     SCHEMA,
@@ -37,14 +37,13 @@ from guard.profile import (
     Profile,
     StripRecord,
     ThresholdRecord,
+    TripwireRecord,
     overlays_to_array,
     save_profile,
 )
 
 NEAR_CHANCE = "check --weights, --mean, --std and the order of labels"
 """What to do when accuracy is near chance."""
-
-_LIBRARIES = ("backdoor-guard", "torch", "numpy", "opencv-python-headless", "onnxruntime", "kornia", "scipy")
 
 
 @final
@@ -84,9 +83,31 @@ class Calibration:
             seed=seed,
         )
 
-    def save(self, folder: str | Path, model_file: Path | None = None, extra: dict[str, bytes] | None = None) -> Profile:
-        """Write the profile folder, with a copy of the model's file where it has one; see `save_profile`."""
-        return save_profile(self.profile, self.arrays, Path(folder), model_file, extra)
+    def save(
+        self,
+        folder: str | Path,
+        model_file: Path | None = None,
+        extra: dict[str, bytes] | None = None,
+        tripwire_file: Path | None = None,
+    ) -> Profile:
+        """Write the profile folder, with copies of the models' files where they have any; see `save_profile`."""
+        return save_profile(self.profile, self.arrays, Path(folder), model_file, extra, tripwire_file)
+
+
+@final
+@dataclass(frozen=True)
+class Tripwire:
+    """The original of a repaired model, which goes on detecting.
+
+    Attributes:
+        backend: Runs it.
+        record: Where it comes from.
+        hints: What is known of its conventions.
+    """
+
+    backend: Backend
+    record: ModelRecord
+    hints: Hints
 
 
 def calibrate(
@@ -96,6 +117,8 @@ def calibrate(
     *,
     hints: Hints | None = None,
     record: ModelRecord | None = None,
+    preprocessor: AnyPreprocessor | None = None,
+    tripwire: Tripwire | None = None,
     progress: Progress = no_progress,
 ) -> Calibration:
     """Calibrate a guard for a model from clean images alone.
@@ -106,6 +129,8 @@ def calibrate(
         settings: What to calibrate; the defaults when None.
         hints: What is known of the model's conventions.
         record: Where the model comes from, for profiles that carry it; its `output` and `num_classes` are filled in.
+        preprocessor: That the model was tuned for; it takes the place of the settings'.
+        tripwire: The original of a repaired model: detectors look at it, the repaired model answers.
         progress: Told how far it is.
 
     Returns:
@@ -122,9 +147,15 @@ def calibrate(
     progress("looking at the model", 0, 1)
     predictor = discover(backend, clean, hints)
     progress("looking at the model", 1, 1)
-    overlay_rows, rest = divide(clean, predictor, settings)
-    detectors = _compose(predictor, clean.images(overlay_rows), settings)
-    accuracy, raw_accuracy = accuracies(predictor, clean.select(rest), settings, progress)
+    watched = predictor if tripwire is None else discover(tripwire.backend, clean, tripwire.hints)
+    if watched.num_classes != predictor.num_classes:
+        raise CalibrationError(
+            f"expected a tripwire of {predictor.num_classes} classes, got {watched.num_classes}: pass the model's original"
+        )
+    before = preprocessor or chosen_preprocessor(settings)
+    overlay_rows, rest = divide(clean, watched, settings)
+    detectors = _compose(watched, clean.images(overlay_rows), settings)
+    accuracy, raw_accuracy = accuracies(predictor, clean.select(rest), settings, progress, before)
     found = [calibrate_strip(strip, clean.select(rest), settings, len(detectors), progress) for strip in detectors]
     refuse_blind(found)
     records = _records(found)
@@ -134,16 +165,19 @@ def calibrate(
         input=predictor.spec,
         model=_record(record, backend, predictor),
         detectors=records,
-        preprocessor=Gym() if settings.preprocess == "gym" else None,
+        preprocessor=before,
         policy=Policy(),
         clean_accuracy=accuracy,
         clean_accuracy_raw=raw_accuracy,
         seed=settings.seed,
-        libraries=_versions(),
+        libraries=versions(),
+        tripwire=None if tripwire is None else _tripwire(tripwire, watched),
     )
     ordered = tuple(item.strip for item in found)
     arrays = {item.array: overlays_to_array(strip.overlays) for item, strip in zip(records, ordered, strict=True)}
-    arrays["probe.probabilities"] = predictor(ordered[0].overlays[:PROBES]).cpu()
+    arrays[PROBE] = predictor(ordered[0].overlays[:PROBES]).cpu()
+    if tripwire is not None:
+        arrays[TRIPWIRE_PROBE] = watched(ordered[0].overlays[:PROBES]).cpu()
     return Calibration(profile, arrays, predictor, ordered, tuple(-item.scores for item in found))
 
 
@@ -168,6 +202,17 @@ def _records(found: Sequence[CalibratedStrip]) -> tuple[StripRecord, ...]:
         )
         for number, item in enumerate(found, start=1)
     )
+
+
+def chosen_preprocessor(settings: Settings) -> AnyPreprocessor | None:
+    """What the settings name."""
+    named: dict[str, AnyPreprocessor] = {
+        "gym": Gym(),
+        "gym-intensive": GymIntensive(),
+        "shrink-pad": ShrinkPad(),
+        "flip": Flip(),
+    }
+    return named.get(settings.preprocess)
 
 
 def divide(clean: ImageSet, predictor: Predictor, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -197,6 +242,10 @@ def _record(record: ModelRecord | None, backend: Backend, predictor: Predictor) 
     return msgspec.structs.replace(
         source, output=predictor.output, num_classes=predictor.num_classes, sha256=backend.fingerprint()
     )
+
+
+def _tripwire(tripwire: Tripwire, watched: Predictor) -> TripwireRecord:
+    return TripwireRecord(model=_record(tripwire.record, tripwire.backend, watched), input=watched.spec)
 
 
 def check_labels(clean: ImageSet, predictor: Predictor) -> None:
@@ -246,42 +295,43 @@ def answers(predictor: Predictor, clean: ImageSet) -> Tensor:
 
 
 def accuracies(
-    predictor: Predictor, clean: ImageSet, settings: Settings, progress: Progress
+    predictor: Predictor,
+    clean: ImageSet,
+    settings: Settings,
+    progress: Progress,
+    preprocessor: AnyPreprocessor | None = None,
 ) -> tuple[float | None, float | None]:
     """Clean accuracy through the preprocessor, and without it.
+
+    Args:
+        predictor: The model.
+        clean: Clean images.
+        settings: How large a drop is allowed, and the seed of the draws.
+        progress: Told how far it is.
+        preprocessor: None for none.
 
     Raises:
         CalibrationError: The preprocessor costs more than is allowed, or there are no labels to measure it with.
     """
     if clean.labels is None:
-        if settings.preprocess != "none":
+        if preprocessor is not None:
             raise CalibrationError("expected labels with the clean images, to measure what the preprocessor costs: add y")
         return None, None
     right = through = 0
-    gym = Gym() if settings.preprocess == "gym" else None
     generator = torch.Generator().manual_seed(settings.seed)
     for part in torch.arange(len(clean)).split(256):
         images, labels = clean.images(part), clean.labels[part]
         right += int((predictor(images).argmax(dim=1).cpu() == labels).sum())
-        if gym is not None:
-            through += int((predictor(gym(images, generator)).argmax(dim=1).cpu() == labels).sum())
+        if preprocessor is not None:
+            through += int((predictor(preprocessor(images, generator)).argmax(dim=1).cpu() == labels).sum())
         progress("measuring clean accuracy", int(part[-1]) + 1, len(clean))
     raw = right / len(clean)
-    after = through / len(clean) if gym is not None else raw
+    after = through / len(clean) if preprocessor is not None else raw
     drop = (raw - after) * 100.0
     if not drop <= settings.max_accuracy_drop:  # NaN allows nothing
         raise CalibrationError(
             f"the preprocessor costs {drop:.1f} points of clean accuracy ({raw:.3f} to {after:.3f}), more than "
-            f"--max-accuracy-drop {settings.max_accuracy_drop:g}: tune the model for it first, or allow the drop"
+            f"--max-accuracy-drop {settings.max_accuracy_drop:g}: tune the model for it first (guard repair --method gym), "
+            "or allow the drop"
         )
     return after, raw
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from calibration.data import Progress, no_progress
 from guard.errors import ModelError, one_line
-from guard.predictors import Backend, Predictor
+from guard.images import InputSpec
+from guard.predictors import Backend, OutputKind, Predictor
+from guard.predictors.chunks import run_in_chunks
 from guard.predictors.exported import ExportedBackend
 from guard.predictors.module import ModuleBackend
 from guard.predictors.torchscript import TorchScriptBackend
@@ -86,16 +88,53 @@ class TrainableCopy:
             arrange(backend.module, torch.contiguous_format)
         return self
 
+    def settle(self) -> None:
+        """Bring the weights back to the CPU and into their usual order, with gradients off."""
+        module = trainable(self.predictor.backend)
+        module.cpu()
+        if isinstance(self.predictor.backend, ModuleBackend):
+            arrange(module, torch.contiguous_format)
+        for parameter in module.parameters():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+    def answers(self) -> Answers:
+        """The copy as a module that can be trained: images in, logits out."""
+        backend = self.predictor.backend
+        batch_size = backend.batch_size if isinstance(backend, ExportedBackend) else None
+        return Answers(trainable(backend), self.predictor.spec, self.predictor.output, batch_size)
+
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy in nats; images (B, C, H, W) in [0, 1], labels (B,)."""
-        raw = self.predictor.backend(self.predictor.spec.to_model(images))
+        logits = self.answers()(images)
+        return nn.functional.cross_entropy(logits, labels.to(logits.device))
+
+
+@final
+class Answers(nn.Module):
+    """A model as a function that gradients pass through: images (B, C, H, W) in [0, 1] to logits (B, M).
+
+    Of a model that returns probabilities, their logarithm: whatever takes logits takes that.
+
+    Args:
+        module: The model's own.
+        spec: Its input.
+        output: What it returns.
+        batch_size: The only one that it takes; None for any.
+    """
+
+    def __init__(self, module: nn.Module, spec: InputSpec, output: OutputKind, batch_size: int | None = None) -> None:
+        super().__init__()
+        self.module = module
+        self._spec, self._output, self._batch_size = spec, output, batch_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """See the class."""
+        raw = run_in_chunks(self.module, self._spec.to_model(images), self._batch_size)
         answers = raw[0] if isinstance(raw, tuple | list) else raw
-        if not isinstance(answers, Tensor) or not answers.requires_grad:
+        if not isinstance(answers, Tensor) or (torch.is_grad_enabled() and not answers.requires_grad):
             raise ModelError(f"expected a model that can be fine-tuned ({_TRAINABLE}), got one without gradients")
-        labels = labels.to(answers.device)
-        if self.predictor.output == "logits":
-            return nn.functional.cross_entropy(answers.float(), labels)
-        return nn.functional.nll_loss(answers.float().clamp_min(1e-8).log(), labels)
+        return answers.float() if self._output == "logits" else answers.float().clamp_min(1e-8).log()
 
 
 def arrange(module: nn.Module, memory_format: torch.memory_format) -> None:

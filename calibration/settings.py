@@ -13,6 +13,9 @@ from guard.errors import CalibrationError
 BlendChoice = Literal["logit", "logit+demeaned", "add", "mix", "demeaned", "max"]
 """How overlays are superimposed: by one blend, or by two, each with a detector of its own, either of which may reject."""
 
+PreprocessChoice = Literal["none", "gym", "gym-intensive", "shrink-pad", "flip"]
+"""What happens to an image before the model answers it."""
+
 _PAIR: tuple[tuple[Blend, float], ...] = (("logit", 3.5), ("demeaned", 1.5))
 _ALPHAS: dict[Blend, float] = {"add": 1.0, "mix": 0.5, "demeaned": 1.5, "max": 1.0, "logit": 3.5}
 _MIN_OVERLAYS = 2
@@ -41,7 +44,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     overlays: int = 100
     blend: BlendChoice = "logit"
     alpha: float | None = None
-    preprocess: Literal["none", "gym"] = "none"
+    preprocess: PreprocessChoice = "none"
     max_accuracy_drop: float = 3.0
     method: Method = "conformal"
     confidence: float | None = None

@@ -6,10 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
+import msgspec
 from safetensors.torch import save_file
 
+from calibration.calibrate import Tripwire
+from calibration.discovery import Hints
+from calibration.repair.record import RepairRecord, is_repaired, read_record
+from guard.errors import ModelError
+from guard.loading import load_profile_backend
 from guard.predictors import Backend, load_backend
 from guard.predictors.module import ModuleBackend
+from guard.preprocessors import AnyPreprocessor
 from guard.profile import ModelRecord
 
 
@@ -22,24 +29,51 @@ class ModelSource:
         backend: Runs the model.
         record: For the profile; `calibrate` fills in what the model returns.
         file: To be copied into the profile; None for a predict function, which is imported again.
+        repair: What is known of it where it is a repaired model.
     """
 
     backend: Backend
     record: ModelRecord
     file: Path | None
+    repair: RepairRecord | None = None
+
+    @property
+    def preprocessor(self) -> AnyPreprocessor | None:
+        """That the model was tuned for."""
+        return None if self.repair is None else self.repair.preprocessor
+
+    def hints(self, given: Hints) -> Hints:
+        """What the user says and, for what he leaves open, what a repaired model's folder knows of its input."""
+        if self.repair is None:
+            return given
+        spec = self.repair.input
+        return Hints(
+            mean=given.mean or spec.mean,
+            std=given.std or spec.std,
+            output=given.output or self.repair.model.output,
+            layout=given.layout or spec.layout,
+            dtype=given.dtype or spec.dtype,
+            container=given.container or spec.container,
+            class_names=given.class_names or spec.class_names,
+            resize=given.resize or spec.resize,
+        )
 
 
 def open_model(name: str, weights: Path | None, scratch: Path) -> ModelSource:
     """Load what a user names as MODEL.
 
     Args:
-        name: A file, or `package.module:factory`.
+        name: A file, a folder that `guard repair` wrote, or `package.module:factory`.
         weights: `.safetensors` for the module that a factory makes.
         scratch: An existing folder, where the weights of a factory's module are written to be copied from.
 
     Raises:
         ModelError: It can't be found or loaded.
+        RepairError: A repaired model's folder is damaged.
     """
+    folder = Path(name)
+    if folder.is_dir():
+        return _open_repaired(folder, weights)
     backend = load_backend(name, weights)
     if backend.kind not in ("module", "callable"):
         path = Path(name)
@@ -51,7 +85,42 @@ def open_model(name: str, weights: Path | None, scratch: Path) -> ModelSource:
     return ModelSource(backend, _record(backend, file.name, name), file)
 
 
+def _open_repaired(folder: Path, weights: Path | None) -> ModelSource:
+    if not is_repaired(folder):
+        raise ModelError(f"expected a model file, a folder that guard repair wrote, or package.module:factory, got {folder}")
+    if weights is not None:
+        raise ModelError(f"expected package.module:factory for --weights, got {folder}, which has its own")
+    record = read_record(folder)
+    backend = load_profile_backend(folder, record.model)
+    return ModelSource(backend, record.model, folder / (record.model.file or ""), record)
+
+
 def _record(backend: Backend, file: str | None, factory: str | None) -> ModelRecord:
     return ModelRecord(
         kind=backend.kind, output="logits", num_classes=2, file=file, factory=factory, sha256=backend.fingerprint()
     )
+
+
+def open_tripwire(name: str, weights: Path | None, scratch: Path, hints: Hints) -> tuple[Tripwire, Path | None]:
+    """Load the original of a repaired model, for a profile that goes on detecting with it.
+
+    Args:
+        name: As MODEL.
+        weights: As there.
+        scratch: As there.
+        hints: What is known of the repaired model's input: the original's own, unless it is of another kind.
+
+    Returns:
+        The tripwire, and its file to be copied into the profile.
+
+    Raises:
+        ModelError: It can't be found or loaded.
+    """
+    folder = scratch / "tripwire"
+    folder.mkdir(exist_ok=True)
+    source = open_model(name, weights, folder)
+    known = Hints(mean=hints.mean, std=hints.std, class_names=hints.class_names, resize=hints.resize)
+    if source.file is None:
+        raise ModelError(f"expected a model in a file or a factory of a module for a tripwire, got {name}: save it first")
+    record = msgspec.structs.replace(source.record, file=f"tripwire{source.file.suffix.lower()}")
+    return Tripwire(source.backend, record, source.hints(known)), source.file

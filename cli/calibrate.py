@@ -62,8 +62,22 @@ def calibrate_command(
         float | None, typer.Option(help="Make the rate hold with this probability, e.g. 0.95.", rich_help_panel=_RATES)
     ] = None,
     preprocess: Annotated[
-        Literal["none", "gym"], typer.Option(help="Before the model answers; gym is for models tuned for it.")
-    ] = "none",
+        Literal["none", "gym", "gym-intensive", "shrink-pad", "flip"] | None,
+        typer.Option(
+            help="Before the model answers; gym is for models tuned for it.",
+            show_default="none, or what a repaired model was tuned for",
+        ),
+    ] = None,
+    tripwire: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ORIGINAL",
+            help="With a repaired MODEL: the model that it was made of. It goes on detecting, the repaired one answers.",
+        ),
+    ] = None,
+    tripwire_weights: Annotated[
+        Path | None, typer.Option(help=".safetensors for the module that ORIGINAL's factory makes.")
+    ] = None,
     max_accuracy_drop: Annotated[float, typer.Option(help="Points of clean accuracy that the preprocessor may cost.")] = 3.0,
     mean: options.MeanOption = None,
     std: options.StdOption = None,
@@ -94,7 +108,7 @@ def calibrate_command(
         from calibration.red_team_report import red_team_sections
         from calibration.report import calibration_report
         from calibration.settings import check_settings
-        from calibration.sources import open_model
+        from calibration.sources import open_model, open_tripwire
 
     if red_team and (blend is not None or alpha is not None):
         given = " and ".join(name for name, value in (("--blend", blend), ("--alpha", alpha)) if value is not None)
@@ -104,7 +118,7 @@ def calibrate_command(
         overlays=overlays,
         blend=blend or "logit",
         alpha=alpha,
-        preprocess=preprocess,
+        preprocess=preprocess or "none",
         max_accuracy_drop=max_accuracy_drop,
         method=method,
         confidence=confidence,
@@ -116,6 +130,8 @@ def calibrate_command(
     found, extra, sections = None, {}, []
     with tempfile.TemporaryDirectory(prefix="guard-") as scratch, progress_bars() as progress:
         source = open_model(model, weights, Path(scratch))
+        hints = source.hints(hints)
+        watched = None if tripwire is None else open_tripwire(tripwire, tripwire_weights, Path(scratch), hints)
         size = options.shape(shape) or (declared_shape(source.backend) if data.is_dir() else None)
         clean = load_images(data, size, skip_unreadable=skip_unreadable, progress=progress)
         skipped = clean.skipped
@@ -127,8 +143,18 @@ def calibrate_command(
             extra, sections = {"red_team.json": msgspec.json.encode(found)}, red_team_sections(found)
         else:
             settle_threads(discover(source.backend, clean, hints))
-        calibration = calibrate(source.backend, clean, settings, hints=hints, record=source.record, progress=progress)
-        calibration.save(out, source.file, {"report.html": calibration_report(calibration, sections), **extra})
+        calibration = calibrate(
+            source.backend,
+            clean,
+            settings,
+            hints=hints,
+            record=source.record,
+            preprocessor=source.preprocessor if preprocess is None else None,
+            tripwire=None if watched is None else watched[0],
+            progress=progress,
+        )
+        pages = {"report.html": calibration_report(calibration, sections), **extra}
+        calibration.save(out, source.file, pages, None if watched is None else watched[1])
     _show(calibration, skipped, found, out, as_json)
 
 
@@ -137,7 +163,7 @@ def _red_team(
 ) -> tuple[ImageSet, Settings, RedTeam]:
     """Let one part of the clean images choose the setting; returns the other part, which no choice has seen."""
     from calibration import red_team, split
-    from calibration.calibrate import accuracies, divide
+    from calibration.calibrate import accuracies, chosen_preprocessor, divide
     from calibration.discovery import discover
     from calibration.red_team import CANDIDATES, check_images
     from calibration.settings import check_settings
@@ -151,8 +177,9 @@ def _red_team(
         raise CalibrationError(f"--red-team takes {shares}, which is too few: {error}") from error
     predictor = discover(backend, first, hints)
     divide(rest, predictor, settings)  # what would stop calibration stops here, before the long work
-    if settings.preprocess != "none":
-        accuracies(predictor, rest, settings, progress)
+    before = chosen_preprocessor(settings)
+    if before is not None:
+        accuracies(predictor, rest, settings, progress, before)
     settle_threads(predictor)
     able = [item for item in CANDIDATES if _can_calibrate(_with(settings, *item), len(rest))]
     found = red_team(predictor, first, settings.frr, settings.overlays, settings.seed, candidates=able, progress=progress)

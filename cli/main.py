@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from cli import calibrate, check, demo, evaluate, export, quarantine, red_team, serve
+from cli import calibrate, check, demo, evaluate, export, quarantine, red_team, repair, serve
 from cli.stopping import stopped_by_sigterm
 from guard import GuardError, __version__
 
@@ -46,6 +46,7 @@ def _root(
 app.command("demo", rich_help_panel="Start here")(demo.demo)
 app.command("calibrate", rich_help_panel="Before serving")(calibrate.calibrate_command)
 app.command("red-team", rich_help_panel="Before serving")(red_team.red_team_command)
+app.command("repair", rich_help_panel="Before serving")(repair.repair_command)
 app.command("check", rich_help_panel="Before serving")(check.check)
 app.command("evaluate", rich_help_panel="Before serving")(evaluate.evaluate_command)
 app.command("export", rich_help_panel="Serving")(export.export)
@@ -79,3 +80,7 @@ def _main() -> None:
 def _fail(message: str) -> None:
     typer.echo(f"guard: {' '.join(message.split())}", err=True)
     sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

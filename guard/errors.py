@@ -10,6 +10,7 @@
     |-- ProfileError          a profile is missing, damaged, newer, or for another model
     |-- CalibrationError      no threshold can be set from this clean set
     |   `-- TooFewImagesError it says how many images would do
+    |-- RepairError          a model can't be repaired, or the repair costs too much accuracy
     |-- ExportError           an export failed, or differs from the original
     |-- QuarantineError       a quarantine folder or item can't be used
     |-- ServingError          a server can't be started or configured
@@ -98,6 +99,12 @@ class TooFewImagesError(CalibrationError):
         super().__init__(message)
         self.needed = needed
         self.available = available
+
+
+class RepairError(GuardError):
+    """A model can't be repaired, or the repair costs too much accuracy."""
+
+    code = "repair-failed"
 
 
 class ExportError(GuardError):

@@ -10,6 +10,7 @@ from torch import Tensor
 from guard.detectors import Strip
 from guard.errors import ModelError, ProfileError
 from guard.guard import CalibratedDetector, Guard
+from guard.images import InputSpec
 from guard.predictors import Backend, Predictor, wrap
 from guard.predictors.loading import load_backend
 from guard.predictors.screening import file_sha256
@@ -19,6 +20,9 @@ from guard.verdict import Policy
 
 PROBES = 8
 """Clean images whose answers a profile remembers, to recognise its model by behaviour."""
+
+PROBE, TRIPWIRE_PROBE = "probe.probabilities", "probe.tripwire"
+"""Arrays of the answers of the model, and of the tripwire."""
 
 _PROBE_TOLERANCE = 0.02
 
@@ -37,16 +41,15 @@ def load_guard(
         where = "" if torch.cuda.is_available() else " on a machine without CUDA"
         raise ModelError(f"expected the device cpu or cuda, got {device}{where}: use one that is there")
     profile, arrays = load_profile(folder)
-    predictor = Predictor(
-        load_profile_backend(folder, profile.model, model, device),
-        profile.input,
-        profile.model.num_classes,
-        profile.model.output,
-    )
+    predictor = load_predictor(folder, profile.model, profile.input, model, device)
     overlays = profile_overlays(profile, arrays)
-    _check_probe(predictor, overlays[0], arrays, folder)
+    _check_probe(predictor, overlays[0], arrays, PROBE, folder)
+    watched = predictor
+    if profile.tripwire is not None:
+        watched = load_predictor(folder, profile.tripwire.model, profile.tripwire.input, device=device)
+        _check_probe(watched, overlays[0], arrays, TRIPWIRE_PROBE, folder)
     detectors = [
-        CalibratedDetector(Strip(predictor, own, record.blend, record.alpha, name=record.title), record.threshold.value)
+        CalibratedDetector(Strip(watched, own, record.blend, record.alpha, name=record.title), record.threshold.value)
         for record, own in zip(profile.detectors, overlays, strict=bool(profile.detectors))
     ]
     return Guard(
@@ -58,6 +61,13 @@ def load_guard(
         seed=seed,
         device=device,
     )
+
+
+def load_predictor(
+    folder: Path, record: ModelRecord, spec: InputSpec, model: object | None = None, device: str = "cpu"
+) -> Predictor:
+    """A profile's model, ready to answer; see `load_profile_backend`."""
+    return Predictor(load_profile_backend(folder, record, model, device), spec, record.num_classes, record.output)
 
 
 def load_profile_backend(folder: Path, record: ModelRecord, model: object | None = None, device: str = "cpu") -> Backend:
@@ -105,11 +115,11 @@ def _overlays(profile: Profile, arrays: dict[str, Tensor], name: str) -> Tensor:
     return overlays
 
 
-def _check_probe(predictor: Predictor, overlays: Tensor, arrays: dict[str, Tensor], folder: Path) -> None:
+def _check_probe(predictor: Predictor, overlays: Tensor, arrays: dict[str, Tensor], name: str, folder: Path) -> None:
     """The model must answer as it did at calibration: catches another model, other weights, other preprocessing."""
-    expected = arrays.get("probe.probabilities")
+    expected = arrays.get(name)
     if expected is None or expected.ndim != 2 or len(expected) == 0:
-        raise ProfileError(f"expected the array probe.probabilities in {folder}, got none: calibrate again")
+        raise ProfileError(f"expected the array {name} in {folder}, got none: calibrate again")
     try:
         answers = predictor(overlays[: len(expected)]).cpu()
     except ModelError as error:

@@ -7,9 +7,7 @@ truncated or hand-edited profile, a newer schema or another model is refused wit
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,11 +19,12 @@ from torch import Tensor
 
 from guard.detectors.strip import Blend
 from guard.errors import GuardError, ProfileError
+from guard.folders import FolderKind
 from guard.images import InputSpec
 from guard.predictors.outputs import OutputKind
 from guard.predictors.predictor import BackendKind
 from guard.predictors.screening import file_sha256
-from guard.preprocessors import Gym
+from guard.preprocessors import AnyPreprocessor
 from guard.verdict import Policy
 
 SCHEMA = 1
@@ -34,7 +33,10 @@ _ARRAYS = "arrays.safetensors"
 OVERLAYS = "strip.overlays"
 """Array of a lone STRIP's overlays, and of the first one's of several."""
 
-_OURS = (_JSON, _ARRAYS, "report.html", "red_team.json")
+_OURS = (_ARRAYS, "report.html", "red_team.json")
+_KIND = FolderKind(
+    "profile", _JSON, lambda name: name in _OURS or name.startswith(("model.", "weights.", "tripwire.")), ProfileError
+)
 _Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 
 
@@ -107,6 +109,18 @@ class StripRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     title: Annotated[str, msgspec.Meta(pattern=r"^strip(-[a-z]+)?\Z")] = "strip"
 
 
+class TripwireRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The original, suspicious model of a repaired one: it goes on detecting, because its backdoor shows what a trigger does.
+
+    Attributes:
+        model: The model; its file's name starts with `tripwire.`.
+        input: Its input; of the same images.
+    """
+
+    model: ModelRecord
+    input: InputSpec
+
+
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What `guard.json` holds.
 
@@ -123,6 +137,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         seed: Of every draw that calibration made.
         libraries: Versions that calibrated it.
         arrays_sha256: Of `arrays.safetensors`.
+        tripwire: The model that the detectors look at, where that is not the one that answers.
     """
 
     schema: int
@@ -130,16 +145,19 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     input: InputSpec
     model: ModelRecord
     detectors: tuple[StripRecord, ...]
-    preprocessor: Gym | None
+    preprocessor: AnyPreprocessor | None
     policy: Policy
     clean_accuracy: float | None
     clean_accuracy_raw: float | None
     seed: int
     libraries: dict[str, str]
     arrays_sha256: str = ""
+    tripwire: TripwireRecord | None = None
 
     def __post_init__(self) -> None:
         """Verdicts and metrics tell detectors apart by name."""
+        if self.tripwire is not None and self.tripwire.input.shape != self.input.shape:
+            raise ProfileError(f"expected a tripwire for images of shape {self.input.shape}, got {self.tripwire.input.shape}")
         names = [record.title for record in self.detectors]
         if len(set(names)) < len(names):
             raise ProfileError(f"expected detectors of distinct names, got {', '.join(names)}: calibrate again")
@@ -151,6 +169,7 @@ def save_profile(
     folder: Path,
     model_file: Path | None = None,
     extra: dict[str, bytes] | None = None,
+    tripwire_file: Path | None = None,
 ) -> Profile:
     """Write a profile folder, all of it or nothing.
 
@@ -160,6 +179,7 @@ def save_profile(
         folder: Its target; an existing profile there is replaced, a folder with anything else in it refused.
         model_file: Copied in under `profile.model.file`.
         extra: Further files, by name (a report, its pictures).
+        tripwire_file: Copied in under `profile.tripwire.model.file`.
 
     Returns:
         The profile as written.
@@ -167,23 +187,16 @@ def save_profile(
     Raises:
         ProfileError: The target holds something else, or can't be written.
     """
-    folder = folder.absolute()
-    check_target(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-            draft = Path(scratch) / "profile"
-            draft.mkdir()
-            (draft / _ARRAYS).write_bytes(save({name: array.contiguous() for name, array in arrays.items()}))
-            if model_file is not None and profile.model.file is not None:
-                shutil.copyfile(model_file, draft / profile.model.file)
-            for name, data in (extra or {}).items():
-                (draft / name).write_bytes(data)
-            sealed = msgspec.structs.replace(profile, arrays_sha256=file_sha256(draft / _ARRAYS))
-            (draft / _JSON).write_bytes(_encode(sealed))
-            _replace(folder, draft, Path(scratch) / "replaced")
-    except OSError as error:
-        raise ProfileError(f"could not write the profile to {folder}: {error.strerror or error}") from error
+    with _KIND.writing(folder) as draft:
+        (draft / _ARRAYS).write_bytes(save({name: array.contiguous() for name, array in arrays.items()}))
+        if model_file is not None and profile.model.file is not None:
+            shutil.copyfile(model_file, draft / profile.model.file)
+        if tripwire_file is not None and profile.tripwire is not None and profile.tripwire.model.file is not None:
+            shutil.copyfile(tripwire_file, draft / profile.tripwire.model.file)
+        for name, data in (extra or {}).items():
+            (draft / name).write_bytes(data)
+        sealed = msgspec.structs.replace(profile, arrays_sha256=file_sha256(draft / _ARRAYS))
+        (draft / _JSON).write_bytes(_encode(sealed))
     return sealed
 
 
@@ -193,42 +206,7 @@ def check_target(folder: Path) -> None:
     Raises:
         ProfileError: It holds something else, or can't be written.
     """
-    parent = next(place for place in folder.absolute().parents if place.exists())
-    if not parent.is_dir():
-        raise ProfileError(f"could not write the profile to {folder}: {parent} is no folder; pick another --out")
-    if not os.access(parent, os.W_OK):
-        raise ProfileError(f"could not write the profile to {folder}: Permission denied; pick another --out")
-    foreign = _foreign(folder.absolute())
-    if foreign is not None:
-        raise ProfileError(
-            f"expected a new, empty or profile folder, got {folder}, which holds something else ({foreign}): pick another --out"
-        )
-
-
-def _foreign(folder: Path) -> str | None:
-    """What would be lost if the folder were replaced: the first name in it that no profile has."""
-    if not folder.exists():
-        return None
-    if not folder.is_dir():
-        return folder.name
-    names = sorted(item.name for item in folder.iterdir())
-    if not names:
-        return None
-    if _JSON not in names:
-        return names[0]
-    return next((name for name in names if name not in _OURS and not name.startswith(("model.", "weights."))), None)
-
-
-def _replace(folder: Path, draft: Path, old: Path) -> None:
-    """Swap folders; when the new one can't move in, the old one moves back."""
-    try:
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(draft, folder)
-    except BaseException:
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        raise
+    _KIND.check_target(folder)
 
 
 def load_profile(folder: str | Path) -> tuple[Profile, dict[str, Tensor]]:

@@ -7,9 +7,29 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from guard.preprocessors.flip import Flip
 from guard.preprocessors.gym import Gym
+from guard.preprocessors.gym_intensive import GymIntensive
+from guard.preprocessors.optical_distortion import OpticalDistortion
+from guard.preprocessors.sat import Sat
+from guard.preprocessors.shrink_pad import RandomShrinkPad, ShrinkPad
+from guard.preprocessors.three_medians import ThreeMedians
 
-__all__ = ["Gym", "Preprocessor"]
+__all__ = [
+    "AnyPreprocessor",
+    "Flip",
+    "Gym",
+    "GymIntensive",
+    "OpticalDistortion",
+    "Preprocessor",
+    "RandomShrinkPad",
+    "Sat",
+    "ShrinkPad",
+    "ThreeMedians",
+]
+
+AnyPreprocessor = Gym | GymIntensive | OpticalDistortion | ThreeMedians | RandomShrinkPad | Sat | ShrinkPad | Flip
+"""Those that a profile can hold."""
 
 
 class Preprocessor(Protocol):

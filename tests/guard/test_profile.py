@@ -106,7 +106,7 @@ def test_a_failed_save_changes_nothing(profile: Path, monkeypatch: pytest.Monkey
     real = os.replace
 
     def fails(source: Any, target: Any) -> None:
-        if Path(target) == profile and Path(source).name == "profile":
+        if Path(target) == profile and Path(source).name == "draft":
             raise OSError(28, "No space left on device")
         real(source, target)
 

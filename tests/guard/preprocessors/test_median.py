@@ -49,9 +49,9 @@ def test_planes_do_not_mix_and_views_are_read_right() -> None:
             assert torch.equal(filtered[row, channel], alone[0, 0])
 
 
-@pytest.mark.parametrize("kernel", [0, 1, 2, 4, 7])
+@pytest.mark.parametrize("kernel", [0, 2, 4, 7])
 def test_other_kernels(kernel: int) -> None:
-    with pytest.raises(InputError, match="expected a median kernel of 3 or 5"):
+    with pytest.raises(InputError, match="expected a median kernel of 1, 3 or 5"):
         median_filter(torch.zeros(1, 1, 4, 4), kernel)
 
 

@@ -1,0 +1,116 @@
+"""Checkpoints of a training: weights and optimizer state as safetensors, nothing pickled, a whole file or none."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from guard.errors import CalibrationError
+
+
+@final
+class Checkpoints:
+    """A folder of checkpoints that belong to one piece of work.
+
+    Args:
+        folder: Made on the first write; what is in there of other work is not resumed.
+        key: Whatever the work depends on; other keys, other work.
+        writes: False for the processes that must not.
+    """
+
+    def __init__(self, folder: Path, key: object, writes: bool = True) -> None:
+        self.folder = folder
+        self._key = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+        self._writes = writes
+
+    def save(
+        self,
+        name: str,
+        step: int,
+        modules: Mapping[str, nn.Module] | None = None,
+        optimizers: Mapping[str, torch.optim.Optimizer] | None = None,
+        arrays: Mapping[str, Tensor] | None = None,
+        facts: Mapping[str, float] | None = None,
+    ) -> None:
+        """Write one, in the place of the last of that name.
+
+        Args:
+            name: Of the training.
+            step: How far it is.
+            modules: Whose weights.
+            optimizers: Whose state.
+            arrays: What else.
+            facts: Numbers.
+        """
+        if not self._writes:
+            return
+        tensors = {f"array/{key}": value for key, value in (arrays or {}).items()}
+        for key, module in (modules or {}).items():
+            tensors |= {f"module/{key}/{field}": value for field, value in module.state_dict().items()}
+        for key, optimizer in (optimizers or {}).items():
+            for number, state in optimizer.state_dict()["state"].items():
+                for field, value in state.items():
+                    tensors[f"optimizer/{key}/{number}/{field}"] = torch.as_tensor(value)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / f".{name}.partial"
+        metadata = {"key": self._key, "step": str(step), "facts": json.dumps(dict(facts or {}))}
+        save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, partial, metadata)
+        partial.replace(self.folder / f"{name}.safetensors")
+
+    def load(
+        self,
+        name: str,
+        modules: Mapping[str, nn.Module] | None = None,
+        optimizers: Mapping[str, torch.optim.Optimizer] | None = None,
+    ) -> tuple[int, dict[str, Tensor], dict[str, float]] | None:
+        """Fill modules and optimizers from the last one of that name.
+
+        Returns:
+            How far it was, the arrays and the facts; None when there is none of this work.
+
+        Raises:
+            CalibrationError: A damaged one.
+        """
+        path = self.folder / f"{name}.safetensors"
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+            if metadata.get("key") != self._key:
+                return None
+            tensors = load_file(path)
+            step, facts = int(metadata["step"]), json.loads(metadata["facts"])
+            for key, module in (modules or {}).items():
+                module.load_state_dict(_below(tensors, f"module/{key}/"))
+            for key, optimizer in (optimizers or {}).items():
+                _fill(optimizer, _below(tensors, f"optimizer/{key}/"))
+        except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+            raise CalibrationError(f"expected a checkpoint in {path}, got a damaged one: delete {self.folder}") from error
+        return step, _below(tensors, "array/"), facts
+
+    def remove(self) -> None:
+        """Delete the folder."""
+        if self._writes:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _fill(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        number, _, field = name.partition("/")
+        state.setdefault(int(number), {})[field] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -1,0 +1,163 @@
+"""What a repair works on: clean images, quarantined ones, and the parts of both that it must not see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import torch
+from torch import Tensor
+
+from calibration.data import ImageSet, Progress, load_images, no_progress
+from guard import Predictor, Quarantine
+from guard.errors import CalibrationError, InputError, QuarantineError, RepairError
+
+FEWEST_CLEAN = 50
+FEWEST_QUARANTINED = 30
+_HELD_OUT = 0.2  # of both sets: measures the repair, and does nothing else
+_STOPPING = 0.1  # of both sets: decides when to stop
+_AT_ONCE = 256
+
+
+@final
+@dataclass(frozen=True)
+class Part:
+    """Images and what belongs to them.
+
+    Attributes:
+        images: (N, C, H, W), float32, in [0, 1].
+        labels: (N,), int64: of clean images the true ones or, where those are unknown, the original's answers; of quarantined
+            images the original's answers.
+        answers: (N, M), logits of the original.
+    """
+
+    images: Tensor
+    labels: Tensor
+    answers: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@final
+@dataclass(frozen=True)
+class Parts:
+    """A set in three parts that never mix.
+
+    Attributes:
+        tuning: Is learnt from.
+        stopping: Says when to stop.
+        held_out: Measures what came of it.
+    """
+
+    tuning: Part
+    stopping: Part
+    held_out: Part
+
+    def __len__(self) -> int:
+        return len(self.tuning) + len(self.stopping) + len(self.held_out)
+
+
+def clean_parts(clean: ImageSet, predictor: Predictor, seed: int) -> Parts:
+    """Cut a clean set by a seed.
+
+    Raises:
+        RepairError: Too few images.
+    """
+    if len(clean) < FEWEST_CLEAN:
+        raise RepairError(f"expected at least {FEWEST_CLEAN} clean images to repair with, got {len(clean)}: add images")
+    return _cut(clean.images(slice(None)), clean.labels, predictor, seed)
+
+
+def quarantined_parts(images: Tensor, predictor: Predictor, seed: int) -> Parts:
+    """Cut quarantined images by a seed.
+
+    Args:
+        images: (N, C, H, W), in [0, 1].
+        predictor: The original.
+        seed: Of the cut.
+
+    Raises:
+        RepairError: Too few images.
+    """
+    if len(images) < FEWEST_QUARANTINED:
+        raise RepairError(
+            f"expected at least {FEWEST_QUARANTINED} quarantined images to learn the trigger from, got {len(images)}: serve on "
+            "until the quarantine holds more, or use --method gym, which needs none"
+        )
+    return _cut(images, None, predictor, seed)
+
+
+def load_quarantined(
+    place: Path, shape: tuple[int, int, int], *, skip_unreadable: bool = False, progress: Progress = no_progress
+) -> Tensor:
+    """Quarantined images of a model's shape.
+
+    Args:
+        place: A quarantine folder, or any folder of images, or an `.npz` with `x`.
+        shape: (C, H, W) of the model's images.
+        skip_unreadable: Leave out items whose picture can't be read.
+        progress: Told about each image.
+
+    Returns:
+        (N, C, H, W), in [0, 1].
+
+    Raises:
+        QuarantineError: Nothing there.
+        CalibrationError: Unreadable pictures, and no leave to skip them.
+        InputError: Images of another shape.
+    """
+    items = Quarantine(place).items() if place.is_dir() else []
+    if not items:
+        if not place.exists():
+            raise QuarantineError(
+                f"expected a quarantine folder, got {place}: no such folder; nothing may have been rejected yet"
+            )
+        return load_images(place, shape, skip_unreadable=skip_unreadable, progress=progress).images(slice(None))
+    found, quarantine = [], Quarantine(place)
+    for done, item in enumerate(items, start=1):
+        try:
+            image = quarantine.image(item)
+        except QuarantineError as error:
+            if not (place / f"{item.id}.json").exists():  # evicted or released meanwhile
+                continue
+            if not skip_unreadable:
+                raise CalibrationError(f"{error}; or pass --skip-unreadable") from error
+            continue
+        if tuple(image.shape) != shape:
+            raise InputError(
+                f"expected quarantined images of shape {shape}, got {tuple(image.shape)} ({item.id}): is it another model's?"
+            )
+        found.append(image)
+        progress("reading the quarantine", done, len(items))
+    if not found:
+        raise QuarantineError(f"expected images in {place}, got none that can be read")
+    return torch.stack(found)
+
+
+def logits(predictor: Predictor, images: Tensor) -> Tensor:
+    """What the original says, as logarithms of its probabilities, which serve as logits; (N, M).
+
+    Raises:
+        ModelError: It failed.
+    """
+    parts = [predictor(part).cpu() for part in images.split(_AT_ONCE)]
+    return torch.cat(parts).clamp_min(1e-8).log()
+
+
+def _cut(images: Tensor, labels: Tensor | None, predictor: Predictor, seed: int) -> Parts:
+    try:
+        predictor.spec.check(images)
+    except InputError as error:
+        raise InputError(f"the images don't fit the model: {error}") from error
+    answers = logits(predictor, images)
+    failed = int(torch.isnan(answers).any(dim=1).sum())
+    if failed:
+        raise RepairError(f"the model gave no answer to {failed} of {len(images)} images: check --mean, --std, --output")
+    known = answers.argmax(dim=1) if labels is None else labels
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    held_out, stopping = max(1, round(_HELD_OUT * len(images))), max(1, round(_STOPPING * len(images)))
+    rows = order.split([held_out, stopping, len(images) - held_out - stopping])
+    parts = [Part(images[part], known[part], answers[part]) for part in rows]
+    return Parts(parts[2], parts[1], parts[0])

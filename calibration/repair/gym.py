@@ -1,0 +1,111 @@
+"""GYM's fine-tuning: the model learns to answer images that the lightweight preprocessing has changed.
+
+Two recipes. `paper` is theirs: intensive images, labels, Adadelta, 5 epochs, 5x5 medians. `distilled` is ours: the images that
+the model will get, the original's own answers to the clean ones beside the labels, mixtures, a longer schedule with batch norm
+in training mode, and a kernel in proportion to the image.
+
+Reference: Zeng et al., GYM (DeepSweep), arXiv:2012.07006; rate and parameters are those of its public code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from calibration.checkpoints import Checkpoints
+from calibration.data import Progress, no_progress
+from calibration.engine import Engine
+from calibration.fine_tuning import TrainableCopy
+from calibration.repair.cases import Part, Parts, logits
+from calibration.repair.tuning import Lesson, Tuning, mix, tune
+from guard import Predictor
+from guard.preprocessors import Gym, GymIntensive, Preprocessor, ThreeMedians
+
+Recipe = Literal["distilled", "paper"]
+
+PAPER = Tuning(epochs=5, rate=0.03, batch=10, weight=0.0, mixed=0.0, optimizer="adadelta")
+DISTILLED = Tuning(epochs=40, rate=3e-3, batch=64, batch_statistics=True)
+
+_KERNELS = (1, 3, 5)
+_PAPERS_SIDE = 224  # pixels of the images that the public code filters with 5x5 medians
+
+
+def lightweight(shape: tuple[int, int, int], recipe: Recipe = "distilled") -> Gym:
+    """GYM's function at inference.
+
+    Args:
+        shape: (C, H, W) of the model's images.
+        recipe: `paper` filters images of any size with 5x5 medians; otherwise the kernel is in proportion to the image, and
+            one pixel, so no filter, for images of less than about 90 pixels: 5x5 on 32x32 blurs digits off a traffic sign.
+    """
+    if recipe == "paper":
+        return Gym()
+    wanted = 5.0 * min(shape[1:]) / _PAPERS_SIDE
+    return Gym(kernel=min(_KERNELS, key=lambda kernel: abs(kernel - wanted)))
+
+
+def fine_tune_gym(
+    copied: TrainableCopy,
+    original: Predictor,
+    clean: Parts,
+    recipe: Recipe,
+    tuning: Tuning,
+    engine: Engine,
+    seed: int,
+    checkpoints: Checkpoints | None = None,
+    progress: Progress = no_progress,
+) -> Gym:
+    """Tune a copy in place for the preprocessor that is returned.
+
+    Args:
+        copied: The copy.
+        original: Answers clean images.
+        clean: Cut.
+        recipe: Whose.
+        tuning: `PAPER` or `DISTILLED`, with changes.
+        engine: Where.
+        seed: Of what is drawn.
+        checkpoints: Written after each epoch, and gone on from.
+        progress: Told how far it is.
+
+    Raises:
+        ModelError: The model can't be trained.
+    """
+    light = lightweight(original.spec.shape, recipe)
+    change: Preprocessor = GymIntensive(medians=ThreeMedians(kernel=light.kernel)) if recipe == "paper" else light
+    shown = light(clean.stopping.images, torch.Generator().manual_seed(seed))  # the same draws each time
+
+    def score() -> float:
+        return float((copied.predictor(shown).argmax(dim=1).cpu() == clean.stopping.labels).double().mean())
+
+    steps = -(-len(clean.tuning) // tuning.batch)
+    tune(
+        copied,
+        lambda epoch: _lessons(original, clean.tuning, change, tuning, seed * 1_000_003 + epoch + 1),
+        steps,
+        tuning,
+        engine,
+        score,
+        checkpoints,
+        progress=progress,
+    )
+    return light
+
+
+def _lessons(original: Predictor, part: Part, change: Preprocessor, tuning: Tuning, seed: int) -> Iterator[Lesson]:
+    generator = torch.Generator().manual_seed(seed)
+    for rows in torch.randperm(len(part), generator=generator).split(tuning.batch):
+        images, mixed = mix(part.images[rows], tuning.mixed, generator)
+        answers = _answers(original, images, part.answers[rows], mixed) if tuning.weight else part.answers[rows]
+        yield Lesson(change(images, generator), answers, torch.where(mixed, -1, part.labels[rows]))
+
+
+def _answers(original: Predictor, images: Tensor, known: Tensor, mixed: Tensor) -> Tensor:
+    """What the original says of a batch; of the images that are as they were, that is known."""
+    answers = known.clone()
+    if bool(mixed.any()):
+        answers[mixed] = logits(original, images[mixed])
+    return answers

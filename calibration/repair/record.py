@@ -1,0 +1,127 @@
+"""`repair.json`: what a repaired model's folder says of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from guard import InputSpec
+from guard.errors import GuardError, RepairError
+from guard.folders import FolderKind
+from guard.preprocessors import AnyPreprocessor
+from guard.profile import ModelRecord
+
+SCHEMA = 1
+JSON = "repair.json"
+REPORT = "report.html"
+PROFILE = "profile"
+"""Sub-folder of a profile for the repaired model, where an edge server made one."""
+
+Method = Literal["gym", "codefend"]
+
+
+def _ours(name: str) -> bool:
+    return name in (REPORT, PROFILE) or name.startswith("model.")
+
+
+KIND = FolderKind("repaired model's", JSON, _ours, RepairError)
+
+
+class RepairFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """What a repair came to, on images that it did not see; shares.
+
+    Attributes:
+        clean_accuracy_before: Of the original; None without labels.
+        clean_accuracy_after: Of the repaired model, through its preprocessor; None without labels.
+        agreement: Held-out clean images that the repaired model answers as the original does.
+        attack_success_seen_before: Held-out quarantined images that get the original's answer from the original: 1, to be
+            compared with; None without a quarantine.
+        attack_success_seen_after: Of these, how many still get that answer. False alarms among them should.
+        generated_triggers_work: Held-out clean images on which the trigger that codefend learnt works on the original; of
+            several rounds the least.
+        rounds: Of codefend: one a trigger, where it saw that one was left.
+        clean_images: All of them.
+        quarantined_images: All of them.
+        held_out_clean: Of which so many measured.
+        held_out_quarantined: Likewise.
+        seconds: That it took, without the time before an interruption.
+    """
+
+    clean_accuracy_before: float | None
+    clean_accuracy_after: float | None
+    agreement: float
+    attack_success_seen_before: float | None
+    attack_success_seen_after: float | None
+    generated_triggers_work: float | None
+    rounds: int
+    clean_images: int
+    quarantined_images: int
+    held_out_clean: int
+    held_out_quarantined: int
+    seconds: float
+
+    @property
+    def drop(self) -> float:
+        """Points of clean accuracy that were lost; without labels, of agreement with the original."""
+        if self.clean_accuracy_before is None or self.clean_accuracy_after is None:
+            return (1.0 - self.agreement) * 100.0
+        return (self.clean_accuracy_before - self.clean_accuracy_after) * 100.0
+
+
+class RepairRecord(RepairFigures, frozen=True, kw_only=True):
+    """What `repair.json` holds, besides the figures.
+
+    Attributes:
+        schema: Version of this layout.
+        created: ISO 8601, UTC.
+        method: That repaired it.
+        model: The repaired model, in the same folder.
+        original_sha256: Of the model that was repaired, as profiles know it.
+        input: Of the model.
+        preprocessor: That it was tuned for, and needs; None for none.
+        settings: How it was made.
+        max_accuracy_drop: Points that it was allowed to cost.
+        libraries: Versions that made it.
+    """
+
+    schema: int
+    created: str
+    method: Method
+    model: ModelRecord
+    original_sha256: str | None
+    input: InputSpec
+    preprocessor: AnyPreprocessor | None
+    settings: dict[str, object]
+    max_accuracy_drop: float
+    libraries: dict[str, str]
+
+
+def is_repaired(folder: Path) -> bool:
+    """Whether a folder looks like a repaired model's."""
+    return (folder / JSON).is_file()
+
+
+def read_record(folder: Path) -> RepairRecord:
+    """Read `repair.json`.
+
+    Raises:
+        RepairError: There is none, a damaged one, or one of a newer schema.
+    """
+    path = folder / JSON
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RepairError(
+            f"expected a repaired model's folder with {JSON}, got {folder}: make one with guard repair"
+        ) from error
+    try:
+        schema = msgspec.json.decode(data, type=dict[str, object]).get("schema")
+        if schema != SCHEMA:
+            raise RepairError(f"expected {JSON} of schema {SCHEMA}, got {schema} in {folder}: repair again with this version")
+        return msgspec.json.decode(data, type=RepairRecord)
+    except RepairError:
+        raise
+    except (msgspec.MsgspecError, GuardError, RecursionError) as error:
+        raise RepairError(f"{path} is damaged ({error}): repair again") from error

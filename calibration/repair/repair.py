@@ -1,0 +1,204 @@
+"""Repair: from a suspicious model, clean images and what was quarantined to a model that can be trusted more, and its figures.
+
+The model itself never changes: a copy is tuned. A held-out part of both sets is kept from it, and measures what it came to.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import msgspec
+import torch
+from torch import Tensor
+
+from calibration.checkpoints import Checkpoints
+from calibration.data import ImageSet, Progress, no_progress
+from calibration.engine import Engine
+from calibration.fine_tuning import TrainableCopy
+from calibration.repair.cases import Part, clean_parts, quarantined_parts
+from calibration.repair.codefend import TUNING, Learnt, fine_tune_codefend
+from calibration.repair.cyclegan import Training
+from calibration.repair.gym import DISTILLED, PAPER, Recipe, fine_tune_gym
+from calibration.repair.record import Method, RepairFigures
+from guard import Predictor
+from guard.errors import RepairError
+from guard.preprocessors import Gym, Preprocessor
+
+MAX_ACCURACY_DROP: dict[Method, float] = {"gym": 12.0, "codefend": 3.0}
+"""Points of clean accuracy that a repair may cost unless told otherwise."""
+
+_DRAWS = 4  # of a preprocessor that draws, to measure accuracy through it
+
+
+class RepairSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How to repair.
+
+    Attributes:
+        method: `gym` or `codefend`.
+        max_accuracy_drop: Points of clean accuracy that it may cost; None for the method's own: 12 for gym, 3 for codefend.
+        recipe: Of gym: `distilled` is ours, `paper` the paper's.
+        epochs: Of fine-tuning, at most; None for the method's own.
+        gan: Of codefend's CycleGAN.
+        seed: Of the cut and of every draw.
+    """
+
+    method: Method
+    max_accuracy_drop: float | None = None
+    recipe: Recipe = "distilled"
+    epochs: int | None = None
+    gan: Training = Training()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what means nothing."""
+        if self.epochs is not None and self.epochs < 1:
+            raise RepairError(f"expected at least one epoch, got {self.epochs}")
+        if self.gan.epochs < 2:
+            raise RepairError(f"expected at least two epochs of the CycleGAN, got {self.gan.epochs}")
+
+    @property
+    def allowed_drop(self) -> float:
+        """Points."""
+        return MAX_ACCURACY_DROP[self.method] if self.max_accuracy_drop is None else self.max_accuracy_drop
+
+
+@final
+@dataclass(frozen=True)
+class Repaired:
+    """A repaired copy, not yet on disk.
+
+    Attributes:
+        predictor: Answers with the copy.
+        preprocessor: That it was tuned for; None for none.
+        figures: What was measured.
+        settings: How it was made.
+        learnt: What each round of codefend learnt.
+    """
+
+    predictor: Predictor
+    preprocessor: Gym | None
+    figures: RepairFigures
+    settings: RepairSettings
+    learnt: Sequence[Learnt] = ()
+
+    def check(self) -> None:
+        """Refuse a repair that costs too much.
+
+        Raises:
+            RepairError: It says how much, and how to allow it.
+        """
+        figures, allowed = self.figures, self.settings.allowed_drop
+        if figures.drop <= allowed:
+            return
+        before, after = figures.clean_accuracy_before, figures.clean_accuracy_after
+        what = "agreement with the original" if before is None or after is None else f"{before:.1%} to {after:.1%}"
+        raise RepairError(
+            f"the repair costs {figures.drop:.1f} points of clean accuracy ({what}, {figures.held_out_clean} held-out images)"
+            f", more than --max-accuracy-drop {allowed:g}: give more clean images, or allow it with "
+            f"--max-accuracy-drop {figures.drop + 0.05:.1f}"
+        )
+
+
+def repair(
+    predictor: Predictor,
+    clean: ImageSet,
+    settings: RepairSettings,
+    quarantined: Tensor | None = None,
+    *,
+    engine: Engine | None = None,
+    checkpoints: Checkpoints | None = None,
+    progress: Progress = no_progress,
+) -> Repaired:
+    """Repair a copy of a model.
+
+    Args:
+        predictor: The model.
+        clean: Clean images; without labels, the model's own answers stand in for them.
+        settings: How.
+        quarantined: (N, C, H, W), in [0, 1], what the guard rejected; codefend learns from a part of it, the rest measures.
+        engine: Where; this machine's first device by default.
+        checkpoints: Written while it works, gone on from, and removed by nobody here.
+        progress: Told how far it is.
+
+    Returns:
+        The copy and its figures; `check` refuses one that lost too much.
+
+    Raises:
+        RepairError: Too few images.
+        ModelError: The model can't be trained.
+    """
+    started = time.monotonic()
+    copied = TrainableCopy.of(predictor)
+    if settings.method == "codefend" and quarantined is None:
+        raise RepairError("expected --quarantine DIR for codefend, which learns the trigger from it, got none: or --method gym")
+    cases = clean_parts(clean, predictor, settings.seed)
+    suspects = None if quarantined is None else quarantined_parts(quarantined, predictor, settings.seed)
+    engine = engine or Engine()
+    copied = copied.faster(cases.tuning.images[:2])
+    light: Gym | None = None
+    learnt: list[Learnt] = []
+    if suspects is not None and settings.method == "codefend":
+        tuning = TUNING if settings.epochs is None else msgspec.structs.replace(TUNING, epochs=settings.epochs)
+        learnt = fine_tune_codefend(
+            copied, predictor, cases, suspects, settings.gan, tuning, engine, settings.seed, checkpoints, progress
+        )
+    else:
+        tuning = PAPER if settings.recipe == "paper" else DISTILLED
+        tuning = tuning if settings.epochs is None else msgspec.structs.replace(tuning, epochs=settings.epochs)
+        light = fine_tune_gym(copied, predictor, cases, settings.recipe, tuning, engine, settings.seed, checkpoints, progress)
+    copied.settle()
+    figures = _measure(copied.predictor, light, cases.held_out, None if suspects is None else suspects.held_out, settings.seed)
+    return Repaired(
+        copied.predictor,
+        light,
+        RepairFigures(
+            clean_accuracy_before=_share(cases.held_out.answers, cases.held_out.labels) if clean.labels is not None else None,
+            clean_accuracy_after=figures.right if clean.labels is not None else None,
+            agreement=figures.agreement,
+            attack_success_seen_before=None if suspects is None else 1.0,
+            attack_success_seen_after=figures.still,
+            generated_triggers_work=min((item.trigger_works or 0.0 for item in learnt), default=None),
+            rounds=len(learnt),
+            clean_images=len(cases),
+            quarantined_images=0 if suspects is None else len(suspects),
+            held_out_clean=len(cases.held_out),
+            held_out_quarantined=0 if suspects is None else len(suspects.held_out),
+            seconds=time.monotonic() - started,
+        ),
+        settings,
+        learnt,
+    )
+
+
+@dataclass(frozen=True)
+class _Shares:
+    right: float
+    agreement: float
+    still: float | None
+
+
+def _measure(predictor: Predictor, preprocessor: Preprocessor | None, clean: Part, suspects: Part | None, seed: int) -> _Shares:
+    generator = torch.Generator().manual_seed(seed)
+
+    def answered(images: Tensor) -> Sequence[Tensor]:
+        """Labels, several times over where the preprocessor draws."""
+        if preprocessor is None:
+            return [predictor(images).argmax(dim=1).cpu()]
+        return [predictor(preprocessor(images, generator)).argmax(dim=1).cpu() for _ in range(_DRAWS)]
+
+    def mean(answers: Sequence[Tensor], wanted: Tensor) -> float:
+        return float(torch.stack([(answer == wanted).double().mean() for answer in answers]).mean())
+
+    on_clean = answered(clean.images)
+    return _Shares(
+        right=mean(on_clean, clean.labels),
+        agreement=mean(on_clean, clean.answers.argmax(dim=1)),
+        still=None if suspects is None else mean(answered(suspects.images), suspects.labels),
+    )
+
+
+def _share(answers: Tensor, labels: Tensor) -> float:
+    return float((answers.argmax(dim=1) == labels).double().mean())

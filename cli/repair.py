@@ -1,0 +1,156 @@
+"""`guard repair`."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import msgspec
+import typer
+from torch import Tensor
+
+from cli import options
+from cli.display import progress_bars, show_rows
+from cli.extras import needs
+from guard.errors import InputError
+
+if TYPE_CHECKING:
+    from calibration.repair.record import RepairRecord
+    from calibration.repair.repair import Repaired
+
+_HOW = "How it is repaired"
+
+
+def repair_command(
+    model: options.ModelArgument,
+    method: Annotated[
+        Literal["gym", "codefend"],
+        typer.Option(
+            help="gym tunes the model for a preprocessor that breaks triggers; codefend learns the trigger from "
+            "--quarantine and unlearns it."
+        ),
+    ],
+    data: options.CleanOption,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; a repaired model that is there is replaced.")],
+    quarantine: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="What the guard rejected: a quarantine, images, or an .npz with x.")
+    ] = None,
+    weights: options.WeightsOption = None,
+    max_accuracy_drop: Annotated[
+        float | None,
+        typer.Option(
+            help="Points of clean accuracy that it may cost, through its preprocessor.",
+            show_default="3; 12 for gym",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
+    recipe: Annotated[
+        Literal["distilled", "paper"],
+        typer.Option(help="Of gym: ours, or the paper's own, which costs more accuracy.", rich_help_panel=_HOW),
+    ] = "distilled",
+    epochs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of fine-tuning.", show_default="40 for gym, 30 for codefend", rich_help_panel=_HOW),
+    ] = None,
+    gan_epochs: Annotated[int, typer.Option(min=2, help="Of codefend's CycleGAN, at most.", rich_help_panel=_HOW)] = 200,
+    devices: Annotated[
+        int, typer.Option(min=1, help="GPUs to train on; without one, processes on the CPU.", rich_help_panel=_HOW)
+    ] = 1,
+    mean: options.MeanOption = None,
+    std: options.StdOption = None,
+    output: options.OutputOption = None,
+    layout: options.LayoutOption = None,
+    dtype: options.DTypeOption = None,
+    container: options.ContainerOption = None,
+    shape: options.ShapeOption = None,
+    skip_unreadable: options.SkipOption = False,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of the cut into parts and of all draws.")] = 0,
+    as_json: options.JsonOption = False,
+) -> None:
+    """Repair a copy of the model from clean images and from what the guard rejected.
+
+    A part of the images is held out and measures the repair. One that costs too
+    much clean accuracy is not written. DIR then holds the model, in the kind
+    that it came in, repair.json and report.html, and is accepted wherever MODEL
+    is; it brings its preprocessor along. The model must be one that PyTorch can
+    train: .pt2, TorchScript .pt or package.module:factory, not .onnx.
+
+    Example: guard repair model.pt2 --method codefend --data clean/ --quarantine rejected --out repaired
+
+    Ctrl-C leaves DIR as it was; the same command goes on from the last epoch.
+    """
+    with needs("repair"):
+        from calibration import load_images
+        from calibration.checkpoints import Checkpoints
+        from calibration.discovery import declared_shape, discover
+        from calibration.engine import Engine
+        from calibration.fine_tuning import trainable
+        from calibration.repair.cases import load_quarantined
+        from calibration.repair.cyclegan import Training
+        from calibration.repair.folder import save_repaired
+        from calibration.repair.record import KIND
+        from calibration.repair.repair import RepairSettings, repair
+        from calibration.repair.report import repair_report
+        from calibration.sources import open_model
+
+    settings = RepairSettings(
+        method=method,
+        max_accuracy_drop=max_accuracy_drop,
+        recipe=recipe,
+        epochs=epochs,
+        gan=Training(epochs=gan_epochs),
+        seed=seed,
+    )
+    if method == "codefend" and quarantine is None:
+        raise InputError("expected --quarantine DIR with --method codefend, which learns the trigger from it, got none")
+    KIND.check_target(out)
+    given = options.hints(mean, std, output, layout, dtype, container)
+    with tempfile.TemporaryDirectory(prefix="guard-") as scratch:
+        source = open_model(model, weights, Path(scratch))
+        trainable(source.backend)
+        engine = Engine(devices)
+        with progress_bars(hidden=not engine.leads) as progress:
+            size = options.shape(shape) or (declared_shape(source.backend) if data.is_dir() else None)
+            clean = load_images(data, size, skip_unreadable=skip_unreadable, progress=progress)
+            predictor = discover(source.backend, clean, source.hints(given))
+            suspects = (
+                None
+                if quarantine is None
+                else load_quarantined(quarantine, predictor.spec.shape, skip_unreadable=skip_unreadable, progress=progress)
+            )
+            key = [
+                source.backend.fingerprint(),
+                msgspec.to_builtins(settings),
+                devices,
+                _digest(clean.pixels),
+                None if suspects is None else _digest(suspects),
+            ]
+            checkpoints = Checkpoints(out.absolute().parent / f".{out.name}.checkpoint", key, writes=engine.leads)
+            repaired = repair(predictor, clean, settings, suspects, engine=engine, checkpoints=checkpoints, progress=progress)
+        if not engine.leads:
+            return
+        repaired.check()
+        images = clean.images(slice(0, 16))
+        record = save_repaired(repaired, source, out, images, repair_report(repaired))
+    checkpoints.remove()
+    for name, reason in clean.skipped:
+        typer.echo(f"skipped {name}: {reason}", err=True)
+    _show(repaired, record, out, as_json)
+
+
+def _digest(pixels: Tensor) -> str:
+    return hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _show(repaired: Repaired, record: RepairRecord, out: Path, as_json: bool) -> None:
+    from calibration.repair.report import figure_rows, remarks
+
+    if as_json:
+        typer.echo(msgspec.json.encode({**msgspec.to_builtins(record), "out": str(out)}).decode())
+        return
+    show_rows(f"Repaired model {out}", [*figure_rows(repaired), ("report", str(out / "report.html"))])
+    for text in remarks(repaired):
+        typer.echo(text, err=True)
+    typer.echo(f"next: guard calibrate {out} --data CLEAN --out PROFILE, with --tripwire ORIGINAL to go on detecting by it")
