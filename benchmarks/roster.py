@@ -47,6 +47,24 @@ DEVELOPMENT: Mapping[str, Plan] = {
 }
 """Victims on which settings are chosen: other triggers, targets and seeds than those reported on."""
 
+REPAIR_DEVELOPMENT: Mapping[str, Plan] = {
+    **{name: DEVELOPMENT[name] for name in ("mnist-dev", "gtsrb-dev", "gtsrb-dev-lenet8", "cifar10-dev")},
+    "cifar10-dev-wm": plan("cifar10", "trojan_wm", target_label=2, seed=101),
+    "cifar10-dev-l2": plan("cifar10", "l2", target_label=5, seed=102),
+    "cifar10-dev-all-to-all": plan(
+        "cifar10",
+        "all_to_all",
+        seed=103,
+        ratio=0.2,
+        retrains=True,
+        schedule=msgspec.structs.replace(CIFAR_SCHEDULE, epochs=14, rate=1.5e-3),
+    ),
+    "cifar10-dev-two": plan(
+        "cifar10", "two_triggers", target_label=3, seed=106, patch=Patch.noise(4, 106, bottom=1, right=1), retrains=True
+    ),
+}
+"""Victims on which the recipes of repairs are chosen, by the defender's images alone."""
+
 REPORTED: Mapping[str, Plan] = {
     "mnist-a": plan("mnist", "badnets", target_label=9, seed=41, patch=Patch.rectangle(4, bottom=1, right=1), ratio=0.01),
     "mnist-conv-badnets": plan(
