@@ -13,6 +13,7 @@ from cli import options
 from cli.display import progress_bars, show_rows
 from cli.extras import needs
 from cli.red_team import show_red_team
+from cli.repairing import Repairing, check_repair, repair_first
 from cli.threads import settle_threads
 from guard.errors import CalibrationError, InputError
 from guard.predictors import Backend
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from calibration.data import Progress
 
 _RATES = "Setting the threshold"
+_REPAIR = "Repairing first"
 _Blend = Literal["logit", "logit+demeaned", "add", "mix", "demeaned", "max"]  # calibration.BlendChoice, which needs an extra
 
 
@@ -73,12 +75,20 @@ def calibrate_command(
         typer.Option(
             metavar="ORIGINAL",
             help="With a repaired MODEL: the model that it was made of. It goes on detecting, the repaired one answers.",
+            rich_help_panel=_REPAIR,
         ),
     ] = None,
     tripwire_weights: Annotated[
-        Path | None, typer.Option(help=".safetensors for the module that ORIGINAL's factory makes.")
+        Path | None,
+        typer.Option(help=".safetensors for the module that ORIGINAL's factory makes.", rich_help_panel=_REPAIR),
     ] = None,
-    max_accuracy_drop: Annotated[float, typer.Option(help="Points of clean accuracy that the preprocessor may cost.")] = 3.0,
+    max_accuracy_drop: Annotated[
+        float | None,
+        typer.Option(
+            help="Points of clean accuracy that the preprocessor, or the repair, may cost.",
+            show_default="3; 12 to repair by gym",
+        ),
+    ] = None,
     mean: options.MeanOption = None,
     std: options.StdOption = None,
     output: options.OutputOption = None,
@@ -88,6 +98,17 @@ def calibrate_command(
     shape: options.ShapeOption = None,
     resize: options.ResizeOption = False,
     skip_unreadable: options.SkipOption = False,
+    repair: Annotated[
+        Literal["gym", "codefend"] | None,
+        typer.Option(
+            help="Repair the model first, with half of the clean images (see guard repair). The repaired model answers, the "
+            "original goes on detecting.",
+            rich_help_panel=_REPAIR,
+        ),
+    ] = None,
+    quarantine: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="What the guard rejected, for --repair.", rich_help_panel=_REPAIR)
+    ] = None,
     allow_missing_classes: Annotated[
         bool, typer.Option("--allow-missing-classes", help="Go on when a class has no clean image.")
     ] = False,
@@ -113,13 +134,18 @@ def calibrate_command(
     if red_team and (blend is not None or alpha is not None):
         given = " and ".join(name for name, value in (("--blend", blend), ("--alpha", alpha)) if value is not None)
         raise InputError(f"expected --red-team or {given}, got both: --red-team chooses them, so drop one")
+    if repair is not None and (red_team or tripwire is not None or preprocess is not None):
+        raise InputError(
+            "expected --repair without --red-team, --tripwire and --preprocess: it brings the last two along itself"
+        )
+    check_repair(repair, quarantine)
     settings = Settings(
         frr=frr,
         overlays=overlays,
         blend=blend or "logit",
         alpha=alpha,
         preprocess=preprocess or "none",
-        max_accuracy_drop=max_accuracy_drop,
+        max_accuracy_drop=3.0 if max_accuracy_drop is None else max_accuracy_drop,
         method=method,
         confidence=confidence,
         allow_missing_classes=allow_missing_classes,
@@ -141,6 +167,11 @@ def calibrate_command(
         if red_team:
             clean, settings, found = _red_team(source.backend, clean, settings, hints, progress)
             extra, sections = {"red_team.json": msgspec.json.encode(found)}, red_team_sections(found)
+        elif repair is not None:
+            first = Repairing(repair, quarantine, max_accuracy_drop, seed % 2**31, skip_unreadable)
+            watched = open_tripwire(model, weights, Path(scratch), hints)
+            source, clean, extra = repair_first(first, source, clean, settings, hints, out, Path(scratch), progress)
+            hints = source.hints(hints)
         else:
             settle_threads(discover(source.backend, clean, hints))
         calibration = calibrate(

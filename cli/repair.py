@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 import typer
-from torch import Tensor
 
 from cli import options
 from cli.display import progress_bars, show_rows
 from cli.extras import needs
+from cli.threads import settle_threads
 from guard.errors import InputError
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def repair_command(
     ] = "distilled",
     epochs: Annotated[
         int | None,
-        typer.Option(min=1, help="Of fine-tuning.", show_default="40 for gym, 30 for codefend", rich_help_panel=_HOW),
+        typer.Option(min=1, help="Of fine-tuning.", show_default="60", rich_help_panel=_HOW),
     ] = None,
     gan_epochs: Annotated[int, typer.Option(min=2, help="Of codefend's CycleGAN, at most.", rich_help_panel=_HOW)] = 200,
     devices: Annotated[
@@ -83,16 +82,14 @@ def repair_command(
     """
     with needs("repair"):
         from calibration import load_images
-        from calibration.checkpoints import Checkpoints
         from calibration.discovery import declared_shape, discover
         from calibration.engine import Engine
         from calibration.fine_tuning import trainable
         from calibration.repair.cases import load_quarantined
         from calibration.repair.cyclegan import Training
-        from calibration.repair.folder import save_repaired
         from calibration.repair.record import KIND
-        from calibration.repair.repair import RepairSettings, repair
-        from calibration.repair.report import repair_report
+        from calibration.repair.repair import RepairSettings
+        from calibration.repair.work import repair_into
         from calibration.sources import open_model
 
     settings = RepairSettings(
@@ -120,28 +117,13 @@ def repair_command(
                 if quarantine is None
                 else load_quarantined(quarantine, predictor.spec.shape, skip_unreadable=skip_unreadable, progress=progress)
             )
-            key = [
-                source.backend.fingerprint(),
-                msgspec.to_builtins(settings),
-                devices,
-                _digest(clean.pixels),
-                None if suspects is None else _digest(suspects),
-            ]
-            checkpoints = Checkpoints(out.absolute().parent / f".{out.name}.checkpoint", key, writes=engine.leads)
-            repaired = repair(predictor, clean, settings, suspects, engine=engine, checkpoints=checkpoints, progress=progress)
-        if not engine.leads:
+            settle_threads(predictor)
+            done = repair_into(out, source, predictor, clean, settings, suspects, engine, progress)
+        if done is None:
             return
-        repaired.check()
-        images = clean.images(slice(0, 16))
-        record = save_repaired(repaired, source, out, images, repair_report(repaired))
-    checkpoints.remove()
     for name, reason in clean.skipped:
         typer.echo(f"skipped {name}: {reason}", err=True)
-    _show(repaired, record, out, as_json)
-
-
-def _digest(pixels: Tensor) -> str:
-    return hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()
+    _show(*done, out, as_json)
 
 
 def _show(repaired: Repaired, record: RepairRecord, out: Path, as_json: bool) -> None:

@@ -37,6 +37,9 @@ def serve(
     workers: Annotated[int, typer.Option(min=1, help="TorchServe's worker processes.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests that a TorchServe worker judges at once.")] = 8,
     device: Annotated[str, typer.Option(help="cpu or cuda; TorchServe chooses by itself.")] = "cpu",
+    updates: Annotated[
+        bool, typer.Option("--updates", help="Let TorchServe take new versions of the model, see guard roll-out.")
+    ] = False,
 ) -> None:
     """Answer images over HTTP: POST the bytes of one to /predictions/NAME.
 
@@ -66,7 +69,7 @@ def serve(
     }
     if quarantine is not None:
         extra["quarantine"] = str(quarantine.absolute())
-    _serve_torchserve(profile, model, port, workers, batch_size, max_bytes, extra)
+    _serve_torchserve(profile, model, port, workers, batch_size, max_bytes, updates, extra)
 
 
 def _serve_asgi(
@@ -94,7 +97,14 @@ def _serve_asgi(
 
 
 def _serve_torchserve(
-    profile: Path, model: str, port: int, workers: int, batch_size: int, max_bytes: int, extra: dict[str, object]
+    profile: Path,
+    model: str,
+    port: int,
+    workers: int,
+    batch_size: int,
+    max_bytes: int,
+    updates: bool,
+    extra: dict[str, object],
 ) -> None:
     with needs("torchserve"):
         from handlers.torchserve_server import ServerOptions, TorchServeProcess
@@ -105,8 +115,12 @@ def _serve_torchserve(
             workers=workers,
             batch_size=batch_size,
             max_request_size=max_bytes + 1024**2,
+            model_api=updates,
             echo=sys.stderr,
         )
         with TorchServeProcess(Path(store), {model: f"{model}.mar"}, choices) as server:
             typer.echo(f"serving {server.url}/predictions/{model}, metrics at {server.metrics_url}; stop with Ctrl-C", err=True)
+            if updates:
+                where = f"--management {server.management_url} --inference {server.url} --store {server.store}"
+                typer.echo(f"new versions: guard roll-out ARCHIVE --name {model} {where}", err=True)
             server.wait()

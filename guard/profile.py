@@ -33,7 +33,7 @@ _ARRAYS = "arrays.safetensors"
 OVERLAYS = "strip.overlays"
 """Array of a lone STRIP's overlays, and of the first one's of several."""
 
-_OURS = (_ARRAYS, "report.html", "red_team.json")
+_OURS = (_ARRAYS, "report.html", "red_team.json", "repair.json", "repair.html")
 _KIND = FolderKind(
     "profile", _JSON, lambda name: name in _OURS or name.startswith(("model.", "weights.", "tripwire.")), ProfileError
 )

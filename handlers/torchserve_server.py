@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import zipfile
 from collections import deque
 from collections.abc import Mapping
 from http.client import HTTPConnection, HTTPException
@@ -20,6 +21,7 @@ from types import TracebackType
 from typing import IO, Self, final
 
 from guard.errors import ServingError
+from handlers.torchserve_rollout import Addresses, RollOut, archive_version, roll_out
 from handlers.torchserve_setup import (
     HOST,
     STORE,
@@ -28,6 +30,7 @@ from handlers.torchserve_setup import (
     environment,
     find_java,
     pick_ports,
+    stage_archive,
     stage_store,
     write_config,
 )
@@ -111,6 +114,60 @@ class TorchServeProcess:
     def log(self) -> str:
         """The last 10,000 lines that the frontend and the workers have written."""
         return "".join(self._lines.copy())
+
+    @property
+    def management_url(self) -> str:
+        """Where versions are registered."""
+        return f"http://{HOST}:{self.ports['management']}"
+
+    @property
+    def store(self) -> Path:
+        """The private model store of the running server.
+
+        Raises:
+            ServingError: It is not running.
+        """
+        if self._folder is None:
+            raise ServingError("expected a running TorchServe, got one that is stopped")
+        return self._folder / STORE
+
+    def roll_out(self, name: str, archive: Path, *, keep_old: bool = False) -> RollOut:
+        """Let a new version of a model take over, without a lost request; see `handlers.torchserve_rollout`.
+
+        Args:
+            name: Of the model.
+            archive: Of the new version.
+            keep_old: Leave the old version registered, without workers.
+
+        Raises:
+            ServingError: The server was not started with `model_api`, or the new version does not work; the old one serves on.
+        """
+        if not self.options.model_api:
+            raise ServingError("expected a TorchServe started with model_api, got one whose models are fixed: start it so")
+        version = archive_version(archive)
+        target = self.store / f"{name}-{version}.mar"
+        target.unlink(missing_ok=True)  # of an attempt that failed; TorchServe has unpacked what it serves
+        try:
+            entry = stage_archive(archive, target, self.options)[version]
+        except (OSError, zipfile.BadZipFile, KeyError, TypeError, ValueError) as error:
+            raise ServingError(f"expected a model archive, got {archive}: make one with guard export") from error
+        addresses = Addresses(
+            management=self.management_url,
+            inference=self.url,
+            management_token=self.token("management"),
+            inference_token=self.token(),
+        )
+        options = {"batch_size": entry["batchSize"], "max_batch_delay": entry["maxBatchDelay"]}
+        return roll_out(
+            name,
+            target.name,
+            version,
+            addresses,
+            workers=entry["minWorkers"],
+            options=options,
+            keep_old=keep_old,
+            timeout=self.options.timeout,
+        )
 
     def wait(self) -> None:
         """Block until the server ends by itself.

@@ -37,7 +37,7 @@ class ServerOptions:
 
     Args:
         inference_port: Of `/predictions`; 0 picks a free one.
-        management_port: Of the read-only management API; 0 picks a free one.
+        management_port: Of the management API, read-only unless `model_api`; 0 picks a free one.
         metrics_port: Of `/metrics`; 0 picks a free one.
         workers: Processes per model; None leaves it to the archive's model-config, or makes it 1.
         batch_size: Requests that a worker answers at once; None as above.
@@ -45,6 +45,8 @@ class ServerOptions:
             leaves it to the archive's model-config, or makes it 50.
         max_request_size: Bytes; larger bodies are answered 413 by TorchServe itself. Above the handler's own limit.
         metrics_config: TorchServe's metrics file; the packaged one when None.
+        model_api: Let the management API register and remove versions, for `TorchServeProcess.roll_out`. Off, so that nothing
+            on this machine can.
         token_auth: Ask clients for a token, see `TorchServeProcess.token`. Off, because only this machine can connect.
         timeout: Seconds until everything must be ready.
         grace: Seconds between the request to stop and the order.
@@ -60,6 +62,7 @@ class ServerOptions:
     max_batch_delay_ms: int | None = None
     max_request_size: int = 11 * _MIB
     metrics_config: Path | None = None
+    model_api: bool = False
     token_auth: bool = False
     timeout: float = 120.0
     grace: float = 10.0
@@ -99,13 +102,13 @@ def stage_store(store: Path, models: Mapping[str, str], options: ServerOptions, 
         if not _NAME.fullmatch(name):
             raise ServingError(f"expected a model name of letters, digits, '.', '_' and '-', got {name!r}")
         try:
-            entries[name] = _stage(store / file, target / f"{name}.mar", options)
+            entries[name] = stage_archive(store / file, target / f"{name}.mar", options)
         except (OSError, zipfile.BadZipFile, KeyError, TypeError, ValueError) as error:
             raise ServingError(f"expected a model archive {file} in {store}, got none: make one with guard export") from error
     return entries
 
 
-def _stage(source: Path, target: Path, options: ServerOptions) -> dict[str, Any]:
+def stage_archive(source: Path, target: Path, options: ServerOptions) -> dict[str, Any]:
     """Link an archive, or copy it with another model-config: TorchServe prefers that one to its own configuration."""
     wanted = {
         "minWorkers": options.workers,
@@ -192,6 +195,7 @@ def command(folder: Path, models: Iterable[str], options: ServerOptions) -> list
     line = [sys.executable, "-m", "ts.model_server", "--start", "--foreground", "--ncs", "--log-config", str(_LOG4J)]
     line += ["--ts-config", str(folder / "config.properties"), "--model-store", str(folder / STORE)]
     line += ["--models", *(f"{name}={name}.mar" for name in models)]
+    line += ["--enable-model-api"] if options.model_api else []
     return line if options.token_auth else [*line, "--disable-token-auth"]
 
 

@@ -15,8 +15,8 @@ from guard.errors import CalibrationError, InputError, QuarantineError, RepairEr
 
 FEWEST_CLEAN = 50
 FEWEST_QUARANTINED = 30
-_HELD_OUT = 0.2  # of both sets: measures the repair, and does nothing else
-_STOPPING = 0.1  # of both sets: decides when to stop
+_HELD_OUT, _MOST_HELD_OUT = 0.2, 500  # share of both sets, and images at most: measures the repair, and does nothing else
+_STOPPING, _MOST_STOPPING = 0.1, 250  # likewise: decides when to stop
 _AT_ONCE = 256
 
 
@@ -157,7 +157,8 @@ def _cut(images: Tensor, labels: Tensor | None, predictor: Predictor, seed: int)
         raise RepairError(f"the model gave no answer to {failed} of {len(images)} images: check --mean, --std, --output")
     known = answers.argmax(dim=1) if labels is None else labels
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    held_out, stopping = max(1, round(_HELD_OUT * len(images))), max(1, round(_STOPPING * len(images)))
+    held_out = min(_MOST_HELD_OUT, max(1, round(_HELD_OUT * len(images))))
+    stopping = min(_MOST_STOPPING, max(1, round(_STOPPING * len(images))))
     rows = order.split([held_out, stopping, len(images) - held_out - stopping])
     parts = [Part(images[part], known[part], answers[part]) for part in rows]
     return Parts(parts[2], parts[1], parts[0])

@@ -30,10 +30,10 @@ from calibration.engine import Engine
 from calibration.fine_tuning import TrainableCopy
 from calibration.repair.cases import FEWEST_QUARANTINED, Part, Parts, logits
 from calibration.repair.cyclegan import CycleGan, Generator, Training, apply, train
-from calibration.repair.tuning import Lesson, Tuning, mix, tune
+from calibration.repair.tuning import Lesson, Tuning, likeness, mix, tune
 from guard import Predictor
 
-TUNING = Tuning(epochs=30, rate=1e-3, batch=32)
+TUNING = Tuning(epochs=60, rate=1e-3, batch=32)
 
 _WORKS = 0.95  # share of generated images on which the trigger must work before the CycleGAN may stop
 _HARDLY_WORKS = 0.5  # share under which what was learnt is no trigger, so that looking for another one is idle
@@ -169,13 +169,11 @@ def unlearn(
     progress: Progress = no_progress,
 ) -> None:
     """Fine-tune a copy on clean images with and without triggers, and on quarantined ones; see `fine_tune_codefend`."""
-    generated = torch.cat([apply(generator, clean.stopping.images, engine) for generator in triggers.put_on])
-    wanted = clean.stopping.labels.repeat(len(triggers.put_on))
+    part, times = clean.stopping, 1 + len(triggers.put_on)
+    shown = torch.cat([part.images, *(apply(put_on, part.images, engine) for put_on in triggers.put_on)])
 
     def score() -> float:
-        right = copied.predictor(clean.stopping.images).argmax(dim=1).cpu() == clean.stopping.labels
-        still = copied.predictor(generated).argmax(dim=1).cpu() == wanted
-        return float(right.double().mean()) + float(still.double().mean())
+        return likeness(copied.predictor, shown, part.answers.repeat(times, 1), part.labels.repeat(times), tuning)
 
     tune(
         copied,

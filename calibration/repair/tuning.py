@@ -19,13 +19,16 @@ from typing import Literal, final
 import msgspec
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from calibration.checkpoints import Checkpoints
 from calibration.data import Progress, no_progress
 from calibration.engine import Engine
 from calibration.fine_tuning import TrainableCopy
+from guard import Predictor
 from guard.errors import ModelError, one_line
 
+_AT_ONCE = 256
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -50,23 +53,27 @@ class Tuning(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         epochs: Passes over the images, at most.
-        rate: First learning rate; it falls linearly to 0.
+        rate: Highest learning rate; it falls linearly to 0.
+        warm_up: Share of the steps in which the rate rises to its highest.
+        decay: Weight decay.
         batch: Images a step.
         weight: w, of the original's answers against the labels.
         temperature: T.
         mixed: Share of the images that are mixtures of two.
-        optimizer: `adam`, or `adadelta` (GYM's) at a constant rate.
+        optimizer: `adamw`, or `adadelta` (GYM's) at a constant rate.
         patience: Epochs without a better score after which to stop.
         batch_statistics: Let batch norm take its statistics from the batches, where the model has any.
     """
 
     epochs: int
     rate: float = 1e-3
+    warm_up: float = 0.0
+    decay: float = 0.0
     batch: int = 32
     weight: float = 0.9
     temperature: float = 4.0
     mixed: float = 0.7
-    optimizer: Literal["adam", "adadelta"] = "adam"
+    optimizer: Literal["adamw", "adadelta"] = "adamw"
     patience: int = 1_000_000
     batch_statistics: bool = False
 
@@ -117,8 +124,8 @@ def tune(
     """
     answers = copied.answers()
     own: torch.optim.Optimizer = (
-        torch.optim.Adam(copied.parameters, lr=tuning.rate)
-        if tuning.optimizer == "adam"
+        torch.optim.AdamW(copied.parameters, lr=tuning.rate, weight_decay=tuning.decay)
+        if tuning.optimizer == "adamw"
         else torch.optim.Adadelta(copied.parameters, lr=tuning.rate)
     )
     best = {name: value.detach().clone() for name, value in answers.state_dict().items()}
@@ -128,13 +135,13 @@ def tune(
         epoch, best, facts = found
         best_score, since = facts["best_score"], int(facts["since"])
     module, optimizer = engine.setup(answers, own)
+    schedule = LambdaLR(own, lambda step: _share_of_rate(step / (steps * tuning.epochs), tuning))
+    schedule.last_epoch = epoch * steps
     while epoch < tuning.epochs and since < tuning.patience:
         with _batch_statistics(answers, tuning.batch_statistics):
             for number, lesson in enumerate(lessons(epoch)):
-                done = (epoch + number / steps) / tuning.epochs
-                for group in own.param_groups:
-                    group["lr"] = tuning.rate * (1.0 - done) if tuning.optimizer == "adam" else tuning.rate
                 _step(module, optimizer, lesson, tuning, engine, first=number == 0)
+                schedule.step()
         epoch += 1
         reached = engine.agree(score())
         since += 1
@@ -147,6 +154,15 @@ def tune(
     if epoch < tuning.epochs:
         progress("fine-tuning", tuning.epochs, tuning.epochs)
     answers.load_state_dict(best)
+
+
+def _share_of_rate(done: float, tuning: Tuning) -> float:
+    """Of the highest rate, when so much of the work is done."""
+    if tuning.optimizer != "adamw":
+        return 1.0
+    if done < tuning.warm_up:
+        return 0.04 + 0.96 * done / tuning.warm_up
+    return max(0.0, (1.0 - done) / (1.0 - tuning.warm_up))
 
 
 def _step(
@@ -185,6 +201,22 @@ def distillation_loss(logits: Tensor, wanted: Tensor, labels: Tensor, weight: fl
         apart = nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
         loss = loss + weight * temperature**2 * apart
     return loss
+
+
+def likeness(predictor: Predictor, images: Tensor, wanted: Tensor, labels: Tensor, tuning: Tuning) -> float:
+    """Minus the loss of a model as it stands, on images that it does not learn from: a score for `tune`.
+
+    A loss says more about a few images than the share of right answers does.
+
+    Args:
+        predictor: The model.
+        images: (N, C, H, W), in [0, 1].
+        wanted: (N, M), logits of the original.
+        labels: (N,), int64.
+        tuning: Whose loss.
+    """
+    answers = torch.cat([predictor(part).cpu() for part in images.split(_AT_ONCE)]).clamp_min(1e-8).log()
+    return -float(distillation_loss(answers, wanted, labels, tuning.weight, tuning.temperature))
 
 
 class _batch_statistics:  # noqa: N801 - a context manager

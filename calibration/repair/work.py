@@ -1,0 +1,72 @@
+"""A repair as a piece of work that can be interrupted: its checkpoints lie beside the folder that it writes."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import msgspec
+from torch import Tensor
+
+from calibration.checkpoints import Checkpoints
+from calibration.data import ImageSet, Progress, no_progress
+from calibration.engine import Engine
+from calibration.repair.folder import save_repaired
+from calibration.repair.record import RepairRecord
+from calibration.repair.repair import Repaired, RepairSettings, repair
+from calibration.repair.report import repair_report
+from calibration.sources import ModelSource
+from guard import Predictor
+
+_COMPARED = 16
+
+
+def repair_into(
+    out: Path,
+    source: ModelSource,
+    predictor: Predictor,
+    clean: ImageSet,
+    settings: RepairSettings,
+    quarantined: Tensor | None,
+    engine: Engine,
+    progress: Progress = no_progress,
+) -> tuple[Repaired, RepairRecord] | None:
+    """Repair a model, refuse a repair that costs too much, and write the folder.
+
+    Args:
+        out: The folder; its checkpoints lie beside it, as `.NAME.checkpoint`, until it is written.
+        source: Where the model comes from.
+        predictor: The model.
+        clean: See `repair`.
+        settings: See `repair`.
+        quarantined: See `repair`.
+        engine: Where.
+        progress: Told how far it is.
+
+    Returns:
+        The repaired model, and what the folder says of it; None in the processes that don't lead.
+
+    Raises:
+        RepairError: Too few images, too high a price, or a folder that can't be written.
+        ModelError: The model can't be trained.
+    """
+    key = [
+        source.backend.fingerprint(),
+        msgspec.to_builtins(predictor.spec),
+        msgspec.to_builtins(settings),
+        _digest(clean.pixels),
+        None if clean.labels is None else _digest(clean.labels),
+        None if quarantined is None else _digest(quarantined),
+    ]
+    checkpoints = Checkpoints(out.absolute().parent / f".{out.name}.checkpoint", key, writes=engine.leads)
+    repaired = repair(predictor, clean, settings, quarantined, engine=engine, checkpoints=checkpoints, progress=progress)
+    if not engine.leads:
+        return None
+    repaired.check()
+    record = save_repaired(repaired, source, out, clean.images(slice(0, _COMPARED)), repair_report(repaired))
+    checkpoints.remove()
+    return repaired, record
+
+
+def _digest(array: Tensor) -> str:
+    return hashlib.sha256(array.contiguous().numpy().tobytes()).hexdigest()
