@@ -17,7 +17,7 @@ from calibration.attacks import Attack
 from calibration.data import ImageSet
 from calibration.statistics import Estimate, proportion
 from guard import Predictor
-from guard.preprocessors import Preprocessor
+from guard.preprocessors import Preprocessor, answer_through
 
 _AT_ONCE = 500
 
@@ -99,7 +99,7 @@ def _answers(predictor: Predictor, images: ImageSet, preprocessor: Preprocessor 
     found = []
     for rows in torch.arange(len(images)).split(_AT_ONCE):
         batch = images.images(rows)
-        found.append(predictor(batch if preprocessor is None else preprocessor(batch, generator)).argmax(dim=1))
+        found.append(answer_through(predictor, preprocessor, batch, generator).argmax(dim=1))
     return torch.cat(found)
 
 

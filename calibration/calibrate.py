@@ -29,7 +29,7 @@ from guard.detectors import Strip
 from guard.errors import CalibrationError, ModelError
 from guard.loading import PROBE, PROBES, TRIPWIRE_PROBE
 from guard.predictors import Backend, wrap
-from guard.preprocessors import AnyPreprocessor, Flip, Gym, GymIntensive, ShrinkPad
+from guard.preprocessors import AnyPreprocessor, Flip, Gym, GymIntensive, ShrinkPad, answer_through
 from guard.profile import (
     OVERLAYS,
     SCHEMA,
@@ -323,7 +323,8 @@ def accuracies(
         images, labels = clean.images(part), clean.labels[part]
         right += int((predictor(images).argmax(dim=1).cpu() == labels).sum())
         if preprocessor is not None:
-            through += int((predictor(preprocessor(images, generator)).argmax(dim=1).cpu() == labels).sum())
+            answers = answer_through(predictor, preprocessor, images, generator)
+            through += int((answers.argmax(dim=1).cpu() == labels).sum())
         progress("measuring clean accuracy", int(part[-1]) + 1, len(clean))
     raw = right / len(clean)
     after = through / len(clean) if preprocessor is not None else raw

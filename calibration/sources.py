@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from calibration.calibrate import Tripwire
 from calibration.discovery import Hints
 from calibration.repair.record import RepairRecord, is_repaired, read_record
-from guard.errors import ModelError
+from guard.errors import ModelError, ProfileError, RepairError
 from guard.loading import load_profile_backend
 from guard.predictors import Backend, load_backend
 from guard.predictors.module import ModuleBackend
@@ -91,7 +91,10 @@ def _open_repaired(folder: Path, weights: Path | None) -> ModelSource:
     if weights is not None:
         raise ModelError(f"expected package.module:factory for --weights, got {folder}, which has its own")
     record = read_record(folder)
-    backend = load_profile_backend(folder, record.model)
+    try:
+        backend = load_profile_backend(folder, record.model)
+    except ProfileError as error:
+        raise RepairError(f"{folder}: {str(error).replace('the profile in ', '')}: repair again") from error
     return ModelSource(backend, record.model, folder / (record.model.file or ""), record)
 
 

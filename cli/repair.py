@@ -49,6 +49,14 @@ def repair_command(
         Literal["distilled", "paper"],
         typer.Option(help="Of gym: ours, or the paper's own, which costs more accuracy.", rich_help_panel=_HOW),
     ] = "distilled",
+    views: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Of gym: random draws whose answers are averaged when serving; each costs a forward pass.",
+            rich_help_panel=_HOW,
+        ),
+    ] = 1,
     epochs: Annotated[
         int | None,
         typer.Option(min=1, help="Of fine-tuning.", show_default="60", rich_help_panel=_HOW),
@@ -96,6 +104,7 @@ def repair_command(
         method=method,
         max_accuracy_drop=max_accuracy_drop,
         recipe=recipe,
+        views=views,
         epochs=epochs,
         gan=Training(epochs=gan_epochs),
         seed=seed,

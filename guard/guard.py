@@ -21,7 +21,7 @@ from guard.detectors.detector import Detector, Inspection
 from guard.errors import CalibrationError, InputError, ModelError, RejectedError, one_line
 from guard.images import Array
 from guard.predictors.predictor import Predictor
-from guard.preprocessors import Preprocessor
+from guard.preprocessors import Gym, Preprocessor, answer_through
 from guard.quarantine import Quarantine
 from guard.verdict import Finding, Policy, Reason, Verdict
 
@@ -146,7 +146,11 @@ class Guard:
         Returns:
             (B, M), float32 probabilities.
         """
-        return self.predictor(self._preprocess(images.to(self.device)))
+        images = images.to(self.device)
+        if isinstance(self.preprocessor, Gym) and self.preprocessor.views > 1:
+            with self._generator_lock:
+                return answer_through(self.predictor, self.preprocessor, images, self._generator)
+        return self.predictor(self._preprocess(images))
 
     def wrap(
         self, predict: Callable[Concatenate[_B, _P], _R], on_reject: Literal["raise", "abstain"] = "raise"

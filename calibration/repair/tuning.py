@@ -137,6 +137,8 @@ def tune(
     module, optimizer = engine.setup(answers, own)
     schedule = LambdaLR(own, lambda step: _share_of_rate(step / (steps * tuning.epochs), tuning))
     schedule.last_epoch = epoch * steps
+    for group in own.param_groups:  # what the scheduler does only at its next step
+        group["lr"] = tuning.rate * _share_of_rate(epoch / tuning.epochs, tuning)
     while epoch < tuning.epochs and since < tuning.patience:
         with _batch_statistics(answers, tuning.batch_statistics):
             for number, lesson in enumerate(lessons(epoch)):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
-import torch
-from torch import Tensor
-
+from guard.preprocessors.answering import answer_through
 from guard.preprocessors.flip import Flip
 from guard.preprocessors.gym import Gym
 from guard.preprocessors.gym_intensive import GymIntensive
 from guard.preprocessors.optical_distortion import OpticalDistortion
+from guard.preprocessors.preprocessor import Preprocessor
 from guard.preprocessors.sat import Sat
 from guard.preprocessors.shrink_pad import RandomShrinkPad, ShrinkPad
 from guard.preprocessors.three_medians import ThreeMedians
@@ -26,15 +23,8 @@ __all__ = [
     "Sat",
     "ShrinkPad",
     "ThreeMedians",
+    "answer_through",
 ]
 
 AnyPreprocessor = Gym | GymIntensive | OpticalDistortion | ThreeMedians | RandomShrinkPad | Sat | ShrinkPad | Flip
 """Those that a profile can hold."""
-
-
-class Preprocessor(Protocol):
-    """Images to images of the same shape; whatever is random comes from the generator."""
-
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Preprocess (B, C, H, W), float32, in [0, 1]."""
-        ...

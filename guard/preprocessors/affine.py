@@ -19,7 +19,7 @@ from guard.errors import MissingExtraError
 def draw_affine(
     count: int, height: int, width: int, shift: float, rotation: float, scale: float, generator: torch.Generator
 ) -> Tensor:
-    """Draw transformations, each parameter uniformly.
+    """Draw transformations, each parameter uniformly; see `affine_matrices`.
 
     Args:
         count: B.
@@ -33,14 +33,32 @@ def draw_affine(
     Returns:
         (B, 2, 3), float64: pixel coordinates of the source to pixel coordinates of the result.
     """
-    draws = torch.rand(count, 4, generator=generator, dtype=torch.float64) * 2.0 - 1.0
+    draws = torch.rand(count, 4, generator=generator, dtype=torch.float64)
+    return affine_matrices(draws, height, width, shift, rotation, scale)
+
+
+def affine_matrices(draws: Tensor, height: int, width: int, shift: float, rotation: float, scale: float) -> Tensor:
+    """Transformations from uniform draws.
+
+    Args:
+        draws: (B, 4), float64, in [0, 1): of angle, size, shift along x and along y.
+        height: See `draw_affine`.
+        width: See there.
+        shift: See there.
+        rotation: See there.
+        scale: See there.
+
+    Returns:
+        (B, 2, 3), float64, as there.
+    """
+    draws = draws * 2.0 - 1.0
     angle = torch.deg2rad(draws[:, 0] * rotation)
     size = 1.0 + draws[:, 1] * scale
     cosine, sine = size * torch.cos(angle), size * torch.sin(angle)
     centre_x, centre_y = (width - 1) / 2.0, (height - 1) / 2.0
     move_x = centre_x + draws[:, 2] * shift * width - cosine * centre_x - sine * centre_y
     move_y = centre_y + draws[:, 3] * shift * height + sine * centre_x - cosine * centre_y
-    return torch.stack([cosine, sine, move_x, -sine, cosine, move_y], dim=1).reshape(count, 2, 3)
+    return torch.stack([cosine, sine, move_x, -sine, cosine, move_y], dim=1).reshape(-1, 2, 3)
 
 
 def warp(images: Tensor, matrices: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ class Gym(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
         shift: SAT's largest shift, as a share of the side.
         rotation: SAT's largest rotation, in degrees.
         zoom: SAT's largest relative change of size.
+        views: Draws of SAT whose answers are averaged (ours). Each costs a forward pass.
 
     Raises:
         InputError: A parameter is out of range.
@@ -39,12 +40,15 @@ class Gym(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
     shift: float = 0.16
     rotation: float = 4.0
     zoom: float = 0.16
+    views: int = 1
 
     def __post_init__(self) -> None:
         """Validate once."""
         check_kernel(self.kernel)
         if not 0.0 < self.scale <= 1.0:
             raise InputError(f"expected a scale in (0, 1], got {self.scale}")
+        if self.views < 1:
+            raise InputError(f"expected at least one view, got {self.views}")
         Sat(shift=self.shift, rotation=self.rotation, zoom=self.zoom)
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:

@@ -36,6 +36,7 @@ class GymIntensive(
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Preprocess; images (B, C, H, W) in [0, 1], the same shape out; T1, T3 and T4 draw from the CPU generator."""
-        for step in (self.distortion, self.medians, self.shrink, self.sat):
-            images = step(images, generator)
-        return images
+        counts = [self.distortion.draws, self.shrink.draws, self.sat.draws]
+        draws = torch.rand(len(images), sum(counts), generator=generator, dtype=torch.float64).split(counts, dim=1)
+        filtered = self.medians(self.distortion.move(images, draws[0]), generator)
+        return self.sat.move(self.shrink.move(filtered, draws[1]), draws[2])

@@ -11,6 +11,8 @@ Reference: Zeng et al., GYM (DeepSweep), arXiv:2012.07006, T1; the limits are th
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import msgspec
 import torch
 from torch import Tensor
@@ -32,6 +34,8 @@ class OpticalDistortion(
         InputError: A parameter is out of range.
     """
 
+    draws: ClassVar[int] = 3
+
     limit: float = 0.05
     offset: float = 0.05
 
@@ -42,8 +46,12 @@ class OpticalDistortion(
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Distort each image by its own draw; images (B, C, H, W) in [0, 1], the same shape out."""
-        draws = torch.rand(len(images), 3, generator=generator, dtype=torch.float64) * 2.0 - 1.0
-        return distort(images, draws[:, 0] * self.limit, draws[:, 1:] * self.offset)
+        return self.move(images, torch.rand(len(images), self.draws, generator=generator, dtype=torch.float64))
+
+    def move(self, images: Tensor, draws: Tensor) -> Tensor:
+        """The same for given draws, (B, 3) in [0, 1)."""
+        spread = draws * 2.0 - 1.0
+        return distort(images, spread[:, 0] * self.limit, spread[:, 1:] * self.offset)
 
 
 def distort(images: Tensor, k: Tensor, axis: Tensor) -> Tensor:

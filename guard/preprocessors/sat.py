@@ -5,12 +5,14 @@ Reference: Zeng et al., GYM (DeepSweep), arXiv:2012.07006; Zeng et al., arXiv:20
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import msgspec
 import torch
 from torch import Tensor
 
 from guard.errors import InputError
-from guard.preprocessors.affine import draw_affine, warp
+from guard.preprocessors.affine import affine_matrices, warp
 
 
 class Sat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="sat", tag_field="name"):
@@ -25,6 +27,8 @@ class Sat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
         InputError: A parameter is out of range.
     """
 
+    draws: ClassVar[int] = 4
+
     shift: float = 0.16
     rotation: float = 4.0
     zoom: float = 0.16
@@ -38,6 +42,10 @@ class Sat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Move each image by its own draw; images (B, C, H, W) in [0, 1], the same shape out."""
+        return self.move(images, torch.rand(len(images), self.draws, generator=generator, dtype=torch.float64))
+
+    def move(self, images: Tensor, draws: Tensor) -> Tensor:
+        """The same for given draws, (B, 4) in [0, 1)."""
         height, width = int(images.shape[-2]), int(images.shape[-1])
-        drawn = draw_affine(len(images), height, width, self.shift, self.rotation, self.zoom, generator)
-        return warp(images, drawn).clamp_(0.0, 1.0)
+        matrices = affine_matrices(draws, height, width, self.shift, self.rotation, self.zoom)
+        return warp(images, matrices).clamp_(0.0, 1.0)

@@ -9,6 +9,8 @@ arXiv:2012.07006 (T3).
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import msgspec
 import torch
 from torch import Tensor
@@ -45,7 +47,7 @@ class ShrinkPad(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             raise InputError(f"expected images larger than the {self.pixels} pixels to shrink by, got {height}x{width}")
         tall = torch.full((len(images),), (height - self.pixels) / height, dtype=torch.float64)
         wide = torch.full((len(images),), (width - self.pixels) / width, dtype=torch.float64)
-        return place(images, tall, wide, generator)
+        return place(images, tall, wide, torch.rand(len(images), 2, generator=generator, dtype=torch.float64))
 
 
 class RandomShrinkPad(
@@ -60,6 +62,8 @@ class RandomShrinkPad(
         InputError: It is out of range.
     """
 
+    draws: ClassVar[int] = 3
+
     smallest: float = 0.8
 
     def __post_init__(self) -> None:
@@ -69,22 +73,24 @@ class RandomShrinkPad(
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Shrink and place each image by its own draw; images (B, C, H, W) in [0, 1], the same shape out."""
-        drawn = torch.rand(len(images), generator=generator, dtype=torch.float64)
-        scale = self.smallest + (1.0 - self.smallest) * drawn
-        return place(images, scale, scale, generator)
+        return self.move(images, torch.rand(len(images), self.draws, generator=generator, dtype=torch.float64))
+
+    def move(self, images: Tensor, draws: Tensor) -> Tensor:
+        """The same for given draws, (B, 3) in [0, 1)."""
+        scale = self.smallest + (1.0 - self.smallest) * draws[:, 0]
+        return place(images, scale, scale, draws[:, 1:])
 
 
-def place(images: Tensor, tall: Tensor, wide: Tensor, generator: torch.Generator) -> Tensor:
+def place(images: Tensor, tall: Tensor, wide: Tensor, free: Tensor) -> Tensor:
     """Shrink images (bilinear) and place each at random on black.
 
     Args:
         images: (B, C, H, W), in [0, 1].
         tall: (B,), height as a share of the image's, in (0, 1].
         wide: (B,), width.
-        generator: Draws the places.
+        free: (B, 2), in [0, 1]: of the room that is left, how much is to the left, and how much above.
     """
     height, width = images.shape[-2:]
-    free = torch.rand(len(images), 2, generator=generator, dtype=torch.float64)
     matrices = torch.zeros(len(images), 2, 3, dtype=torch.float64)
     for axis, (share, side) in enumerate(((wide, width), (tall, height))):
         matrices[:, axis, axis] = share

@@ -14,7 +14,17 @@ from torch import Tensor, nn
 from guard.detectors import Blend, Detector, Strip
 from guard.images import Container, DType, InputSpec, Layout
 from guard.predictors import OutputKind, Predictor, load_backend
-from guard.preprocessors import Gym, Preprocessor
+from guard.preprocessors import (
+    Flip,
+    Gym,
+    GymIntensive,
+    OpticalDistortion,
+    Preprocessor,
+    RandomShrinkPad,
+    Sat,
+    ShrinkPad,
+    ThreeMedians,
+)
 from tests.guard.models import CLASSES, predict_function, predictor, save_onnx
 from tests.toy import ENTROPY_THRESHOLD, SIDE, SPEC, ToyNet, toy_images, toy_trigger
 
@@ -178,6 +188,14 @@ PREPROCESSORS: dict[str, Preprocessor] = {
     "gym-3": Gym(kernel=3),
     "gym-still": Gym(shift=0.0, rotation=0.0, zoom=0.0),
     "gym-full-size": Gym(scale=1.0),
+    "gym-unfiltered": Gym(kernel=1),
+    "gym-intensive": GymIntensive(),
+    "optical-distortion": OpticalDistortion(),
+    "three-medians": ThreeMedians(kernel=3),
+    "random-shrink-pad": RandomShrinkPad(),
+    "sat": Sat(),
+    "shrink-pad": ShrinkPad(pixels=0),
+    "flip": Flip(),
 }
 
 
@@ -198,7 +216,7 @@ def test_preprocessors(name: str, shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(torch.cat([preprocess(image[None], one_by_one) for image in images]), changed, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["gym", "gym-3"])
+@pytest.mark.parametrize("name", ["gym", "gym-3", "gym-intensive", "optical-distortion", "random-shrink-pad", "sat"])
 def test_random_preprocessors_draw_from_their_generator(name: str) -> None:
     images, _ = toy_images(4)
     generator = torch.Generator().manual_seed(4)

@@ -1,0 +1,46 @@
+"""A repair of the backdoored digits by CoDefend, made once: training is the dear part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from calibration.data import ImageSet
+from calibration.engine import Engine
+from calibration.repair.repair import Repaired, RepairSettings, repair
+from cli.demonstration.digits import Digits
+from guard import InputSpec, Predictor
+from guard.predictors import wrap
+
+SPEC = InputSpec(channels=1, height=8, width=8)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What was repaired, what came of it, and the original's fingerprint before."""
+
+    original: Predictor
+    clean: ImageSet
+    quarantined: torch.Tensor
+    repaired: Repaired
+    fingerprint: str | None
+
+
+@pytest.fixture(scope="session")
+def engine() -> Engine:
+    return Engine()
+
+
+@pytest.fixture(scope="session")
+def case(digits: Digits, backdoored: nn.Sequential, engine: Engine) -> Case:
+    """500 clean images; 150 triggered ones and 8 false alarms were quarantined."""
+    original = Predictor(wrap(backdoored), SPEC, 10, "logits")
+    clean = digits.clean.select(torch.arange(500))
+    alarms = digits.clean.select(torch.arange(500, 508))
+    quarantined = torch.cat([digits.triggered.images(slice(0, 150)), alarms.images(slice(None))])
+    before = original.backend.fingerprint()
+    made = repair(original, clean, RepairSettings(method="codefend"), quarantined, engine=engine)
+    return Case(original, clean, quarantined, made, before)

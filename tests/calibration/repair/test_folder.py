@@ -1,0 +1,192 @@
+"""A repaired model on disk: the kind that went in comes out, is accepted as MODEL, and brings along what it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from calibration import Hints, ImageSet, Settings, calibrate
+from calibration.discovery import discover
+from calibration.engine import Engine
+from calibration.repair.folder import save_repaired
+from calibration.repair.record import read_record
+from calibration.repair.repair import Repaired, RepairSettings, repair
+from calibration.sources import ModelSource, open_model
+from guard import Guard
+from guard.errors import ModelError, ProfileError, RepairError
+from guard.preprocessors import Gym
+from tests.guard.models import save_exported, save_onnx, save_torchscript
+from tests.toy import SPEC, LearningToy, toy_images
+
+
+def _factory(folder: Path) -> str:
+    return "tests.toy:LearningToy"
+
+
+def _scripted(folder: Path) -> str:
+    return str(save_torchscript(LearningToy(), folder / "toy.pt"))
+
+
+def _exported(folder: Path) -> str:
+    return str(save_exported(LearningToy(), folder / "toy.pt2"))
+
+
+def _exported_for_batches_of_fifty(folder: Path) -> str:
+    return str(save_exported(LearningToy(), folder / "toy.pt2", batch=50))
+
+
+KINDS = [
+    (_factory, "module", "model.safetensors"),
+    (_scripted, "torchscript", "model.pt"),
+    (_exported, "torch-export", "model.pt2"),
+    (_exported_for_batches_of_fifty, "torch-export", "model.pt2"),
+]
+
+
+def toys(count: int, labelled: bool = True) -> ImageSet:
+    images, labels = toy_images(count)
+    return ImageSet((images * 255).round().to(torch.uint8), labels if labelled else None)
+
+
+def repaired(name: str, folder: Path, engine: Engine, labelled: bool = True) -> tuple[ModelSource, Repaired]:
+    """Tuned for GYM, for a moment."""
+    source = open_model(name, None, folder)
+    clean = toys(200, labelled)
+    settings = RepairSettings(method="gym", epochs=2, max_accuracy_drop=100.0)
+    predictor = discover(source.backend, clean, Hints(mean=(0.1,), std=(0.9,)))
+    return source, repair(predictor, clean, settings, engine=engine)
+
+
+@pytest.mark.parametrize(("make", "kind", "file"), KINDS)
+def test_the_same_kind_comes_out_and_answers_as_it_did(
+    make: Callable[[Path], str], kind: str, file: str, tmp_path: Path, engine: Engine
+) -> None:
+    source, made = repaired(make(tmp_path), tmp_path, engine)
+    images = toys(8).images(slice(None))
+    before = source.backend.fingerprint()
+    written = save_repaired(made, source, tmp_path / "out", images, b"<html>")
+    assert source.backend.fingerprint() == before
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([file, "repair.json", "report.html"])
+    record = read_record(tmp_path / "out")
+    assert record == written
+    assert (record.method, record.model.kind, record.model.file) == ("gym", kind, file)
+    assert record.original_sha256 == before
+    assert record.model.sha256 != before
+    assert (record.input.mean, record.input.std) == ((0.1,), (0.9,))
+    for name in ("method", "clean_accuracy_before", "clean_accuracy_after", "attack_success_seen_before", "seconds"):
+        assert name in msgspec.json.decode((tmp_path / "out" / "repair.json").read_bytes())
+
+    again = open_model(str(tmp_path / "out"), None, tmp_path)
+    assert again.preprocessor == Gym(kernel=1)
+    predictor = discover(again.backend, toys(40), again.hints(Hints()))
+    assert predictor.spec.mean == (0.1,)
+    torch.testing.assert_close(predictor(images), made.predictor(images), atol=1e-5, rtol=0)
+    assert (
+        float((predictor(images) - discover(source.backend, toys(40), Hints(mean=(0.1,), std=(0.9,)))(images)).abs().max())
+        > 1e-4
+    )
+
+
+def test_a_profile_of_it_uses_its_preprocessor(tmp_path: Path, engine: Engine) -> None:
+    source, made = repaired(_exported(tmp_path), tmp_path, engine)
+    save_repaired(made, source, tmp_path / "out", toys(8).images(slice(None)))
+    again = open_model(str(tmp_path / "out"), None, tmp_path)
+    settings = Settings(frr=0.05, overlays=20)
+    calibration = calibrate(
+        again.backend, toys(200), settings, hints=again.hints(Hints()), record=again.record, preprocessor=again.preprocessor
+    )
+    calibration.save(tmp_path / "profile", again.file)
+    assert Guard.load(tmp_path / "profile").preprocessor == Gym(kernel=1)
+
+
+def test_without_labels_agreement_stands_in_for_accuracy(tmp_path: Path, engine: Engine) -> None:
+    _, made = repaired(_factory(tmp_path), tmp_path, engine, labelled=False)
+    assert made.figures.clean_accuracy_before is None
+    assert made.figures.clean_accuracy_after is None
+    assert 0.0 < made.figures.agreement <= 1.0
+    assert made.figures.drop == pytest.approx(100.0 * (1.0 - made.figures.agreement))
+
+
+def test_a_repair_that_costs_too_much_is_refused_with_the_drop_and_the_option(tmp_path: Path, engine: Engine) -> None:
+    _, made = repaired(_factory(tmp_path), tmp_path, engine)
+    figures = msgspec.structs.replace(made.figures, clean_accuracy_before=0.95, clean_accuracy_after=0.9)
+    dear = Repaired(made.predictor, made.preprocessor, figures, RepairSettings(method="codefend"))
+    with pytest.raises(
+        RepairError, match=r"costs 5\.0 points .* \(95\.0% to 90\.0%, 40 held-out.*allow it with --max-accuracy-drop 5"
+    ):
+        dear.check()
+    Repaired(made.predictor, made.preprocessor, figures, RepairSettings(method="gym")).check()  # 12 are allowed
+    with pytest.raises(RepairError, match="more than --max-accuracy-drop 4"):
+        Repaired(made.predictor, None, figures, RepairSettings(method="gym", max_accuracy_drop=4.0)).check()
+
+
+def test_a_folder_that_was_tampered_with_is_refused(tmp_path: Path, engine: Engine) -> None:
+    source, made = repaired(_exported(tmp_path), tmp_path, engine)
+    out = tmp_path / "out"
+    save_repaired(made, source, out, toys(8).images(slice(None)))
+    with pytest.raises(ModelError, match=r"expected package\.module:factory for --weights"):
+        open_model(str(out), tmp_path / "weights.safetensors", tmp_path)
+    (out / "model.pt2").write_bytes((tmp_path / "toy.pt2").read_bytes())
+    with pytest.raises(RepairError, match="belongs to another model"):
+        open_model(str(out), None, tmp_path)
+    (out / "repair.json").write_text('{"schema": 99}')
+    with pytest.raises(RepairError, match=r"expected repair\.json of schema 1, got 99"):
+        open_model(str(out), None, tmp_path)
+    (out / "repair.json").write_text('{"schema": 1, "method"')
+    with pytest.raises(RepairError, match="damaged"):
+        open_model(str(out), None, tmp_path)
+    (out / "repair.json").unlink()
+    with pytest.raises(ModelError, match="expected a model file, a folder that guard repair wrote"):
+        open_model(str(out), None, tmp_path)
+
+
+def test_what_is_there_stays_when_writing_fails(tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, made = repaired(_factory(tmp_path), tmp_path, engine)
+    out, images = tmp_path / "out", toys(8).images(slice(None))
+    save_repaired(made, source, out, images)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    monkeypatch.setattr("calibration.repair.folder.save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(RepairError, match="can't be saved"):
+        save_repaired(made, source, out, images)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert not list(tmp_path.glob(".out.*"))
+    foreign = tmp_path / "mine"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("x")
+    with pytest.raises(RepairError, match=r"which holds something else \(thesis\.tex\)"):
+        save_repaired(made, source, foreign, images)
+
+
+@pytest.mark.parametrize("images", [10, 49])
+def test_too_few_images(images: int, engine: Engine, tmp_path: Path) -> None:
+    source = open_model(_factory(tmp_path), None, tmp_path)
+    predictor = discover(source.backend, toys(60))
+    with pytest.raises(RepairError, match=f"expected at least 50 clean images to repair with, got {images}"):
+        repair(predictor, toys(images), RepairSettings(method="gym"), engine=engine)
+    few = toys(20).images(slice(None))
+    with pytest.raises(RepairError, match="expected at least 30 quarantined images to learn the trigger from, got 20"):
+        repair(predictor, toys(60), RepairSettings(method="codefend"), few, engine=engine)
+    with pytest.raises(RepairError, match="expected --quarantine DIR for codefend"):
+        repair(predictor, toys(60), RepairSettings(method="codefend"), engine=engine)
+
+
+def test_onnx_can_not_be_repaired_and_the_error_says_what_to_pass(tmp_path: Path, engine: Engine) -> None:
+    source = open_model(str(save_onnx(tmp_path / "toy.onnx", SPEC)), None, tmp_path)
+    predictor = discover(source.backend, toys(60))
+    with pytest.raises(
+        ModelError, match=r"expected a model that can be fine-tuned \(a factory of an nn\.Module.*got a model of kind onnx"
+    ):
+        repair(predictor, toys(60), RepairSettings(method="gym"), engine=engine)
+
+
+def test_a_profile_error_of_a_folder_is_told_as_one_of_a_repair(tmp_path: Path, engine: Engine) -> None:
+    source, made = repaired(_exported(tmp_path), tmp_path, engine)
+    save_repaired(made, source, tmp_path / "out", toys(8).images(slice(None)))
+    (tmp_path / "out" / "model.pt2").unlink()
+    with pytest.raises(RepairError) as caught:
+        open_model(str(tmp_path / "out"), None, tmp_path)
+    assert not isinstance(caught.value, ProfileError)
