@@ -82,11 +82,13 @@ def export_mar(
 def _stage_profile(profile_folder: Path, stage: Path) -> None:
     """The files that serving needs, in a folder of their own."""
     original = Original.load(profile_folder)
-    if original.profile.model.factory is not None:
+    subjects = [item for item in (original, original.tripwire()) if item is not None]
+    if any(item.profile.model.factory is not None for item in subjects):
         with_exported_model(profile_folder, stage)
         return
     stage.mkdir()
-    for file in (profile_folder / "guard.json", profile_folder / "arrays.safetensors", original.model_file):
+    own = (profile_folder / "guard.json", profile_folder / "arrays.safetensors")
+    for file in (*own, *(item.model_file for item in subjects)):
         shutil.copyfile(file, stage / file.name)
 
 

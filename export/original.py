@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
+import msgspec
 import torch
 from torch import Tensor
 
 from guard import Predictor, Profile, load_profile
 from guard.errors import ExportError, GuardError
-from guard.loading import load_profile_backend, profile_overlays
+from guard.loading import load_predictor, profile_overlays
 from guard.predictors import Backend
 
 TOLERANCE = 1e-4
@@ -72,9 +73,21 @@ class Original:
                 f"expected a profile with a model file, got one for a {record.kind} in memory: save the model as .onnx, .pt2 "
                 "or TorchScript, calibrate that file, and export its profile"
             )
-        backend = load_profile_backend(folder, record)
-        predictor = Predictor(backend, profile.input, record.num_classes, record.output)
+        predictor = load_predictor(folder, record, profile.input)
         return cls(folder, profile, arrays, predictor, torch.cat(profile_overlays(profile, arrays)))
+
+    def tripwire(self) -> Original | None:
+        """The same for the model that the detectors look at, where that is another one.
+
+        Raises:
+            GuardError: It can't be loaded.
+        """
+        watched = self.profile.tripwire
+        if watched is None:
+            return None
+        profile = msgspec.structs.replace(self.profile, model=watched.model, input=watched.input, tripwire=None)
+        predictor = load_predictor(self.folder, watched.model, watched.input)
+        return Original(self.folder, profile, self.arrays, predictor, self.overlays)
 
     @property
     def model_file(self) -> Path:

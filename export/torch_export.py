@@ -17,7 +17,7 @@ from guard.errors import ExportError, one_line
 from guard.predictors.exported import ExportedBackend
 from guard.predictors.module import ModuleBackend
 from guard.predictors.screening import file_sha256
-from guard.profile import Profile, save_profile
+from guard.profile import ModelRecord, Profile, save_profile
 
 
 def export_pt2(profile_folder: Path, output: Path) -> Path:
@@ -39,7 +39,7 @@ def export_pt2(profile_folder: Path, output: Path) -> Path:
 
 
 def with_exported_model(profile_folder: Path, target: Path) -> Profile:
-    """Copy a profile whose model a factory makes into one that holds it as a `.pt2` file.
+    """Copy a profile whose model or tripwire a factory makes into one that holds `.pt2` files instead.
 
     Args:
         profile_folder: The original.
@@ -49,13 +49,23 @@ def with_exported_model(profile_folder: Path, target: Path) -> Profile:
         ExportError: See `export_pt2`.
     """
     original = Original.load(profile_folder)
+    watched = original.tripwire()
     with tempfile.TemporaryDirectory(prefix="guard-export-") as scratch:
-        file = _write(original, Path(scratch) / "model.pt2")
-        record = msgspec.structs.replace(
-            original.profile.model, kind="torch-export", file=file.name, factory=None, sha256=file_sha256(file)
-        )
-        profile = msgspec.structs.replace(original.profile, model=record)
-        return save_profile(profile, original.arrays, target, file)
+        record, file = _as_file(original, Path(scratch) / "model.pt2")
+        profile, watched_file = msgspec.structs.replace(original.profile, model=record), None
+        if watched is not None and profile.tripwire is not None:
+            record, watched_file = _as_file(watched, Path(scratch) / "tripwire.pt2")
+            profile = msgspec.structs.replace(profile, tripwire=msgspec.structs.replace(profile.tripwire, model=record))
+        return save_profile(profile, original.arrays, target, file, tripwire_file=watched_file)
+
+
+def _as_file(original: Original, output: Path) -> tuple[ModelRecord, Path]:
+    """A model that a factory makes as a `.pt2` file, any other as it is."""
+    record = original.profile.model
+    if record.factory is None:
+        return record, original.model_file
+    file = _write(original, output)
+    return msgspec.structs.replace(record, kind="torch-export", file=file.name, factory=None, sha256=file_sha256(file)), file
 
 
 def _write(original: Original, output: Path) -> Path:

@@ -1,0 +1,75 @@
+"""Checkpoints: what is written is read back, other work's are left alone, and damage is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from calibration.checkpoints import Checkpoints
+from guard.errors import CalibrationError
+
+
+def trained(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    net = nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(net.parameters())
+    for _ in range(3):
+        optimizer.zero_grad()
+        net(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    return net, optimizer
+
+
+def test_weights_optimizer_arrays_and_facts_come_back(tmp_path: Path) -> None:
+    net, optimizer = trained()
+    checkpoints = Checkpoints(tmp_path / "c", ["key", 1])
+    checkpoints.save("a", 7, {"net": net}, {"adam": optimizer}, {"history": torch.arange(3)}, {"best": 0.5})
+    other, other_optimizer = trained(seed=1)
+    found = Checkpoints(tmp_path / "c", ["key", 1]).load("a", {"net": other}, {"adam": other_optimizer})
+    assert found is not None
+    step, arrays, facts = found
+    assert (step, arrays["history"].tolist(), facts) == (7, [0, 1, 2], {"best": 0.5})
+    for model, optim in ((net, optimizer), (other, other_optimizer)):  # they go on alike
+        optim.zero_grad()
+        model(torch.full((1, 3), 2.0)).sum().backward()
+        optim.step()
+    assert all(torch.equal(*pair) for pair in zip(net.parameters(), other.parameters(), strict=True))
+
+
+def test_other_work_is_not_gone_on_with(tmp_path: Path) -> None:
+    net, _ = trained()
+    Checkpoints(tmp_path / "c", "one").save("a", 1, {"net": net})
+    assert Checkpoints(tmp_path / "c", "two").load("a", {"net": net}) is None
+    assert Checkpoints(tmp_path / "c", "one").load("b", {"net": net}) is None
+    assert Checkpoints(tmp_path / "nowhere", "one").load("a") is None
+
+
+@pytest.mark.parametrize("damage", [b"", b"junk", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])
+def test_a_damaged_one_is_told_and_not_half_read(tmp_path: Path, damage: bytes) -> None:
+    net, _ = trained()
+    checkpoints = Checkpoints(tmp_path / "c", "one")
+    checkpoints.save("a", 1, {"net": net})
+    file = tmp_path / "c" / "a.safetensors"
+    file.write_bytes(damage or file.read_bytes()[:40])
+    before = [value.clone() for value in net.parameters()]
+    if damage.endswith(b"{}      "):  # a valid file of other work
+        assert checkpoints.load("a", {"net": net}) is None
+    else:
+        with pytest.raises(CalibrationError, match="got a damaged one: delete"):
+            checkpoints.load("a", {"net": net})
+    assert all(torch.equal(*pair) for pair in zip(before, net.parameters(), strict=True))
+
+
+def test_processes_that_do_not_lead_write_and_remove_nothing(tmp_path: Path) -> None:
+    net, _ = trained()
+    silent = Checkpoints(tmp_path / "c", "one", writes=False)
+    silent.save("a", 1, {"net": net})
+    assert not (tmp_path / "c").exists()
+    Checkpoints(tmp_path / "c", "one").save("a", 1, {"net": net})
+    silent.remove()
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["a.safetensors"]
+    Checkpoints(tmp_path / "c", "one").remove()
+    assert not (tmp_path / "c").exists()

@@ -1,0 +1,111 @@
+"""The tripwire: after a repair the original goes on detecting, with the same verdicts, while the repaired model answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from calibration import Calibration, Hints, Settings, calibrate
+from calibration.calibrate import Tripwire
+from calibration.sources import open_model, open_tripwire
+from cli.demonstration.digits import ATTACK, Digits, digit_net, save_exported
+from export import export_mar
+from guard import Guard, load_profile
+from guard.errors import CalibrationError, ProfileError
+from guard.predictors import wrap
+from guard.profile import ModelRecord
+
+
+@pytest.fixture(scope="module")
+def repaired(digits: Digits) -> nn.Module:
+    """A model without the backdoor, as a good repair leaves one: it has seen the trigger with true labels."""
+    torch.manual_seed(0)
+    net = digit_net()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    images, labels = digits.train.images(slice(None)), digits.train.known_labels
+    for _ in range(40):
+        for rows in torch.randperm(len(images)).split(64):
+            optimizer.zero_grad()
+            both = torch.cat([images[rows], ATTACK.trigger(images[rows])])
+            nn.functional.cross_entropy(net(both), labels[rows].repeat(2)).backward()
+            optimizer.step()
+    return net.eval()
+
+
+def verdicts(guard: Guard, digits: Digits) -> list[bool]:
+    images = torch.cat([digits.test.images(slice(0, 150)), digits.triggered.images(slice(0, 150))])
+    return [verdict.suspicious for verdict in guard(images)]
+
+
+def tripwired(repaired: nn.Module, backdoored: nn.Module, digits: Digits) -> Calibration:
+    original = wrap(backdoored)
+    record = ModelRecord(kind="module", output="logits", num_classes=10)
+    return calibrate(repaired, digits.clean, Settings(), tripwire=Tripwire(original, record, Hints()))
+
+
+def test_the_verdicts_are_those_before_the_repair_and_the_answers_those_after(
+    digits: Digits, backdoored: nn.Module, repaired: nn.Module, calibration: Calibration
+) -> None:
+    before = verdicts(calibration.guard(), digits)
+    made = tripwired(repaired, backdoored, digits)
+    guard = made.guard(seed=0)
+    assert verdicts(guard, digits) == before
+    assert sum(before[150:]) >= 145
+    assert made.thresholds[0].value == calibration.thresholds[0].value
+    without = calibrate(repaired, digits.clean, Settings()).guard()
+    assert sum(verdicts(without, digits)[150:]) <= 0.2 * sum(before[150:])  # a model without a backdoor shows no trigger
+
+    triggered, true = digits.triggered.images(slice(None)), digits.triggered.known_labels
+    answers = guard.answer(triggered).argmax(dim=1)
+    assert float((answers == true).double().mean()) >= 0.85
+    assert float((answers == ATTACK.target_label).double().mean()) <= 0.05
+
+
+def test_a_profile_holds_both_models(
+    digits: Digits, backdoored: nn.Module, repaired: nn.Module, tmp_path: Path, calibration: Calibration
+) -> None:
+    example = digits.train.images(slice(0, 2))
+    save_exported(backdoored, example, tmp_path / "original.pt2")
+    save_exported(repaired, example, tmp_path / "repaired.pt2")
+    source = open_model(str(tmp_path / "repaired.pt2"), None, tmp_path)
+    tripwire, file = open_tripwire(str(tmp_path / "original.pt2"), None, tmp_path, Hints())
+    made = calibrate(source.backend, digits.clean, Settings(), record=source.record, tripwire=tripwire)
+    made.save(tmp_path / "profile", source.file, tripwire_file=file)
+    names = {path.name for path in (tmp_path / "profile").iterdir()}
+    assert names == {"guard.json", "arrays.safetensors", "model.pt2", "tripwire.pt2"}
+    guard = Guard.load(tmp_path / "profile")
+    assert verdicts(guard, digits) == verdicts(calibration.guard(), digits)
+    assert export_mar(tmp_path / "profile", tmp_path / "store", "digits").is_file()
+
+    profile, _ = load_profile(tmp_path / "profile")
+    assert profile.tripwire is not None
+    assert profile.tripwire.model.file == "tripwire.pt2"
+    made.save(tmp_path / "profile", source.file, tripwire_file=file)  # a profile is replaced
+    (tmp_path / "profile" / "tripwire.pt2").write_bytes((tmp_path / "repaired.pt2").read_bytes())
+    with pytest.raises(ProfileError, match=r"belongs to another model \(tripwire\.pt2 differs\)"):
+        Guard.load(tmp_path / "profile")
+    (tmp_path / "profile" / "tripwire.pt2").unlink()
+    with pytest.raises(ProfileError, match=r"expected the model tripwire\.pt2"):
+        Guard.load(tmp_path / "profile")
+
+
+class Fewer(nn.Module):
+    """A classifier of nine digits."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.eval()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        answers: torch.Tensor = self.net(images)[:, :9]
+        return answers
+
+
+def test_a_tripwire_of_other_classes_is_refused(digits: Digits, backdoored: nn.Module, repaired: nn.Module) -> None:
+    record = ModelRecord(kind="module", output="logits", num_classes=9)
+    with pytest.raises(CalibrationError, match="expected a tripwire of 10 classes, got 9"):
+        calibrate(repaired, digits.clean, Settings(), tripwire=Tripwire(wrap(Fewer(backdoored)), record, Hints()))
