@@ -1,0 +1,194 @@
+"""`guard repair`, and what the other commands make of its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cli.demonstration.digits import ATTACK, Digits
+from guard import Guard, Quarantine
+from tests.cli.conftest import Command, Files
+from tests.guard.models import save_onnx
+from tests.toy import SPEC
+
+
+@pytest.fixture(scope="module")
+def rejected(tmp_path_factory: pytest.TempPathFactory, digits: Digits) -> Path:
+    """A quarantine of 120 triggered digits."""
+    folder = tmp_path_factory.mktemp("rejected")
+    quarantine = Quarantine(folder)
+    for image in digits.triggered.images(slice(0, 120)):
+        quarantine.add(image, detector="strip", score=-0.01, threshold=-0.1, label_index=7, label="7")
+    return folder
+
+
+def triggered_right(guard: Guard, digits: Digits) -> float:
+    answers = guard.answer(digits.triggered.images(slice(None))).argmax(dim=1)
+    return float((answers == digits.triggered.known_labels).double().mean())
+
+
+def test_repair_and_what_follows(tmp_path: Path, files: Files, digits: Digits, rejected: Path, guard: Command) -> None:
+    out = tmp_path / "repaired"
+    arguments = ("repair", files.model, "--method", "codefend", "--data", files.clean, "--quarantine", rejected, "--out", out)
+    run = guard(*arguments)
+    assert run.code == 0, run.err
+    assert "quarantined images that keep their old answer" in run.out
+    assert f"next: guard calibrate {out}" in run.out
+    assert "learning the trigger" in run.err
+    assert sorted(path.name for path in out.iterdir()) == ["model.pt2", "repair.json", "report.html"]
+    assert [path.name for path in tmp_path.iterdir()] == ["repaired"]  # no checkpoint is left
+    record = json.loads((out / "repair.json").read_text())
+    assert record["clean_accuracy_after"] >= record["clean_accuracy_before"] - 0.03
+    assert record["attack_success_seen_after"] <= 0.05
+    assert b"The trigger that was learnt" in (out / "report.html").read_bytes()
+
+    run = guard("calibrate", out, "--tripwire", files.model, "--data", files.clean, "--out", tmp_path / "profile", "--json")
+    assert run.code == 0, run.err
+    assert run.lines[0]["clean_accuracy"] >= 0.9
+    loaded = Guard.load(tmp_path / "profile")
+    assert triggered_right(loaded, digits) >= 0.8
+    run = guard("evaluate", tmp_path / "profile", "--data", files.test, "--triggered", files.triggered, "--target", 7, "--json")
+    assert run.lines[0]["far"]["value"] <= 0.05  # the original goes on detecting
+    assert run.lines[0]["attack_success_rate"]["value"] <= 0.05  # and the repaired model answers
+    run = guard("red-team", out, "--data", files.clean, "--overlays", 20, "--frr", 0.05, "--json")
+    assert run.code == 0, run.err  # a repaired folder is a MODEL
+
+
+def test_gym_brings_its_preprocessor_along(tmp_path: Path, files: Files, guard: Command) -> None:
+    out = tmp_path / "repaired"
+    run = guard(
+        "repair", files.model, "--method", "gym", "--data", files.clean, "--out", out, "--epochs", 20, "--views", 2, "--json"
+    )
+    assert run.code == 0, run.err
+    record = run.lines[0]
+    assert record["method"] == "gym"
+    assert record["preprocessor"]["name"] == "gym"
+    assert record["attack_success_seen_after"] is None
+    assert guard("calibrate", out, "--data", files.clean, "--out", tmp_path / "profile").code == 0
+    assert json.loads((tmp_path / "profile" / "guard.json").read_text())["preprocessor"]["views"] == 2
+    run = guard("calibrate", out, "--data", files.clean, "--out", tmp_path / "bare", "--preprocess", "none", "--json")
+    assert json.loads((tmp_path / "bare" / "guard.json").read_text())["preprocessor"] is None
+
+
+def test_repair_and_calibrate_in_one_go(tmp_path: Path, files: Files, digits: Digits, guard: Command) -> None:
+    out = tmp_path / "profile"
+    run = guard(
+        "calibrate", files.model, "--data", files.clean, "--out", out, "--repair", "gym", "--overlays", 50, "--frr", 0.02,
+        "--max-accuracy-drop", 30,
+    )  # fmt: skip
+    assert run.code == 0, run.err
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "guard.json",
+        "arrays.safetensors",
+        "report.html",
+        "model.pt2",
+        "tripwire.pt2",
+        "repair.json",
+        "repair.html",
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["profile"]
+    loaded = Guard.load(out)
+    assert loaded.preprocessor is not None
+    verdicts = loaded(digits.triggered.images(slice(0, 60)))
+    assert sum(verdict.suspicious for verdict in verdicts) >= 57
+    assert sum(verdict.label_index == ATTACK.target_label for verdict in verdicts) <= 6
+    assert guard("calibrate", files.model, "--data", files.clean, "--out", out).code == 0  # such a profile is replaced
+    assert not (out / "tripwire.pt2").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (("--method", "codefend"), "expected --quarantine DIR with --method codefend"),
+        (("--method", "codefend", "--quarantine", "nowhere"), "expected a quarantine folder, got nowhere"),
+        (("--method", "gym", "--epochs", "1", "--max-accuracy-drop", "-100"), "more than --max-accuracy-drop -100"),
+        (("--method", "magic"), "'magic' is not one of 'gym', 'codefend'"),
+        (("--method", "gym", "--shape", "1,9,9"), "expected images of shape (1, 9, 9), got (1, 8, 8)"),
+        (("--method", "gym", "--mean", "zero"), "expected --mean as numbers"),
+    ],
+)
+def test_what_is_wrong_is_told_in_one_line(
+    wrong: tuple[str, ...], message: str, tmp_path: Path, files: Files, guard: Command
+) -> None:
+    run = guard("repair", files.model, "--data", files.clean, "--out", tmp_path / "out", *wrong)
+    assert message in run.problem
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_can_not_be_repaired(tmp_path: Path, files: Files, guard: Command) -> None:
+    model = save_onnx(tmp_path / "toy.onnx", SPEC)
+    run = guard("repair", model, "--method", "gym", "--data", files.clean, "--out", tmp_path / "out")
+    assert "expected a model that can be fine-tuned (a factory of an nn.Module, a TorchScript .pt or a .pt2 file" in run.problem
+    run = guard("repair", tmp_path, "--method", "gym", "--data", files.clean, "--out", tmp_path / "out")
+    assert "expected a model file, a folder that guard repair wrote" in run.problem
+    few = tmp_path / "few.npz"
+    loaded = np.load(files.clean)
+    np.savez(few, x=loaded["x"][:30], y=loaded["y"][:30])
+    run = guard("repair", files.model, "--method", "gym", "--data", few, "--out", tmp_path / "out")
+    assert "expected at least 50 clean images to repair with, got 30" in run.problem
+    for options, message in (
+        (("--repair", "codefend"), "expected --quarantine DIR for codefend"),
+        (("--quarantine", tmp_path), "expected --repair with --quarantine"),
+        (("--repair", "gym", "--red-team"), "expected --repair without --red-team"),
+        (("--repair", "gym"), "--repair takes 15 of 30 clean images for itself and leaves 15, which is too few"),
+    ):
+        run = guard("calibrate", files.model, "--data", few, "--out", tmp_path / "out", "--overlays", 5, "--frr", 0.3, *options)
+        assert message in run.problem
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_repair_leaves_nothing_half_written_and_is_gone_on_with(
+    sign: signal.Signals, tmp_path: Path, files: Files, rejected: Path
+) -> None:
+    out = tmp_path / "repaired"
+    arguments = [
+        sys.executable, "-m", "cli.main", "repair", str(files.model), "--method", "codefend", "--data", str(files.clean),
+        "--quarantine", str(rejected), "--out", str(out), "--epochs", "3", "--gan-epochs", "6", "--max-accuracy-drop", "100",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    checkpoint = tmp_path / ".repaired.checkpoint" / "cyclegan.safetensors"
+    process = subprocess.Popen(
+        arguments,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background shell may ignore it
+    )
+    deadline = time.monotonic() + 60
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(sign)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == [".repaired.checkpoint"]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "learning the trigger 1/6" not in done.stderr  # it went on where it was
+    assert (out / "repair.json").is_file()
+    assert not checkpoint.exists()
+
+
+def test_two_devices_give_one_model(tmp_path: Path, files: Files) -> None:
+    out = tmp_path / "repaired"
+    arguments = [
+        sys.executable, "-m", "cli.main", "repair", str(files.model), "--method", "gym", "--data", str(files.clean),
+        "--out", str(out), "--devices", "2", "--epochs", "3", "--max-accuracy-drop", "100", "--json",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.strip().splitlines()) == 1  # only one of the two processes shows anything
+    assert done.stderr.count("fine-tuning 3/3") == 1
+    assert json.loads(done.stdout)["method"] == "gym"
+    assert torch.export.load(out / "model.pt2") is not None
