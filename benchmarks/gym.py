@@ -70,9 +70,9 @@ class Tuned(msgspec.Struct, frozen=True, kw_only=True):
         images: It was given, held-out ones included.
         kernel: Of the lightweight function's medians.
         figures: What a defender sees.
-        intensive: Through the intensive function.
+        intensive: Through the intensive function, which the paper's recipe tunes for; None for ours.
         lightweight: Through the lightweight one.
-        averaged: Through it, the answers to four draws averaged.
+        averaged: Through it, the answers to four draws averaged; None for the paper's recipe.
         seconds: Of the repair.
     """
 
@@ -80,9 +80,9 @@ class Tuned(msgspec.Struct, frozen=True, kw_only=True):
     images: int
     kernel: int
     figures: RepairFigures
-    intensive: Marks
+    intensive: Marks | None
     lightweight: Marks
-    averaged: Marks
+    averaged: Marks | None
     seconds: float
 
 
@@ -152,14 +152,15 @@ def tuned(predictor: Predictor, clean: ImageSet, exam: Exam, recipe: Recipe, pro
     seconds = time.monotonic() - started
     if made.preprocessor is None:
         raise InputError("expected a preprocessor with GYM, got none")
+    theirs, averaged = recipe == "paper", msgspec.structs.replace(made.preprocessor, views=_VIEWS)
     return Tuned(
         recipe=recipe,
         images=len(clean),
         kernel=made.preprocessor.kernel,
         figures=made.figures,
-        intensive=examine(made.predictor, exam, GymIntensive(), _DRAWS),
+        intensive=examine(made.predictor, exam, GymIntensive(), _DRAWS) if theirs else None,
         lightweight=examine(made.predictor, exam, made.preprocessor, _DRAWS),
-        averaged=examine(made.predictor, exam, msgspec.structs.replace(made.preprocessor, views=_VIEWS), _DRAWS // 2),
+        averaged=None if theirs else examine(made.predictor, exam, averaged, _DRAWS // 2),
         seconds=seconds,
     )
 
@@ -236,8 +237,10 @@ def few_table(reports: Sequence[Report]) -> str:
     )
 
 
-def _cell(marks: Marks, before: Marks | None = None) -> str:
+def _cell(marks: Marks | None, before: Marks | None = None) -> str:
     """ACC with its interval, what it lost, and ASR."""
+    if marks is None:
+        return ""
     accuracy, success = marks.accuracy, marks.attack_success
     lost = "" if before is None else f" ({accuracy.value - before.accuracy.value:+.3f})"
     return f"{accuracy.value:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}]{lost} / {success.value:.3f}"
