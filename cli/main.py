@@ -23,8 +23,10 @@ app = typer.Typer(
         "sets the threshold from clean images alone, [bold]guard red-team[/] MODEL --data CLEAN plants known triggers in "
         "copies to find the best setting for it. [bold]guard check[/] PROFILE IMAGE judges images, [bold]guard evaluate[/] "
         "measures the guard, [bold]guard serve[/] PROFILE answers over HTTP, [bold]guard export[/] PROFILE makes a TorchServe "
-        "archive, and [bold]guard quarantine[/] shows what was rejected.\n\n"
-        "MODEL is a .onnx, .pt2 or TorchScript .pt file, or package.module:factory with --weights. CLEAN is a folder with one "
+        "archive, and [bold]guard quarantine[/] shows what was rejected. [bold]guard repair[/] MODEL --quarantine DIR unlearns "
+        "the trigger that those images carry, and [bold]guard roll-out[/] puts the repaired model into a running TorchServe.\n\n"
+        "MODEL is a .onnx, .pt2 or TorchScript .pt file, package.module:factory with --weights, or a folder that guard "
+        "repair wrote. CLEAN is a folder with one "
         "sub-folder of images per class, or an .npz with x and y."
     ),
 )

@@ -21,7 +21,10 @@ ProfileArgument = Annotated[Path, typer.Argument(help="Folder that guard calibra
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A .onnx, .pt2 or TorchScript .pt file, or package.module:factory.")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A .onnx, .pt2 or TorchScript .pt file, package.module:factory, or what repair wrote."
+    ),
 ]
 CleanOption = Annotated[
     Path, typer.Option(metavar="CLEAN", help="Clean images: a folder with a sub-folder per class, or an .npz.")

@@ -124,7 +124,8 @@ def test_the_loop(tmp_path: Path, digits: Digits, backdoored: nn.Module, files: 
             server.roll_out("digits", tmp_path / "next" / "digits.mar")
         broken = tmp_path / "broken" / "digits.mar"
         export_mar(tmp_path / "profile-2", broken.parent, "digits", "3.0", {"guard": {"mode": "wrong"}})
-        with pytest.raises(ServingError, match=r"expected digits 3\.0 to answer, got 503"):
-            server.roll_out("digits", broken)
+        where = ("--management", server.management_url, "--inference", server.url, "--store", server.store)
+        run = guard("roll-out", broken, *where)
+        assert "expected digits 3.0 to answer, got 503" in run.problem
         assert ask(server, digits.test.pixels[0])[0] == 200  # the old version serves on
     assert open_model(str(tmp_path / "repaired"), None, tmp_path).repair is not None

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from guard import Guard, Predictor
 from guard.errors import InputError
-from guard.preprocessors import Gym
-from tests.toy import TARGET, ToyNet, toy_images, toy_trigger
+from guard.predictors import wrap
+from guard.preprocessors import Gym, answer_through
+from tests.toy import SPEC, TARGET, ToyNet, toy_images, toy_trigger
 
 
 def attack_success(images: Tensor, labels: Tensor) -> float:
@@ -74,12 +76,34 @@ def test_images_that_require_gradients_are_no_trouble() -> None:
     "wrong",
     [
         {"kernel": 4}, {"kernel": 7}, {"scale": 0.0}, {"scale": 1.1}, {"scale": math.nan}, {"shift": 1.0}, {"shift": -0.1},
-        {"zoom": 1.0}, {"zoom": math.nan}, {"rotation": 181.0}, {"rotation": math.nan}, {"shift": math.inf},
+        {"zoom": 1.0}, {"zoom": math.nan}, {"rotation": 181.0}, {"rotation": math.nan}, {"shift": math.inf}, {"views": 0},
     ],
 )  # fmt: skip
 def test_parameters_out_of_range(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="expected"):
         Gym(**wrong)
+
+
+def test_views_are_averaged() -> None:
+    images, _ = toy_images(6, seed=2)
+    net, gym = ToyNet(), Gym(kernel=1, views=3)
+    found = answer_through(lambda part: net(part).softmax(dim=1), gym, images, torch.Generator().manual_seed(0))
+    generator, one = torch.Generator().manual_seed(0), Gym(kernel=1)
+    singles = [net(one(images, generator)).softmax(dim=1) for _ in range(3)]
+    torch.testing.assert_close(found, torch.stack(singles).mean(dim=0))
+    alone = answer_through(net, one, images, torch.Generator().manual_seed(0))
+    assert torch.equal(alone, net(one(images, torch.Generator().manual_seed(0))))
+    assert torch.equal(answer_through(net, None, images, torch.Generator()), net(images))
+
+
+def test_a_guard_averages_them_too() -> None:
+    images, labels = toy_images(40, seed=2)
+    model = Predictor(wrap(ToyNet()), SPEC, 4, "logits")
+    right = []
+    for views in (1, 25):
+        guard = Guard(model, [], preprocessor=Gym(kernel=1, shift=0.4, views=views), seed=0)
+        right.append(sum(verdict.label_index == int(label) for verdict, label in zip(guard(images), labels, strict=True)))
+    assert right[1] > right[0]
 
 
 def test_it_survives_json() -> None:
