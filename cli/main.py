@@ -24,7 +24,7 @@ app = typer.Typer(
         "copies to find the best setting for it. [bold]guard check[/] PROFILE IMAGE judges images, [bold]guard evaluate[/] "
         "measures the guard, [bold]guard serve[/] PROFILE answers over HTTP, [bold]guard export[/] PROFILE makes a TorchServe "
         "archive, and [bold]guard quarantine[/] shows what was rejected. [bold]guard repair[/] MODEL --quarantine DIR unlearns "
-        "the trigger that those images carry, and [bold]guard roll-out[/] puts the repaired model into a running TorchServe.\n\n"
+        "the trigger that those images carry, and [bold]guard roll-out[/] puts the repaired model into TorchServe.\n\n"
         "MODEL is a .onnx, .pt2 or TorchScript .pt file, package.module:factory with --weights, or a folder that guard "
         "repair wrote. CLEAN is a folder with one "
         "sub-folder of images per class, or an .npz with x and y."
