@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import TypeVar, cast, final
+from typing import Self, TypeVar, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 @final
 class Engine:
-    """Runs training steps.
+    """Runs training steps; a context manager, which matters where there are several devices.
 
     With several devices, Fabric starts this very command again, once for each further device. All of them draw the same batches
     and take their share of each; only the first one shows and writes anything.
@@ -50,6 +50,16 @@ class Engine:
                 precision="bf16-mixed" if _bfloat16_is_fast() else "32-true",
             )
             self._fabric.launch()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Leave the group of processes in order: one that just ends may be aborted by its own network threads."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            if kind is None:
+                self._fabric.barrier()
+            torch.distributed.destroy_process_group()
 
     @property
     def leads(self) -> bool:

@@ -16,17 +16,11 @@ _BETWEEN = 4  # spaces between columns, at most
 
 
 @contextlib.contextmanager
-def progress_bars(hidden: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
     """One bar per step of a long command, on stderr; yields the function that the steps report to.
 
     Where stderr is no terminal, each step is a plain line as it starts and one as it ends.
-
-    Args:
-        hidden: Show nothing.
     """
-    if hidden:
-        yield lambda _what, _done, _total: None
-        return
     if not sys.stderr.isatty():
         yield _plain_lines()
         return

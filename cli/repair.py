@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -116,8 +120,7 @@ def repair_command(
     with tempfile.TemporaryDirectory(prefix="guard-") as scratch:
         source = open_model(model, weights, Path(scratch))
         trainable(source.backend)
-        engine = Engine(devices)
-        with progress_bars(hidden=not engine.leads) as progress:
+        with Engine(devices) as engine, _only_the_first_speaks(engine.leads), progress_bars() as progress:
             size = options.shape(shape) or (declared_shape(source.backend) if data.is_dir() else None)
             clean = load_images(data, size, skip_unreadable=skip_unreadable, progress=progress)
             predictor = discover(source.backend, clean, source.hints(given))
@@ -133,6 +136,14 @@ def repair_command(
     for name, reason in clean.skipped:
         typer.echo(f"skipped {name}: {reason}", err=True)
     _show(*done, out, as_json)
+
+
+@contextlib.contextmanager
+def _only_the_first_speaks(leads: bool) -> Iterator[None]:
+    """The processes of further devices show nothing, not even why they end: the first one says it."""
+    if not leads:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+    yield
 
 
 def _show(repaired: Repaired, record: RepairRecord, out: Path, as_json: bool) -> None:

@@ -31,7 +31,9 @@ from calibration.fine_tuning import TrainableCopy
 from calibration.repair.cases import FEWEST_QUARANTINED, Part, Parts, logits
 from calibration.repair.cyclegan import CycleGan, Generator, Training, apply, train
 from calibration.repair.tuning import Lesson, Tuning, likeness, mix, tune
+from calibration.settings import strips
 from guard import Predictor
+from guard.detectors import Strip
 
 TUNING = Tuning(epochs=60, rate=1e-3, batch=32)
 
@@ -41,6 +43,7 @@ _ROUNDS = 3
 _LEFT = 0.05  # share of the quarantined images that must still work for another round
 _REAL = 4  # clean images for each quarantined one
 _CUT_OUT = -30.0  # logit of a label that is not to be answered
+_OVERLAYS, _USUAL = 32, 0.95  # of STRIP, and the share of clean images that it lets pass, where it looks for what is left
 _PICTURES = 8
 
 
@@ -114,13 +117,36 @@ def fine_tune_codefend(
         triggers = triggers.extended(original, gan, suspects, old, engine)
         unlearn(copied, original, triggers, clean, tuning, engine, seed, checkpoints, f"tuning{more}", shown)
         learnt.append(_learnt(original, gan, clean.held_out, suspects[:_PICTURES], old, engine))
-        answers = copied.predictor(quarantined.tuning.images).argmax(dim=1).cpu()
-        left = quarantined.tuning.images[old[answers] & (answers == quarantined.tuning.labels)]
+        left = still_triggered(copied.predictor, quarantined.tuning, old, clean)
         fewest = max(FEWEST_QUARANTINED // 2, round(_LEFT * len(quarantined.tuning)))
         if len(left) < fewest or (learnt[-1].trigger_works or 0.0) < _HARDLY_WORKS:
             break
         suspects = left
     return learnt
+
+
+def still_triggered(predictor: Predictor, quarantined: Part, old: Tensor, clean: Parts) -> Tensor:
+    """Quarantined images whose trigger still works on a model: they get their old answer, and STRIP finds them.
+
+    An old answer alone says little: false alarms keep theirs, and so do images that are of the target's class.
+
+    Args:
+        predictor: The model.
+        quarantined: The images, with their old answers.
+        old: (M,), bool, see `old_answers`.
+        clean: Overlays, and what is usual.
+
+    Returns:
+        (N, C, H, W), some of the images.
+    """
+    answers = predictor(quarantined.images).argmax(dim=1).cpu()
+    left = quarantined.images[old[answers] & (answers == quarantined.labels)]
+    if len(left) == 0:
+        return left
+    (blend, alpha), *_ = strips("logit")
+    strip = Strip(predictor, clean.tuning.images[:_OVERLAYS], blend, alpha)
+    usual = strip.score(clean.stopping.images).quantile(_USUAL)
+    return left[strip.score(left).cpu() > usual.cpu()]
 
 
 @final

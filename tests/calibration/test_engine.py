@@ -21,20 +21,20 @@ import torch
 from safetensors.torch import save_file
 from calibration.engine import Engine
 
-engine = Engine(int(sys.argv[1]))
-torch.manual_seed(0)
-net = torch.nn.Linear(4, 3)
-optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
-module, wrapped = engine.setup(net, optimizer)
-generator = torch.Generator().manual_seed(1)
-for _ in range(5):
-    batch = torch.rand(8, 4, generator=generator)
-    wrapped.zero_grad()
-    engine.backward(module(engine.share(batch)).square().mean())
-    wrapped.step()
-assert engine.agree(3.0) == 3.0
-if engine.leads:
-    save_file(net.state_dict(), sys.argv[2])
+with Engine(int(sys.argv[1])) as engine:
+    torch.manual_seed(0)
+    net = torch.nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    module, wrapped = engine.setup(net, optimizer)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        batch = torch.rand(8, 4, generator=generator)
+        wrapped.zero_grad()
+        engine.backward(module(engine.share(batch)).square().mean())
+        wrapped.step()
+    assert engine.agree(3.0) == 3.0
+    if engine.leads:
+        save_file(net.state_dict(), sys.argv[2])
 """
 
 

@@ -192,3 +192,8 @@ def test_two_devices_give_one_model(tmp_path: Path, files: Files) -> None:
     assert done.stderr.count("fine-tuning 3/3") == 1
     assert json.loads(done.stdout)["method"] == "gym"
     assert torch.export.load(out / "model.pt2") is not None
+    failed = [*arguments[:-1], "--max-accuracy-drop", "-100"]
+    done = subprocess.run(failed, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("guard: ") == 1
+    assert "more than --max-accuracy-drop -100" in done.stderr

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-import torch
+from typing import cast
 
+import pytest
+import torch
+from torch import nn
+
+from calibration.data import ImageSet
+from calibration.engine import Engine
 from calibration.repair.codefend import old_answers
+from calibration.repair.cyclegan import CycleGan, Generator, Training
+from calibration.repair.repair import RepairSettings, repair
+from calibration.repair.report import remarks
 from cli.demonstration.digits import ATTACK, Digits
 from guard import Predictor
+from guard.predictors import wrap
 from tests.calibration.repair.conftest import Case
+from tests.toy import SPEC, LearningToy, toy_images
 
 
 def share(predictor: Predictor, images: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -59,3 +70,61 @@ def test_the_trigger_that_was_learnt_is_the_trigger(case: Case) -> None:
 def test_old_answers_are_those_of_most_of_the_quarantine() -> None:
     labels = torch.tensor([3] * 60 + [5] * 35 + [0, 1, 2, 4, 6])
     assert torch.nonzero(old_answers(labels, 8)).flatten().tolist() == [3, 5]
+
+
+class Pixel(nn.Module):
+    """Stands for a trained generator: sets one pixel."""
+
+    def __init__(self, column: int, value: float) -> None:
+        super().__init__()
+        self.column, self.value = column, value
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        changed = images.clone()
+        changed[:, 0, 0, self.column] = self.value
+        return changed
+
+
+def test_a_trigger_that_is_left_goes_through_another_round(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
+    net = LearningToy()
+    with torch.no_grad():  # a white pixel at the top, in the first or the last column, means class 0
+        net.learned.weight[0, [0, 7]] = 5.0
+    original = Predictor(wrap(net), SPEC, 4, "logits")
+    images, labels = toy_images(400)
+    clean = ImageSet((images * 255).round().to(torch.uint8), labels)
+    suspects, of = toy_images(216, seed=5)
+    suspects = suspects[of != 0]
+    quarantined = torch.cat([Pixel(0, 1.0)(suspects[:80]), Pixel(7, 1.0)(suspects[80:])])
+    seen: list[torch.Tensor] = []
+
+    def trained(_: torch.Tensor, images: torch.Tensor, *__: object) -> CycleGan:
+        """Learns one trigger of two, as a generator does: that of the last column where there is only that."""
+        seen.append(images)
+        column = 0 if bool((images[:, 0, 0, 0] == 1.0).any()) else 7
+        return CycleGan(*(cast(Generator, Pixel(column, value)) for value in (1.0, 0.15)))
+
+    monkeypatch.setattr("calibration.repair.codefend.train", trained)
+    made = repair(original, clean, RepairSettings(method="codefend", epochs=30), quarantined, engine=engine)
+    assert made.figures.rounds == len(made.learnt) == len(seen) == 2
+    assert bool((seen[0][:, 0, 0, 0] == 1.0).any())
+    assert not bool((seen[1][:, 0, 0, 0] == 1.0).any())  # only what still got its old answer
+    fresh, true = toy_images(80, seed=9)
+    for column in (0, 7):
+        others = true != 0
+        triggered = Pixel(column, 1.0)(fresh[others])
+        assert share(original, triggered, torch.zeros(int(others.sum()), dtype=torch.int64)) == 1.0
+        assert share(made.predictor, triggered, true[others]) >= 0.95
+    assert share(made.predictor, fresh, true) >= 0.95
+
+
+def test_a_quarantine_of_false_alarms_is_told_and_does_no_harm(engine: Engine) -> None:
+    original = Predictor(wrap(LearningToy()), SPEC, 4, "logits")
+    images, labels = toy_images(300)
+    clean = ImageSet((images * 255).round().to(torch.uint8), labels)
+    alarms, _ = toy_images(60, seed=5)
+    settings = RepairSettings(method="codefend", epochs=3, gan=Training(epochs=4, width=8, blocks=1))
+    made = repair(original, clean, settings, alarms, engine=engine)
+    assert made.figures.rounds == 1  # nothing was learnt, so nothing more is looked for
+    assert (made.figures.generated_triggers_work or 0.0) < 0.5
+    assert made.figures.drop <= 3.0
+    assert any("Don't rely on this repair" in text for text in remarks(made))
