@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import fixed, red_team, strip
+from benchmarks import codefend, fixed, gym, gym_cost, red_team, strip
 from benchmarks.roster import REPORTED
 
 ROOT = Path(__file__).parent.parent.parent
 REPORTS = strip.load_reports()
 CHOICES = red_team.load_reports()
+REPAIRED = codefend.load_reports()
+TUNED = gym.load_reports()
+COSTS = gym_cost.load_costs()
 PATCHES = {
     "mnist-a",
     "mnist-conv-badnets",
@@ -79,3 +82,38 @@ def test_the_false_rejection_rate_is_at_its_target_after_choosing() -> None:
     rates = [report.calibrated.evaluation.frr for report in CHOICES]  # each of 1,500 images, so only together of use
     assert 0.0075 <= sum(rate.value for rate in rates) / len(rates) <= 0.0125
     assert all(rate.low <= 0.0125 for rate in rates)
+
+
+def test_the_document_on_repair_quotes_its_results() -> None:
+    text = (ROOT / "docs" / "repair.md").read_text(encoding="utf-8")
+    assert codefend.table(REPAIRED) in text
+    assert gym.table(TUNED) in text
+    assert gym.few_table(TUNED) in text
+    assert COSTS is not None
+    assert gym_cost.table(COSTS.costs) in text
+    assert [report.name for report in REPAIRED] == list(codefend.VICTIMS)
+    assert [report.name for report in TUNED] == list(gym.VICTIMS)
+    assert all(report.plan == REPORTED[report.name] for report in [*REPAIRED, *TUNED])
+
+
+@pytest.mark.parametrize("report", REPAIRED, ids=lambda report: report.name)
+def test_codefend_reaches_the_papers_figures(report: codefend.Report) -> None:
+    assert report.stream.quarantined == report.figures.clean_images == 500
+    assert report.stream.false_alarms > 0  # not hand-picked
+    assert report.before.attack_success.value >= 0.98
+    assert report.after.attack_success.value <= codefend.HIGHEST_SUCCESS[report.name]
+    assert report.drop <= 1.1
+
+
+@pytest.mark.parametrize("report", TUNED, ids=lambda report: report.name)
+def test_gym_reaches_the_papers_figures_with_four_draws_averaged(report: gym.Report) -> None:
+    paper, ours = gym.PAPER[report.name], report.of("distilled", 5_000)
+    assert ours.averaged is not None
+    assert ours.averaged.attack_success.value <= paper.attack_success_after
+    lost = report.before.accuracy.value - ours.averaged.accuracy.value
+    assert lost <= paper.accuracy - paper.accuracy_after
+
+
+def test_gyms_lightweight_function_is_light() -> None:
+    assert COSTS is not None
+    assert all(cost.share < 0.15 for cost in COSTS.costs)
