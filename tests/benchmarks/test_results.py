@@ -93,7 +93,8 @@ def test_the_document_on_repair_quotes_its_results() -> None:
     assert gym_cost.table(COSTS.costs) in text
     assert [report.name for report in REPAIRED] == list(codefend.VICTIMS)
     assert [report.name for report in TUNED] == list(gym.VICTIMS)
-    assert all(report.plan == REPORTED[report.name] for report in [*REPAIRED, *TUNED])
+    assert all(report.plan == REPORTED[report.name] for report in REPAIRED)
+    assert all(report.plan == REPORTED[report.name] for report in TUNED)
 
 
 @pytest.mark.parametrize("report", REPAIRED, ids=lambda report: report.name)
