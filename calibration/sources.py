@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import msgspec
 from safetensors.torch import save_file
 
-from calibration.calibrate import Tripwire
 from calibration.discovery import Hints
 from calibration.repair.record import RepairRecord, is_repaired, read_record
 from guard.errors import ModelError, ProfileError, RepairError
@@ -18,6 +17,9 @@ from guard.predictors import Backend, load_backend
 from guard.predictors.module import ModuleBackend
 from guard.preprocessors import AnyPreprocessor
 from guard.profile import ModelRecord
+
+if TYPE_CHECKING:
+    from calibration.calibrate import Tripwire
 
 
 @final
@@ -119,6 +121,8 @@ def open_tripwire(name: str, weights: Path | None, scratch: Path, hints: Hints) 
     Raises:
         ModelError: It can't be found or loaded.
     """
+    from calibration.calibrate import Tripwire  # needs an extra, which opening a model does not
+
     folder = scratch / "tripwire"
     folder.mkdir(exist_ok=True)
     source = open_model(name, weights, folder)

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from cli import calibrate, check, demo, evaluate, export, quarantine, red_team, repair, roll_out, serve
+from cli import calibrate, check, demo, edge, evaluate, export, quarantine, red_team, repair, roll_out, serve
 from cli.stopping import stopped_by_sigterm
 from guard import GuardError, __version__
 
@@ -54,6 +54,7 @@ app.command("evaluate", rich_help_panel="Before serving")(evaluate.evaluate_comm
 app.command("export", rich_help_panel="Serving")(export.export)
 app.command("serve", rich_help_panel="Serving")(serve.serve)
 app.command("roll-out", rich_help_panel="Serving")(roll_out.roll_out_command)
+app.add_typer(edge.app, name="edge", rich_help_panel="Serving")
 app.add_typer(quarantine.app, name="quarantine", rich_help_panel="Serving")
 
 

@@ -15,9 +15,11 @@ import typer
 
 from cli import options
 from cli.display import progress_bars, show_rows
+from cli.edge_repair import EdgeChoice, EdgeJobOption, EdgeOption, EdgeTokenOption, InsecureEdgeOption, repair_on_edge
 from cli.extras import needs
 from cli.threads import settle_threads
 from guard.errors import InputError
+from handlers.edge_protocol import RepairOptions
 
 if TYPE_CHECKING:
     from calibration.repair.record import RepairRecord
@@ -79,6 +81,10 @@ def repair_command(
     skip_unreadable: options.SkipOption = False,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of the cut into parts and of all draws.")] = 0,
     as_json: options.JsonOption = False,
+    edge: EdgeOption = None,
+    edge_token_file: EdgeTokenOption = None,
+    edge_job: EdgeJobOption = None,
+    insecure_edge: InsecureEdgeOption = False,
 ) -> None:
     """Repair a copy of the model from clean images and from what the guard rejected.
 
@@ -91,7 +97,35 @@ def repair_command(
     Example: guard repair model.pt2 --method codefend --data clean/ --quarantine rejected --out repaired
 
     Ctrl-C leaves DIR as it was; the same command goes on from the last epoch.
+
+    With --edge, a guard edge serve elsewhere does the work, and makes a profile
+    too: this machine needs only pip install 'backdoor-guard[device]'.
     """
+    if method == "codefend" and quarantine is None and edge_job is None:
+        raise InputError("expected --quarantine DIR with --method codefend, which learns the trigger from it, got none")
+    if edge is not None:
+        repair_on_edge(
+            EdgeChoice(edge, edge_token_file, edge_job, insecure_edge),
+            model,
+            data,
+            out,
+            RepairOptions(
+                method=method,
+                recipe=recipe,
+                views=views,
+                epochs=epochs,
+                gan_epochs=gan_epochs,
+                max_accuracy_drop=max_accuracy_drop,
+                seed=seed,
+            ),
+            weights=weights,
+            quarantine=quarantine,
+            hints=options.hints(mean, std, output, layout, dtype, container),
+            shape=shape,
+            skip_unreadable=skip_unreadable,
+            as_json=as_json,
+        )
+        return
     with needs("repair"):
         from calibration import load_images
         from calibration.discovery import declared_shape, discover
@@ -113,8 +147,6 @@ def repair_command(
         gan=Training(epochs=gan_epochs),
         seed=seed,
     )
-    if method == "codefend" and quarantine is None:
-        raise InputError("expected --quarantine DIR with --method codefend, which learns the trigger from it, got none")
     KIND.check_target(out)
     given = options.hints(mean, std, output, layout, dtype, container)
     with tempfile.TemporaryDirectory(prefix="guard-") as scratch:

@@ -14,6 +14,7 @@
     |-- ExportError           an export failed, or differs from the original
     |-- QuarantineError       a quarantine folder or item can't be used
     |-- ServingError          a server can't be started or configured
+    |   `-- EdgeError         an edge server, or a client of one, refuses or can't go on  (HTTP: its own status)
     `-- MissingExtraError     an optional dependency is not installed
 
 Each message is one line and says what was expected, what arrived, and what to do. ``code`` is the stable, machine
@@ -123,6 +124,22 @@ class ServingError(GuardError):
     """A server can't be started or configured."""
 
     code = "serving-failed"
+
+
+class EdgeError(ServingError):
+    """An edge server, or a client of one, refuses or can't go on.
+
+    Attributes:
+        status: The HTTP status that goes with it.
+        code: The reason, where there is one of its own.
+    """
+
+    code = "edge-failed"
+
+    def __init__(self, message: str, status: int = 503, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code or self.code
 
 
 class MissingExtraError(GuardError):

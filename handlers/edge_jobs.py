@@ -1,0 +1,308 @@
+"""Jobs of an edge server: a folder each, with what is known of the job in `job.json`, which is written whole or not at all.
+
+    FOLDER/jobs/ID/job.json   a job exists when this does
+                   sent/      what the device sent; deleted once the job has ended
+                   result/    what it gets
+                   log        what the commands wrote to stderr
+
+Names of folders and files are ours: a device's text never becomes a path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import msgspec
+
+from guard.errors import EdgeError, TooLargeError
+from handlers.edge_protocol import JOB_ID, FileInfo, JobRequest, JobStatus, Progress, Sealed, State
+
+logger = logging.getLogger("guard.edge")
+
+_JSON = "job.json"
+_ACTIVE: tuple[State, ...] = ("receiving", "queued", "running")
+
+
+@final
+@dataclass(frozen=True)
+class EdgeLimits:
+    """How much an edge server takes and keeps.
+
+    Attributes:
+        max_bytes: Of one file, also once it is unpacked.
+        max_job_bytes: Of all files that a job sends.
+        max_jobs: Jobs kept; the oldest that have ended make room.
+        receiving_seconds: After which a job whose files don't arrive is dropped.
+        kept_seconds: After which a job that has ended is dropped.
+    """
+
+    max_bytes: int = 1024**3
+    max_job_bytes: int = 2 * 1024**3
+    max_jobs: int = 16
+    receiving_seconds: float = 3600.0
+    kept_seconds: float = 7 * 24 * 3600.0
+
+    def __post_init__(self) -> None:
+        """Refuse bounds that nothing fits into."""
+        if min(self.max_bytes, self.max_job_bytes, self.max_jobs) < 1:
+            raise EdgeError(f"expected positive bounds, got {self.max_bytes}, {self.max_job_bytes} and {self.max_jobs}")
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """What `job.json` holds.
+
+    Attributes:
+        id: Random.
+        created: Seconds since the epoch.
+        changed: Likewise.
+        state: Where it is.
+        request: What the device asked for.
+        received: Files that have arrived.
+        queued: When it was; seconds since the epoch.
+        starts: How often it was begun: a job that takes the server down with it must not do so for ever.
+        progress: Of the step that runs.
+        error: Why it failed.
+        result: What came of it.
+    """
+
+    id: str
+    created: float
+    changed: float
+    state: State
+    request: JobRequest
+    received: tuple[str, ...] = ()
+    queued: float = 0.0
+    starts: int = 0
+    progress: Progress | None = None
+    error: str | None = None
+    result: Sealed | None = None
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Files that have not arrived."""
+        return tuple(item.name for item in self.request.files if item.name not in self.received)
+
+    @property
+    def active(self) -> bool:
+        """Whether there is still something to be done."""
+        return self.state in _ACTIVE
+
+
+@final
+class JobStore:
+    """Jobs on disk. Whatever reads a job and then writes it holds `lock`.
+
+    Args:
+        folder: Made with access for nobody else: models and images are private.
+        limits: How much it takes and keeps.
+    """
+
+    def __init__(self, folder: Path, limits: EdgeLimits | None = None) -> None:
+        self.limits = limits or EdgeLimits()
+        self.lock = threading.RLock()
+        self._jobs = folder.resolve() / "jobs"  # whatever it is called, it is the same in the marks of processes
+        try:
+            self._jobs.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._jobs.chmod(0o700)
+        except OSError as error:
+            raise EdgeError(f"can't keep jobs in {folder} ({error.strerror or error}): pick another --folder") from error
+
+    def create(self, request: JobRequest) -> Job:
+        """A job that waits for its files.
+
+        Raises:
+            TooLargeError: It declares more than is taken.
+            EdgeError: There are as many unfinished jobs as are kept.
+        """
+        self._check_sizes(request)
+        with self.lock:
+            self.expire(room=1)
+            now = time.time()
+            job = Job(id=secrets.token_hex(16), created=now, changed=now, state="receiving", request=request)
+            (self.folder(job.id) / "sent").mkdir(parents=True)
+            self._write(job)
+        return job
+
+    def find(self, job_id: str) -> Job | None:
+        """A job, or None when there is none of this id."""
+        try:
+            return msgspec.json.decode((self.folder(job_id) / _JSON).read_bytes(), type=Job)
+        except OSError:
+            return None
+        except msgspec.MsgspecError as error:
+            logger.warning("job %s can't be read (%s) and is ignored", job_id, error)
+            return None
+
+    def get(self, job_id: str) -> Job:
+        """A job.
+
+        Raises:
+            EdgeError: There is none of this id.
+        """
+        job = self.find(job_id) if JOB_ID.fullmatch(job_id) else None
+        if job is None:
+            raise EdgeError("expected the id of a job that is kept here, got another: it may have expired", 404, "unknown-job")
+        return job
+
+    def update(self, job_id: str, **changes: Any) -> Job:
+        """Write a job with some fields changed.
+
+        Raises:
+            EdgeError: It was deleted.
+        """
+        with self.lock:
+            job = msgspec.structs.replace(self.get(job_id), changed=time.time(), **changes)
+            self._write(job)
+        return job
+
+    def delete(self, job_id: str) -> None:
+        """Forget a job; a worker that is at it stops."""
+        with self.lock:
+            with contextlib.suppress(FileNotFoundError):
+                (self.folder(job_id) / _JSON).unlink()
+            self.clear(job_id)
+
+    def clear(self, job_id: str) -> None:
+        """Remove what is left of a job that was deleted, and nothing of one that was not."""
+        if not (self.folder(job_id) / _JSON).exists():
+            shutil.rmtree(self.folder(job_id), ignore_errors=True)
+
+    def accept(self, job_id: str, part: Path, expected: FileInfo) -> None:
+        """Take a file that arrived whole.
+
+        Args:
+            job_id: Of the job.
+            part: The file, in `sent`.
+            expected: What was declared of it; the caller has verified it.
+
+        Raises:
+            TooLargeError: It unpacks to more than is taken.
+            EdgeError: It holds pickles, is no archive though its name says so, or the job no longer takes files.
+        """
+        self._check_archive(part, expected.name)
+        with self.lock:
+            job = self.get(job_id)
+            if job.state != "receiving":
+                raise EdgeError(f"expected no more files for a job that is {job.state}, got one", 409, "not-receiving")
+            part.replace(self.sent(job_id) / expected.name)
+            self.update(job_id, received=(*(name for name in job.received if name != expected.name), expected.name))
+
+    def status(self, job: Job) -> JobStatus:
+        """What the device is told."""
+        ahead = 0
+        if job.state == "queued":
+            ahead = sum(other.state == "running" or _before(other, job) for other in self.jobs())
+        return JobStatus(
+            id=job.id,
+            state=job.state,
+            ahead=ahead,
+            missing=job.missing if job.state == "receiving" else (),
+            progress=job.progress,
+            error=job.error,
+            result=job.result,
+        )
+
+    def jobs(self) -> Iterator[Job]:
+        """All jobs, in no order."""
+        for folder in self._jobs.iterdir():
+            job = self.find(folder.name) if JOB_ID.fullmatch(folder.name) else None
+            if job is not None:
+                yield job
+
+    def expire(self, room: int = 0) -> None:
+        """Drop what is too old, and the oldest ended jobs until there is room.
+
+        Raises:
+            EdgeError: There is none to be had.
+        """
+        with self.lock:
+            now, kept = time.time(), []
+            for job in sorted(self.jobs(), key=lambda item: item.changed):
+                age = now - job.changed
+                if (job.state == "receiving" and age > self.limits.receiving_seconds) or (
+                    not job.active and age > self.limits.kept_seconds
+                ):
+                    self.delete(job.id)
+                else:
+                    kept.append(job)
+            surplus = len(kept) + room - self.limits.max_jobs
+            ended = [job for job in kept if not job.active]
+            if surplus > len(ended):
+                raise EdgeError(
+                    f"the edge server has {len(kept)} unfinished jobs and takes no more: try again later", 429, "too-many-jobs"
+                )
+            for job in ended[: max(0, surplus)]:
+                self.delete(job.id)
+
+    def tidy(self) -> None:
+        """Put right what a server left that was killed: half-made jobs, half-sent files, and jobs that run no longer."""
+        with self.lock:
+            for folder in self._jobs.iterdir():
+                if JOB_ID.fullmatch(folder.name):
+                    self.clear(folder.name)
+            for part in self._jobs.glob("*/sent/*.part"):
+                part.unlink(missing_ok=True)
+            for job in list(self.jobs()):
+                if job.state == "running":
+                    self.update(job.id, state="queued", progress=None)
+
+    def folder(self, job_id: str) -> Path:
+        """A job's own; the id must be one that we gave."""
+        return self._jobs / job_id
+
+    def sent(self, job_id: str) -> Path:
+        """Where the device's files are."""
+        return self.folder(job_id) / "sent"
+
+    def result(self, job_id: str) -> Path:
+        """Where the result is."""
+        return self.folder(job_id) / "result"
+
+    def _check_sizes(self, request: JobRequest) -> None:
+        largest = max(item.size for item in request.files)
+        if largest > self.limits.max_bytes:
+            raise TooLargeError(
+                f"expected files of at most {self.limits.max_bytes} bytes, got one of {largest}: send fewer images"
+            )
+        together = sum(item.size for item in request.files)
+        if together > self.limits.max_job_bytes:
+            raise TooLargeError(f"expected at most {self.limits.max_job_bytes} bytes a job, got {together}: send fewer images")
+
+    def _check_archive(self, path: Path, name: str) -> None:
+        """Look at an archive's table of contents: the commands that load it read all of it into memory."""
+        if not name.endswith((".npz", ".pt", ".pt2")):
+            return
+        try:
+            with zipfile.ZipFile(path) as archive:
+                entries = archive.infolist()
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            raise EdgeError(f"expected an archive in {name}, got something else: save it again", 422, "bad-file") from error
+        unpacked = sum(entry.file_size for entry in entries)
+        if unpacked > self.limits.max_bytes:
+            raise TooLargeError(f"expected {name} to unpack to at most {self.limits.max_bytes} bytes, got {unpacked}")
+        if name.endswith(".pt2") and any("/sample_inputs/" in entry.filename and entry.file_size for entry in entries):
+            raise EdgeError(f"refused {name}: its sample inputs are pickled; send it without them", 422, "pickled")
+
+    def _write(self, job: Job) -> None:
+        path = self.folder(job.id) / _JSON
+        partial = path.with_name(f".{_JSON}.part")
+        with partial.open("wb") as file:
+            file.write(msgspec.json.format(msgspec.json.encode(job), indent=1))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+
+def _before(other: Job, job: Job) -> bool:
+    return other.state == "queued" and other.queued < job.queued

@@ -1,0 +1,407 @@
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import msgspec
+import numpy as np
+import pytest
+from persistqueue import SQLiteAckQueue
+from persistqueue.serializers import json as json_serializer
+
+from guard.errors import EdgeError
+from handlers.edge import BearerToken
+from handlers.edge_commands import MARK
+from handlers.edge_jobs import EdgeLimits, JobStore
+from handlers.edge_protocol import Manifest, open_sealed
+from handlers.edge_worker import MOST_STARTS
+from tests.handlers.toy_edge import (
+    AUTHORISED,
+    DEADLINE,
+    FAILS,
+    REPAIR,
+    SLEEPS,
+    TOKEN,
+    archive,
+    edge_server,
+    requested,
+    running,
+    sent_files,
+)
+from tests.handlers.toy_service import call, chunk, drive
+
+NOBODY = "0" * 32
+ROUTES = [
+    ("POST", "/v1/jobs"),
+    ("GET", f"/v1/jobs/{NOBODY}"),
+    ("DELETE", f"/v1/jobs/{NOBODY}"),
+    ("POST", f"/v1/jobs/{NOBODY}/start"),
+    ("PUT", f"/v1/jobs/{NOBODY}/files/clean.npz"),
+    ("GET", f"/v1/jobs/{NOBODY}/files/model.pt2"),
+    ("GET", "/elsewhere"),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+def test_nothing_is_answered_or_read_without_the_token(tmp_path: Path, method: str, path: str) -> None:
+    wrong: list[list[tuple[bytes, bytes]]] = [
+        [],
+        [(b"authorization", b"Bearer " + b"x" * len(TOKEN))],
+        [(b"authorization", TOKEN.encode())],
+        [(b"authorization", f"Basic {TOKEN}".encode())],
+        [(b"authorization", f"Bearer {TOKEN}".encode()), (b"authorization", b"Bearer other")],
+    ]
+    with edge_server(tmp_path) as edge:
+        for headers in wrong:
+            sent = drive(edge.app, [], path, headers, method)  # a client that never sends its body
+            assert sent[0]["status"] == 401
+            assert (b"www-authenticate", b"Bearer") in sent[0]["headers"]
+            assert (b"connection", b"close") in sent[0]["headers"]
+
+
+def test_ping_needs_no_token(tmp_path: Path) -> None:
+    with edge_server(tmp_path) as edge:
+        (answer,) = call(edge.app, httpx.Request("GET", "http://test/ping"))
+    assert answer.json() == {"status": "Healthy"}
+
+
+@pytest.mark.parametrize("token", ["", "short", "x" * 15, "with blanks in between", "umläute-umläute-umläute"])
+def test_a_token_that_is_too_weak_is_refused(token: str) -> None:
+    with pytest.raises(EdgeError, match="at least 16"):
+        BearerToken(lambda *_: contextlib.nullcontext(), token=token)  # type: ignore[arg-type]
+
+
+def test_a_job_from_its_announcement_to_its_result(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    files = sent_files()
+    with edge_server(tmp_path) as edge:
+        job = edge.create(requested(files))
+        for number, (name, data) in enumerate(files.items()):
+            assert edge.status(job).missing == tuple(files)[number:]
+            assert edge.send("PUT", f"/v1/jobs/{job}/files/{name}", data).status_code == 204
+        assert edge.send("GET", f"/v1/jobs/{job}/files/model.pt2").status_code == 409
+        assert edge.send("POST", f"/v1/jobs/{job}/start").status_code == 202
+        status = edge.ended(job)
+        assert status.state == "done"
+        assert status.result is not None
+        manifest = open_sealed(TOKEN, status.result)
+        assert [item.name for item in manifest.files] == ["model.pt2", "profile/guard.json", "repair.json"]
+        assert {item.name for item in manifest.sent} == set(files)
+        for item in manifest.files:
+            data = edge.send("GET", f"/v1/jobs/{job}/files/{item.name}").content
+            assert (len(data), hashlib.sha256(data).hexdigest()) == (item.size, item.sha256)
+        assert edge.send("GET", f"/v1/jobs/{job}/files/model.pt2").content == files["model.pt2"][::-1]
+        assert not edge.store.sent(job).exists()  # private, and needed no longer
+        assert edge.send("POST", f"/v1/jobs/{job}/start").json()["state"] == "done"  # again does no harm
+        assert edge.send("DELETE", f"/v1/jobs/{job}").status_code == 204
+        assert edge.send("GET", f"/v1/jobs/{job}").status_code == 404
+        assert not edge.store.folder(job).exists()
+    assert TOKEN not in caplog.text
+
+
+def test_what_is_kept_is_nobody_elses_and_not_pickled(tmp_path: Path) -> None:
+    with edge_server(tmp_path, running(SLEEPS)) as edge:
+        job = edge.started()
+        edge.until(job, lambda status: status.state == "running")
+        assert (tmp_path / "jobs").stat().st_mode & 0o077 == 0
+        with contextlib.closing(sqlite3.connect(tmp_path / "queue" / "data.db")) as database:
+            ((data,),) = database.execute("SELECT data FROM ack_queue_default").fetchall()
+        assert json.loads(data) == job
+
+
+@pytest.mark.parametrize("cut", [0, 1, 100])
+def test_a_truncated_file_is_refused_and_not_kept(tmp_path: Path, cut: int) -> None:
+    files = sent_files()
+    with edge_server(tmp_path) as edge:
+        job = edge.create(requested(files))
+        answer = edge.send("PUT", f"/v1/jobs/{job}/files/clean.npz", files["clean.npz"][:cut])
+        assert [answer.status_code, answer.json()["reason"]] == [422, "truncated"]
+        assert list(edge.store.sent(job).iterdir()) == []
+        assert "clean.npz" in edge.status(job).missing
+        refused = edge.send("POST", f"/v1/jobs/{job}/start")
+        assert [refused.status_code, refused.json()["reason"]] == [409, "files-missing"]
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    files = sent_files()
+    with edge_server(tmp_path) as edge:
+        job = edge.create(requested(files))
+        answer = edge.send("PUT", f"/v1/jobs/{job}/files/clean.npz", files["clean.npz"][:-1] + b"x")
+        assert [answer.status_code, answer.json()["reason"]] == [422, "damaged"]
+        assert list(edge.store.sent(job).iterdir()) == []
+
+
+def test_more_than_was_declared_is_refused_whatever_content_length_says(tmp_path: Path) -> None:
+    files = sent_files()
+    size = len(files["clean.npz"])
+    with edge_server(tmp_path) as edge:
+        path = f"/v1/jobs/{edge.create(requested(files))}/files/clean.npz"
+        token = [(b"authorization", AUTHORISED["authorization"].encode())]
+        for headers in (token, [*token, (b"content-length", b"10")], [*token, (b"content-length", b"%d" % size)]):
+            sent = drive(edge.app, [chunk(bytes(size), True), chunk(b"x", True)], path, headers, "PUT")
+            assert sent[0]["status"] == 413
+        assert not [*tmp_path.rglob("*.part"), *tmp_path.rglob("clean.npz")]
+
+
+def test_a_client_that_falls_silent_is_cut_off(tmp_path: Path) -> None:
+    with edge_server(tmp_path, seconds=0.05) as edge:
+        path = f"/v1/jobs/{edge.create(requested(sent_files()))}/files/clean.npz"
+        sent = drive(edge.app, [chunk(b"x", True)], path, [(b"authorization", AUTHORISED["authorization"].encode())], "PUT")
+    assert sent[0]["status"] == 408
+
+
+def test_sizes_are_bounded_per_file_per_job_and_unpacked(tmp_path: Path) -> None:
+    files = sent_files()
+    sizes = [len(data) for data in files.values()]
+    for number, limits in enumerate((EdgeLimits(max_bytes=max(sizes) - 1), EdgeLimits(max_job_bytes=sum(sizes) - 1))):
+        with edge_server(tmp_path / str(number), limits=limits) as edge:
+            answer = edge.send("POST", "/v1/jobs", msgspec.json.encode(requested(files)))
+            assert [answer.status_code, answer.json()["reason"]] == [413, "too-large"]
+    buffer = tmp_path / "bomb.npz"
+    np.savez_compressed(buffer, x=np.zeros((100, 100, 100), np.uint8))
+    files["clean.npz"] = buffer.read_bytes()
+    with edge_server(tmp_path / "bomb", limits=EdgeLimits(max_bytes=100_000)) as edge:
+        answer = edge.send("PUT", f"/v1/jobs/{edge.create(requested(files))}/files/clean.npz", files["clean.npz"])
+        assert [answer.status_code, "unpack" in answer.text] == [413, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "reason"),
+    [
+        ("model.pt2", archive(m__data__sample_inputs__model=b"pickled"), "pickled"),
+        ("model.pt2", b"no archive", "bad-file"),
+        ("clean.npz", b"no archive", "bad-file"),
+    ],
+)
+def test_pickles_and_what_is_no_archive_are_refused(tmp_path: Path, name: str, data: bytes, reason: str) -> None:
+    files = {**sent_files(), name: data}
+    with edge_server(tmp_path) as edge:
+        job = edge.create(requested(files))
+        answer = edge.send("PUT", f"/v1/jobs/{job}/files/{name}", data)
+        assert [answer.status_code, answer.json()["reason"]] == [422, reason]
+        assert list(edge.store.sent(job).iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["../job.json", "/etc/passwd", "model.pkl", "clean.npz/../x", "", "model.PT2", "quarantine.npz\n"]
+)
+def test_only_known_names_are_taken(tmp_path: Path, name: str) -> None:
+    files = sent_files()
+    body = msgspec.json.encode(requested(files)).replace(b'"quarantine.npz"', json.dumps(name).encode())
+    with edge_server(tmp_path) as edge:
+        assert edge.send("POST", "/v1/jobs", body).status_code == 400
+        job = edge.create(requested(files))
+        assert edge.send("PUT", f"/v1/jobs/{job}/files/job.json", b"x").status_code == 404
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda body: b"[" * 50_000,
+        lambda body: b"{}",
+        lambda body: body.replace(b"codefend", b"../../x"),
+        lambda body: body.replace(b'"size":', b'"size":-'),
+        lambda body: body.replace(b'"method"', b'"secret":1,"method"'),
+        lambda body: body.replace(b'"quarantine.npz"', b'"clean.npz"'),
+        lambda body: body.replace(b'"model.pt2"', b'"model.safetensors"'),
+    ],
+)
+def test_a_job_that_makes_no_sense_is_refused(tmp_path: Path, change: object) -> None:
+    assert callable(change)
+    with edge_server(tmp_path) as edge:
+        answer = edge.send("POST", "/v1/jobs", change(msgspec.json.encode(requested(sent_files()))))
+        assert answer.status_code == 400
+        assert "Traceback" not in answer.text
+        assert list((tmp_path / "jobs").iterdir()) == []
+
+
+def test_other_paths_lead_nowhere(tmp_path: Path) -> None:
+    with edge_server(tmp_path) as edge:
+        job = edge.started()
+        edge.ended(job)
+        for name in ("../job.json", "..%2fjob.json", "profile/../../job.json", "/etc/passwd", "log", "profile"):
+            sent = drive(
+                edge.app, [chunk(b"")], f"/v1/jobs/{job}/files/{name}", [(b"authorization", f"Bearer {TOKEN}".encode())], "GET"
+            )
+            assert sent[0]["status"] == 404, name
+        for other in ("..", ".", "a" * 33, job.upper(), f"{job}\n"):
+            sent = drive(edge.app, [chunk(b"")], f"/v1/jobs/{other}", [(b"authorization", f"Bearer {TOKEN}".encode())], "GET")
+            assert sent[0]["status"] == 404, other
+        assert edge.send("PATCH", f"/v1/jobs/{job}").status_code == 405
+
+
+def test_a_factory_is_run_only_when_it_is_allowed(tmp_path: Path) -> None:
+    files = sent_files()
+    files["model.safetensors"] = files.pop("model.pt2")
+    with edge_server(tmp_path, factories=("mine:net",)) as edge:
+        refused = edge.send("POST", "/v1/jobs", msgspec.json.encode(requested(files, "os:abort")))
+        assert [refused.status_code, "--allow-factory os:abort" in refused.text] == [403, True]
+        assert edge.create(requested(files, "mine:net"))
+
+
+def test_no_file_is_taken_once_a_job_was_started(tmp_path: Path) -> None:
+    with edge_server(tmp_path, running(SLEEPS)) as edge:
+        job = edge.started()
+        answer = edge.send("PUT", f"/v1/jobs/{job}/files/clean.npz", sent_files()["clean.npz"])
+        assert [answer.status_code, answer.json()["reason"]] == [409, "not-receiving"]
+
+
+def test_unfinished_jobs_are_bounded_and_ended_ones_make_room(tmp_path: Path) -> None:
+    with edge_server(tmp_path, limits=EdgeLimits(max_jobs=2)) as edge:
+        old = edge.started()
+        edge.ended(old)
+        first, second = edge.create(requested(sent_files())), edge.create(requested(sent_files()))
+        assert edge.send("GET", f"/v1/jobs/{old}").status_code == 404
+        refused = edge.send("POST", "/v1/jobs", msgspec.json.encode(requested(sent_files())))
+        assert [refused.status_code, refused.json()["reason"]] == [429, "too-many-jobs"]
+        assert {edge.status(job).state for job in (first, second)} == {"receiving"}
+
+
+def test_jobs_expire(tmp_path: Path) -> None:
+    store = JobStore(tmp_path, EdgeLimits(receiving_seconds=0.0))
+    waiting, running_one = (store.create(requested(sent_files())) for _ in range(2))
+    # the second creation dropped the first: its files did not arrive in time
+    assert [job.id for job in store.jobs()] == [running_one.id]
+    store.update(running_one.id, state="running")
+    store.expire()
+    assert store.get(running_one.id).state == "running"
+    with pytest.raises(EdgeError):
+        store.get(waiting.id)
+
+
+def test_a_failing_command_is_told_in_one_line_without_our_paths(tmp_path: Path) -> None:
+    with edge_server(tmp_path, running(FAILS, REPAIR)) as edge:
+        status = edge.ended(edge.started())
+        assert (status.state, status.error) == ("failed", "expected more of sent/clean.npz, got less")
+
+
+def test_a_crashing_command_tells_nothing_of_the_server(tmp_path: Path) -> None:
+    for script, words in (
+        ("raise RuntimeError('/secret')", "failed unexpectedly"),
+        ("import os; os.kill(os.getpid(), 9)", "signal 9"),
+    ):
+        with edge_server(tmp_path, running(script)) as edge:
+            error = edge.ended(edge.started()).error or ""
+        assert words in error
+        assert "secret" not in error
+
+
+def test_a_step_that_is_not_required_leaves_a_note(tmp_path: Path) -> None:
+    with edge_server(tmp_path, running(REPAIR, FAILS, required=False)) as edge:
+        status = edge.ended(edge.started())
+        assert status.result is not None
+        assert msgspec.json.decode(status.result.manifest, type=Manifest).note == "expected more of sent/clean.npz, got less"
+
+
+def test_a_result_with_strange_files_is_not_given_out(tmp_path: Path) -> None:
+    script = REPAIR + "\n(result / 'model.pkl').write_text('x')"
+    with edge_server(tmp_path, running(script)) as edge:
+        status = edge.ended(edge.started())
+        assert status.state == "failed"
+        assert "model.pkl" in (status.error or "")
+
+
+def test_progress_is_shown_and_jobs_wait_for_each_other(tmp_path: Path) -> None:
+    with edge_server(tmp_path, running(SLEEPS)) as edge:
+        first, second = edge.started(), edge.started()
+        status = edge.until(first, lambda found: found.progress is not None)
+        assert msgspec.to_builtins(status.progress) == {"what": "learning the trigger", "done": 1, "total": 9}
+        assert [edge.status(second).state, edge.status(second).ahead] == ["queued", 1]
+
+
+def test_deleting_a_job_stops_it_and_the_next_one_runs(tmp_path: Path) -> None:
+    script = f"import os; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n{SLEEPS}"
+    with edge_server(tmp_path, running(script)) as edge:
+        first, second = edge.started(), edge.started()
+        edge.until(first, lambda found: found.progress is not None)
+        process = int((tmp_path / "pid").read_text())
+        assert edge.send("DELETE", f"/v1/jobs/{first}").status_code == 204
+        edge.until(second, lambda found: found.state == "running")
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+        assert not edge.store.folder(first).exists()
+
+
+def test_a_stopped_server_goes_on_with_its_job(tmp_path: Path) -> None:
+    with edge_server(tmp_path, running(SLEEPS)) as edge:
+        job = edge.started()
+        edge.until(job, lambda found: found.progress is not None)
+    assert JobStore(tmp_path).get(job).state == "queued"
+    with edge_server(tmp_path) as edge:
+        assert edge.ended(job).state == "done"
+        assert edge.store.get(job).starts == 1
+
+
+def test_a_killed_server_ends_the_orphan_and_begins_its_job_again(tmp_path: Path) -> None:
+    store = JobStore(tmp_path)
+    job = _left_by_a_killed_server(tmp_path, store)
+    left = store.sent(job) / ".clean.npz.0.part"
+    left.write_bytes(b"half")
+    (store.result(job) / ".profile.draft").mkdir(parents=True)
+    command = [sys.executable, "-S", "-c", "import time; time.sleep(300)"]
+    mine, other = (
+        subprocess.Popen(command, env={**os.environ, MARK: str(folder)}) for folder in (store.folder(job), store.folder(NOBODY))
+    )
+    try:
+        with edge_server(tmp_path) as edge:
+            assert edge.ended(job).state == "done"
+            assert mine.wait(DEADLINE) != 0
+            assert other.poll() is None  # another job's
+            assert not left.exists()
+        with edge_server(tmp_path) as edge:  # it has left the queue
+            assert edge.store.get(job).starts == 2
+    finally:
+        for process in (mine, other):
+            process.kill()
+            process.wait()
+
+
+def test_a_job_that_takes_the_server_down_each_time_is_given_up(tmp_path: Path) -> None:
+    store = JobStore(tmp_path)
+    job = _left_by_a_killed_server(tmp_path, store)
+    store.update(job, starts=MOST_STARTS)
+    with edge_server(tmp_path) as edge:
+        assert "given up after 5 starts" in (edge.ended(job).error or "")
+
+
+def test_one_server_at_a_time_uses_a_folder(tmp_path: Path) -> None:
+    with edge_server(tmp_path), pytest.raises(EdgeError, match="another edge server"), edge_server(tmp_path):
+        pass
+    with edge_server(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_used_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EdgeError, match="pick another --folder"):
+        JobStore(tmp_path / "file")
+
+
+def test_a_damaged_record_stops_nothing(tmp_path: Path) -> None:
+    with edge_server(tmp_path) as edge:
+        broken = edge.create(requested(sent_files()))
+        (edge.store.folder(broken) / "job.json").write_text("{")
+        assert edge.send("GET", f"/v1/jobs/{broken}").status_code == 404
+        assert edge.ended(edge.started()).state == "done"
+
+
+def _left_by_a_killed_server(folder: Path, store: JobStore) -> str:
+    """A job that is running by its record, and neither acknowledged nor running any more."""
+    files = sent_files()
+    job = store.create(requested(files)).id
+    for name, data in files.items():
+        (store.sent(job) / name).write_bytes(data)
+    store.update(job, state="running", received=tuple(files), starts=1)
+    queue = SQLiteAckQueue(str(folder / "queue"), multithreading=True, serializer=json_serializer)
+    queue.put(job)
+    assert queue.get(timeout=1) == job
+    queue.close()
+    return job
