@@ -16,7 +16,7 @@ from calibration.attacks import Attack
 from calibration.data import ImageSet, Progress, no_progress
 from calibration.fine_tuning import arrange
 from guard.errors import InputError
-from guard.preprocessors.affine import draw_affine, warp
+from guard.preprocessors.affine import draw_affine, warp_torch
 
 _BATCH = 128
 _POISONED_AT_ONCE = 5_000
@@ -130,7 +130,9 @@ def _poison_all(train: ImageSet, attack: Attack, seed: int) -> tuple[ImageSet, T
 def _augment(images: Tensor, schedule: Schedule, generator: torch.Generator) -> Tensor:
     count, _, height, width = images.shape
     if schedule.rotation or schedule.zoom:
-        images = warp(images, draw_affine(count, height, width, schedule.shift, schedule.rotation, schedule.zoom, generator))
+        images = warp_torch(
+            images, draw_affine(count, height, width, schedule.shift, schedule.rotation, schedule.zoom, generator)
+        )
     elif schedule.shift:
         images = _shifted(images, round(schedule.shift * height), generator)
     if schedule.flip:

@@ -3,13 +3,14 @@
     dst = A (src - c) + c + t,   A = s * R(angle),   c the image's centre
 
 Border pixels are zero, interpolation is bilinear. Parameters are always drawn on the CPU, so that a seed means the same
-transformation on every device; the warp is `affine_grid` + `grid_sample` on a CPU and Kornia's on a GPU.
+transformation on every device; the warp is `grid_sample` on a CPU and Kornia's on a GPU.
 
 Reference: Qiu et al., GYM (DeepSweep), arXiv:2012.07006.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,11 +75,37 @@ def warp(images: Tensor, matrices: Tensor) -> Tensor:
     Raises:
         MissingExtraError: The images are on a GPU and Kornia is not installed.
     """
-    return warp_kornia(images, matrices) if images.device.type == "cuda" else warp_torch(images, matrices)
+    if images.device.type == "cuda":
+        return warp_kornia(images, matrices)
+    height, width = int(images.shape[-2]), int(images.shape[-1])
+    return torch.nn.functional.grid_sample(
+        images, sampling_grid(matrices, height, width), mode="bilinear", padding_mode="zeros", align_corners=False
+    )
+
+
+def sampling_grid(matrices: Tensor, height: int, width: int) -> Tensor:
+    """Where each pixel of the result comes from, in `grid_sample`'s units; (B, H, W, 2), float32.
+
+    In NumPy, because so little arithmetic takes longer to be asked for in PyTorch than to be done.
+
+    Args:
+        matrices: (B, 2, 3), as `draw_affine` gives them.
+        height: Pixels.
+        width: Pixels.
+    """
+    a, b, move_x, c, d, move_y = matrices.to("cpu", torch.float64).numpy().reshape(-1, 6).T[:, :, None]
+    x, y = np.arange(width) - move_x, np.arange(height) - move_y
+    inverse = 1.0 / (a * d - b * c)
+    grid = np.empty((len(matrices), height, width, 2), dtype=np.float32)
+    from_x, from_y = d * inverse * x, -b * inverse * y
+    grid[..., 0] = (from_x[:, None, :] + from_y[:, :, None]) * (2.0 / width) + (1.0 / width - 1.0)
+    from_x, from_y = -c * inverse * x, a * inverse * y
+    grid[..., 1] = (from_x[:, None, :] + from_y[:, :, None]) * (2.0 / height) + (1.0 / height - 1.0)
+    return torch.from_numpy(grid)
 
 
 def warp_torch(images: Tensor, matrices: Tensor) -> Tensor:
-    """`affine_grid` + `grid_sample`; computed in float64, so that devices agree to 1e-6."""
+    """`affine_grid` + `grid_sample`, all in float64; `warp` differs from it by about 3e-6."""
     height, width = images.shape[-2:]
     square = torch.zeros(len(matrices), 3, 3, dtype=torch.float64)
     square[:, :2] = matrices.to("cpu", torch.float64)

@@ -12,10 +12,10 @@ from __future__ import annotations
 import msgspec
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from guard.errors import InputError
 from guard.preprocessors.median import check_kernel, median_filter
+from guard.preprocessors.resizing import blur_by_scaling, resize
 
 
 class ThreeMedians(
@@ -59,7 +59,8 @@ def median_at(images: Tensor, kernel: int, scale: float) -> Tensor:
         kernel: Side of the filter, 3 or 5.
         scale: Of the sides.
     """
-    height, width = images.shape[-2:]
-    small = (max(1, round(height * scale)), max(1, round(width * scale)))
-    filtered = median_filter(interpolate(images, size=small, mode="bilinear", align_corners=False), kernel)
-    return interpolate(filtered, size=(height, width), mode="bilinear", align_corners=False).clamp_(0.0, 1.0)
+    height, width = int(images.shape[-2]), int(images.shape[-1])
+    small = max(1, round(height * scale)), max(1, round(width * scale))
+    if kernel == 1:
+        return blur_by_scaling(images, *small).clamp_(0.0, 1.0)
+    return resize(median_filter(resize(images, *small), kernel), height, width).clamp_(0.0, 1.0)

@@ -92,3 +92,10 @@ def test_without_kornia(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "kornia.geometry.transform", None)
     with pytest.raises(MissingExtraError, match=r"backdoor-guard\[gpu\]"):
         warp_kornia(torch.zeros(1, 1, 4, 4), shift_of(0, 0))
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 32, 32), (2, 1, 9, 14), (3, 3, 1, 7)])
+def test_the_fast_way_is_the_exact_way(shape: tuple[int, ...]) -> None:
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    drawn = draw_affine(shape[0], shape[2], shape[3], 0.3, 25.0, 0.3, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(warp(images, drawn), warp_torch(images, drawn), atol=2e-5, rtol=0)
