@@ -18,6 +18,8 @@ _Module = TypeVar("_Module", bound=nn.Module)
 class Engine:
     """Runs training steps; a context manager, which matters where there are several devices.
 
+    With several, end the process by `os._exit` afterwards: at times network threads abort an interpreter that takes its time.
+
     With several devices, Fabric starts this very command again, once for each further device. All of them draw the same batches
     and take their share of each; only the first one shows and writes anything.
 

@@ -72,7 +72,6 @@ def serve(
 
     if importlib.util.find_spec("lightning_fabric") is None:  # the commands need it: better known before the first job
         raise MissingExtraError("lightning-fabric", "edge")
-    configure_logging()
     limits = EdgeLimits(max_bytes=max_bytes, max_job_bytes=max_job_bytes or 2 * max_bytes, max_jobs=max_jobs)
     factories = tuple(allow_factory or ())
     for name in factories:
@@ -82,6 +81,7 @@ def serve(
     if token is None:
         token, path = made_token(folder)
         typer.echo(f"devices need the token in {path}: guard repair ... --edge-token-file token", err=True)
+    configure_logging()
     store = JobStore(folder, limits)
     with EdgeWorker(store, folder, edge_steps, token) as worker:
         serve_asgi(create_edge_app(store, worker, token, factories), host, port, max_connections=MAX_CONNECTIONS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -61,7 +62,19 @@ app.add_typer(quarantine.app, name="quarantine", rich_help_panel="Serving")
 def main() -> None:
     """Run the command; a problem is one line on stderr and exit code 2."""
     with stopped_by_sigterm():
-        _main()
+        try:
+            _main()
+        except SystemExit as end:
+            _leave_at_once_if_one_of_several(end.code)
+            raise
+
+
+def _leave_at_once_if_one_of_several(code: str | int | None) -> None:
+    """Processes that train together (`--devices`) end here: an interpreter's own end is at times aborted by network threads."""
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and "lightning_fabric" in sys.modules:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
 def _main() -> None:

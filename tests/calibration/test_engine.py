@@ -16,6 +16,7 @@ from calibration.engine import Engine
 from guard.errors import CalibrationError
 
 TRAIN = """
+import os
 import sys
 import torch
 from safetensors.torch import save_file
@@ -35,6 +36,7 @@ with Engine(int(sys.argv[1])) as engine:
     assert engine.agree(3.0) == 3.0
     if engine.leads:
         save_file(net.state_dict(), sys.argv[2])
+os._exit(0)
 """
 
 
