@@ -227,6 +227,8 @@ def test_other_paths_lead_nowhere(tmp_path: Path) -> None:
     with edge_server(tmp_path) as edge:
         job = edge.started()
         edge.ended(job)
+        for place in (tmp_path, tmp_path / "jobs"):  # where a path that leads out would find something
+            (place / "job.json").write_bytes((edge.store.folder(job) / "job.json").read_bytes())
         for name in ("../job.json", "..%2fjob.json", "profile/../../job.json", "/etc/passwd", "log", "profile"):
             sent = drive(
                 edge.app, [chunk(b"")], f"/v1/jobs/{job}/files/{name}", [(b"authorization", f"Bearer {TOKEN}".encode())], "GET"
