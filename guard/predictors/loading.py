@@ -104,7 +104,10 @@ def _makes_model(target: object) -> bool:
         return False
     if isinstance(target, type):
         return True
-    parameters = inspect.signature(target).parameters.values()
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except ValueError:  # built in: a predict function, if anything
+        return False
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return all(item.default is not inspect.Parameter.empty or item.kind in kinds for item in parameters)
 

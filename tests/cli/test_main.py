@@ -11,7 +11,9 @@ import pytest
 from guard import __version__
 from tests.cli.conftest import Command, Files
 
-COMMANDS = ("demo", "calibrate", "red-team", "check", "evaluate", "export", "serve", "quarantine")
+COMMANDS = (
+    "demo", "calibrate", "red-team", "repair", "check", "evaluate", "export", "serve", "roll-out", "edge", "quarantine",
+)  # fmt: skip
 
 
 def test_help_is_a_tour(guard: Command) -> None:

@@ -115,6 +115,8 @@ def test_repair_and_calibrate_in_one_go(tmp_path: Path, files: Files, digits: Di
         (("--method", "magic"), "'magic' is not one of 'gym', 'codefend'"),
         (("--method", "gym", "--shape", "1,9,9"), "expected images of shape (1, 9, 9), got (1, 8, 8)"),
         (("--method", "gym", "--mean", "zero"), "expected --mean as numbers"),
+        (("--method", "gym", "--insecure-edge"), "expected --edge URL with --edge-job"),
+        (("--method", "gym", "--edge", "http://127.0.0.1:1", "--devices", "2"), "expected --devices without --edge"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line(

@@ -229,3 +229,9 @@ def test_an_untouched_module_keeps_its_fingerprint(clean: Tensor) -> None:
     assert ModuleBackend(net).fingerprint() == before
     net.scale.add_(1)
     assert ModuleBackend(net).fingerprint() != before
+
+
+def test_a_built_in_function_is_a_predict_function() -> None:
+    backend = load_backend("torch:relu")
+    assert backend.kind == "callable"
+    assert torch.equal(torch.as_tensor(backend(torch.tensor([-1.0, 2.0]))), torch.tensor([0.0, 2.0]))
