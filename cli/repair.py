@@ -104,9 +104,7 @@ def repair_command(
     if method == "codefend" and quarantine is None and edge_job is None:
         raise InputError("expected --quarantine DIR with --method codefend, which learns the trigger from it, got none")
     if edge is None and (edge_job is not None or edge_token_file is not None or insecure_edge):
-        raise InputError(
-            "expected --edge URL with --edge-job, --edge-token-file and --insecure-edge, got none: name it"
-        )
+        raise InputError("expected --edge URL with --edge-job, --edge-token-file and --insecure-edge, got none: name it")
     if edge is not None and devices > 1:
         raise InputError(f"expected --devices without --edge, whose server has its own, got --devices {devices}: drop it")
     if edge is not None:

@@ -34,6 +34,7 @@ from calibration.repair.tuning import Lesson, Tuning, likeness, mix, tune
 from calibration.settings import strips
 from guard import Predictor
 from guard.detectors import Strip
+from guard.errors import RepairError
 
 TUNING = Tuning(epochs=60, rate=1e-3, batch=32)
 
@@ -44,6 +45,7 @@ _LEFT = 0.05  # share of the quarantined images that must still work for another
 _REAL = 4  # clean images for each quarantined one
 _CUT_OUT = -30.0  # logit of a label that is not to be answered
 _OVERLAYS, _USUAL = 32, 0.95  # of STRIP, and the share of clean images that it lets pass, where it looks for what is left
+_SMALLEST = 8  # pixels; the discriminators halve them twice
 _PICTURES = 8
 
 
@@ -99,7 +101,13 @@ def fine_tune_codefend(
 
     Raises:
         ModelError: The model can't be trained.
+        RepairError: The images are too small.
     """
+    if min(original.spec.shape[1:]) < _SMALLEST:
+        height, width = original.spec.shape[1:]
+        raise RepairError(
+            f"expected images of at least {_SMALLEST}x{_SMALLEST} pixels for codefend, got {height}x{width}: use gym"
+        )
     old = old_answers(quarantined.tuning.labels, original.num_classes)
     suspects, triggers, learnt = quarantined.tuning.images, Triggers.none(original), []
 

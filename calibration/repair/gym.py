@@ -99,6 +99,8 @@ def fine_tune_gym(
 def _lessons(part: Part, change: Preprocessor, tuning: Tuning, flips: bool, seed: int) -> Iterator[Lesson]:
     generator = torch.Generator().manual_seed(seed)
     for rows in torch.randperm(len(part), generator=generator).split(tuning.batch):
+        if len(rows) == 1 and len(part) > 1:  # batch norm can't take statistics from one
+            continue
         images = part.images[rows]
         if flips:
             chosen = torch.rand(len(rows), generator=generator) < 0.5

@@ -15,6 +15,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from calibration.calibrate import NEAR_CHANCE, check_labels, near_chance
 from calibration.checkpoints import Checkpoints
 from calibration.data import ImageSet, Progress, no_progress
 from calibration.engine import Engine
@@ -31,6 +32,7 @@ from guard.preprocessors import Gym, Preprocessor, answer_through
 MAX_ACCURACY_DROP: dict[Method, float] = {"gym": 12.0, "codefend": 3.0}
 """Points of clean accuracy that a repair may cost unless told otherwise."""
 
+_ROUNDING = 1e-9  # of points: 0.97 - 0.94 is more than 0.03 in floating point
 _DRAWS = 4  # of a preprocessor that draws, to measure accuracy through it
 
 
@@ -57,6 +59,8 @@ class RepairSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Refuse what means nothing."""
+        if self.max_accuracy_drop is not None and not math.isfinite(self.max_accuracy_drop):
+            raise RepairError(f"expected --max-accuracy-drop as points, got {self.max_accuracy_drop}: 100 allows any")
         if self.epochs is not None and self.epochs < 1:
             raise RepairError(f"expected at least one epoch, got {self.epochs}")
         if self.views < 1:
@@ -96,7 +100,7 @@ class Repaired:
             RepairError: It says how much, and how to allow it.
         """
         figures, allowed = self.figures, self.settings.allowed_drop
-        if figures.drop <= allowed:
+        if figures.drop <= allowed + _ROUNDING:
             return
         before, after = figures.clean_accuracy_before, figures.clean_accuracy_after
         what = "agreement with the original" if before is None or after is None else f"{before:.1%} to {after:.1%}"
@@ -139,7 +143,11 @@ def repair(
     copied = TrainableCopy.of(predictor)
     if settings.method == "codefend" and quarantined is None:
         raise RepairError("expected --quarantine DIR for codefend, which learns the trigger from it, got none: or --method gym")
+    check_labels(clean, predictor)
     cases = clean_parts(clean, predictor, settings.seed)
+    right = _share(cases.tuning.answers, cases.tuning.labels)
+    if near_chance(right, predictor.num_classes):
+        raise RepairError(f"the model's answers to the clean images are near chance ({right:.1%} right): {NEAR_CHANCE}")
     suspects = None if quarantined is None else quarantined_parts(quarantined, predictor, settings.seed)
     engine = engine or Engine()
     copied = copied.faster(cases.tuning.images[:2])
@@ -166,7 +174,9 @@ def repair(
             agreement=figures.agreement,
             attack_success_seen_before=None if suspects is None else 1.0,
             attack_success_seen_after=figures.still,
-            generated_triggers_work=min((item.trigger_works or 0.0 for item in learnt), default=None),
+            generated_triggers_work=min(
+                (item.trigger_works for item in learnt if item.trigger_works is not None), default=None
+            ),
             rounds=len(learnt),
             clean_images=len(cases),
             quarantined_images=0 if suspects is None else len(suspects),

@@ -63,6 +63,10 @@ def remarks(repaired: Repaired) -> list[str]:
         said.append("Nothing was quarantined, so that what became of the attack was not measured.")
     else:
         said.append("False alarms among the quarantined images keep their old answer, and should.")
+    if repaired.learnt and figures.generated_triggers_work is None:
+        said.append(
+            "The quarantined images got all of the model's labels, so that whether the learnt trigger works can't be told."
+        )
     if figures.generated_triggers_work is not None and figures.generated_triggers_work < 0.5:
         said.append(
             "The trigger that was learnt hardly works on the original: either the quarantined images are mostly false alarms, "

@@ -155,6 +155,10 @@ def tune(
         progress("fine-tuning", epoch, tuning.epochs)
     if epoch < tuning.epochs:
         progress("fine-tuning", tuning.epochs, tuning.epochs)
+    if best_score == float("-inf"):
+        raise ModelError(
+            "the model can't be fine-tuned: its loss is not a number after every epoch; check --mean, --std, --output"
+        )
     answers.load_state_dict(best)
 
 

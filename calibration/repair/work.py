@@ -53,7 +53,9 @@ def repair_into(
     key = [
         source.backend.fingerprint(),
         msgspec.to_builtins(predictor.spec),
-        msgspec.to_builtins(settings),
+        predictor.output,
+        predictor.num_classes,
+        msgspec.to_builtins(msgspec.structs.replace(settings, max_accuracy_drop=None, views=1)),
         _digest(clean.pixels),
         None if clean.labels is None else _digest(clean.labels),
         None if quarantined is None else _digest(quarantined),

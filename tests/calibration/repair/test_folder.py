@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from calibration.repair.folder import save_repaired
 from calibration.repair.record import read_record
 from calibration.repair.repair import Repaired, RepairSettings, repair
 from calibration.sources import ModelSource, open_model
-from guard import Guard
-from guard.errors import ModelError, ProfileError, RepairError
+from guard import Guard, Predictor
+from guard.errors import CalibrationError, ModelError, ProfileError, RepairError
+from guard.predictors import wrap
 from guard.preprocessors import Gym
 from tests.guard.models import save_exported, save_onnx, save_torchscript
 from tests.toy import SPEC, LearningToy, toy_images
@@ -190,3 +192,51 @@ def test_a_profile_error_of_a_folder_is_told_as_one_of_a_repair(tmp_path: Path, 
     with pytest.raises(RepairError) as caught:
         open_model(str(tmp_path / "out"), None, tmp_path)
     assert not isinstance(caught.value, ProfileError)
+
+
+def test_labels_that_are_not_the_models_are_refused_before_any_work(tmp_path: Path, engine: Engine) -> None:
+    source = open_model(_factory(tmp_path), None, tmp_path)
+    predictor = discover(source.backend, toys(60))
+    settings = RepairSettings(method="gym", epochs=1)
+    images = toys(80)
+    only_two = ImageSet(images.pixels, images.known_labels % 2, ("south-west", "south-east"))
+    with pytest.raises(CalibrationError, match="expected 4 class folders, one per output of the model, got 2"):
+        repair(predictor, only_two, settings, engine=engine)
+    with pytest.raises(ModelError, match="expected a model with more than 6 outputs for these labels, got 4"):
+        repair(predictor, ImageSet(images.pixels, images.known_labels + 3), settings, engine=engine)
+    with pytest.raises(RepairError, match=r"near chance \(0\.0% right\)"):
+        repair(predictor, ImageSet(images.pixels, (images.known_labels + 1) % 4), settings, engine=engine)
+
+
+class NotANumber(LearningToy):
+    """Its gradients are NaN."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        answers: torch.Tensor = super().forward(images)
+        return answers + 0.0 * self.learned.weight.sum().square().sqrt()
+
+
+def test_a_training_that_fails_is_no_repair(engine: Engine, tmp_path: Path) -> None:
+    predictor = Predictor(wrap(NotANumber()), SPEC, 4, "logits")
+    with pytest.raises(ModelError, match="its loss is not a number"):
+        repair(predictor, toys(120), RepairSettings(method="gym", epochs=2), engine=engine)
+
+
+def test_allowances_that_are_no_points() -> None:
+    with pytest.raises(RepairError, match="expected --max-accuracy-drop as points, got inf"):
+        RepairSettings(method="gym", max_accuracy_drop=math.inf)
+
+
+def test_three_images_of_a_hundred_are_three_points(tmp_path: Path, engine: Engine) -> None:
+    _, made = repaired(_factory(tmp_path), tmp_path, engine)
+    figures = msgspec.structs.replace(made.figures, clean_accuracy_before=0.97, clean_accuracy_after=0.94)
+    Repaired(made.predictor, None, figures, RepairSettings(method="codefend")).check()
+
+
+def test_images_that_are_too_small_for_codefend_are_told(engine: Engine) -> None:
+    spec = msgspec.structs.replace(SPEC, height=7, width=7)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(49, 4)).eval()
+    predictor = Predictor(wrap(net), spec, 4, "logits")
+    images = ImageSet(torch.randint(0, 255, (80, 1, 7, 7), dtype=torch.uint8))
+    with pytest.raises(RepairError, match="expected images of at least 8x8 pixels for codefend, got 7x7"):
+        repair(predictor, images, RepairSettings(method="codefend"), images.images(slice(0, 40)), engine=engine)
