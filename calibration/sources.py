@@ -106,7 +106,9 @@ def _record(backend: Backend, file: str | None, factory: str | None) -> ModelRec
     )
 
 
-def open_tripwire(name: str, weights: Path | None, scratch: Path, hints: Hints) -> tuple[Tripwire, Path | None]:
+def open_tripwire(
+    name: str, weights: Path | None, scratch: Path, hints: Hints, repaired: ModelSource | None = None
+) -> tuple[Tripwire, Path | None]:
     """Load the original of a repaired model, for a profile that goes on detecting with it.
 
     Args:
@@ -114,12 +116,13 @@ def open_tripwire(name: str, weights: Path | None, scratch: Path, hints: Hints) 
         weights: As there.
         scratch: As there.
         hints: What is known of the repaired model's input: the original's own, unless it is of another kind.
+        repaired: The model that answers; where it is a repaired one, its original is known and nothing else is taken.
 
     Returns:
         The tripwire, and its file to be copied into the profile.
 
     Raises:
-        ModelError: It can't be found or loaded.
+        ModelError: It can't be found or loaded, or is not the original.
     """
     from calibration.calibrate import Tripwire  # needs an extra, which opening a model does not
 
@@ -129,5 +132,10 @@ def open_tripwire(name: str, weights: Path | None, scratch: Path, hints: Hints) 
     known = Hints(mean=hints.mean, std=hints.std, class_names=hints.class_names, resize=hints.resize)
     if source.file is None:
         raise ModelError(f"expected a model in a file or a factory of a module for a tripwire, got {name}: save it first")
+    if repaired is not None and repaired.repair is not None:
+        if source.backend.fingerprint() != repaired.repair.original_sha256:
+            raise ModelError(f"expected the model that was repaired as the tripwire, got another, {name}: pass the original")
+    elif repaired is not None and source.backend.fingerprint() == repaired.backend.fingerprint():
+        raise ModelError(f"expected a repaired model and its original as the tripwire, got the same model twice, {name}")
     record = msgspec.structs.replace(source.record, file=f"tripwire{source.file.suffix.lower()}")
     return Tripwire(source.backend, record, source.hints(known)), source.file

@@ -157,7 +157,7 @@ def calibrate_command(
     with tempfile.TemporaryDirectory(prefix="guard-") as scratch, progress_bars() as progress:
         source = open_model(model, weights, Path(scratch))
         hints = source.hints(hints)
-        watched = None if tripwire is None else open_tripwire(tripwire, tripwire_weights, Path(scratch), hints)
+        watched = None if tripwire is None else open_tripwire(tripwire, tripwire_weights, Path(scratch), hints, source)
         size = options.shape(shape) or (declared_shape(source.backend) if data.is_dir() else None)
         clean = load_images(data, size, skip_unreadable=skip_unreadable, progress=progress)
         skipped = clean.skipped

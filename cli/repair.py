@@ -166,7 +166,11 @@ def repair_command(
                 else load_quarantined(quarantine, predictor.spec.shape, skip_unreadable=skip_unreadable, progress=progress)
             )
             settle_threads(predictor)
-            done = repair_into(out, source, predictor, clean, settings, suspects, engine, progress)
+            try:
+                done = repair_into(out, source, predictor, clean, settings, suspects, engine, progress)
+            except KeyboardInterrupt:
+                typer.echo("interrupted: the same command goes on after the last whole epoch", err=True)
+                raise
         if done is None:
             return
     for name, reason in clean.skipped:

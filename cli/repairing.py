@@ -79,6 +79,8 @@ def repair_first(
         from calibration.settings import check_settings
         from calibration.sources import open_model
 
+    if clean.labels is None and asked.method == "gym":
+        raise CalibrationError("expected labels with the clean images, to measure what GYM's preprocessor costs: add y")
     order = torch.randperm(len(clean), generator=torch.Generator().manual_seed(settings.seed ^ 0x4EA))
     half = len(clean) // 2
     ours, rest = clean.select(order[:half]), clean.select(order[half:])

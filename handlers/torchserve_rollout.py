@@ -10,6 +10,7 @@ At every step before the third, a failure leaves the old version as it was, and 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 import zipfile
@@ -22,6 +23,7 @@ from urllib.parse import quote, urlencode, urlsplit
 
 from guard.errors import ServingError
 
+_CONFLICT = 409
 _POLL_SECONDS = 0.2
 _QUIET_SECONDS = 2.0  # without a queued request, before the old version's workers end; what they work on then is answered
 
@@ -109,31 +111,38 @@ def roll_out(
         timeout: Seconds until the new version must be ready, and until the old one must have answered what it had.
 
     Raises:
-        ServingError: The server can't be reached, does not know the model, or the new version does not work; the old one serves
-            on then.
+        ServingError: The server can't be reached, does not know the model, or the new version does not work, and the old
+            one serves on; or the new one serves, and the old one could not be ended: the message says which.
     """
     started = time.monotonic()
     before = _default(name, addresses)
     if before == version:
         raise ServingError(f"expected another version of {name} than {version}, which is serving: export with --version")
     query = {**(options or {}), "url": file, "model_name": name, "initial_workers": workers, "synchronous": "true"}
-    status, body = _ask(addresses, "POST", f"/models?{urlencode(query)}", timeout)
-    if status != 200:
-        raise ServingError(f"expected TorchServe to register {file}, got {status}: {_words(body)}")
+    taken = False  # by a version that was there before, which is not ours to remove
     try:
+        status, body = _ask(addresses, "POST", f"/models?{urlencode(query)}", timeout)
+        taken = status == _CONFLICT
+        if status != 200:
+            raise ServingError(f"expected TorchServe to register {file}, got {status}: {_words(body)}")
         _wait_until_ready(name, version, workers, addresses, timeout)
         _try(name, version, addresses, timeout)
         status, body = _ask(addresses, "PUT", f"{_path(name, version)}/set-default", timeout)
         if status != 200:
             raise ServingError(f"expected TorchServe to make {name} {version} the default, got {status}: {_words(body)}")
     except BaseException:
-        _ask(addresses, "DELETE", _path(name, version), timeout)
+        if not taken:
+            with contextlib.suppress(ServingError):  # what went wrong first is what is told
+                _ask(addresses, "DELETE", _path(name, version), timeout)
         raise
-    _wait_until_idle(name, before, addresses, timeout)
-    if keep_old:
-        _ask(addresses, "PUT", f"{_path(name, before)}?min_worker=0&max_worker=0&synchronous=true", timeout)
-    else:
-        _ask(addresses, "DELETE", _path(name, before), timeout)
+    try:
+        _wait_until_idle(name, before, addresses, timeout)
+        method, end = ("PUT", "?min_worker=0&max_worker=0&synchronous=true") if keep_old else ("DELETE", "")
+        status, body = _ask(addresses, method, f"{_path(name, before)}{end}", timeout)
+        if status not in (200, 202):
+            raise ServingError(f"got {status}: {_words(body)}")
+    except ServingError as error:
+        raise ServingError(f"{name} {version} serves now, but {before} could not be ended ({error}): end it by hand") from error
     return RollOut(version, before, time.monotonic() - started)
 
 
@@ -141,14 +150,24 @@ def _default(name: str, addresses: Addresses) -> str:
     status, body = _ask(addresses, "GET", f"/models/{quote(name, safe='')}", 30.0)
     if status != 200:
         raise ServingError(f"expected TorchServe to serve {name}, got {status}: {_words(body)}")
-    return str(json.loads(body)[0]["modelVersion"])
+    return str(_first(body)["modelVersion"])
 
 
 def _describe(name: str, version: str, addresses: Addresses) -> dict[str, Any]:
     status, body = _ask(addresses, "GET", _path(name, version), 30.0)
     if status != 200:
         raise ServingError(f"expected TorchServe to know {name} {version}, got {status}: {_words(body)}")
-    found: dict[str, Any] = json.loads(body)[0]
+    return _first(body)
+
+
+def _first(body: bytes) -> dict[str, Any]:
+    """Of the versions that TorchServe describes."""
+    try:
+        found = json.loads(body)[0]
+    except (ValueError, LookupError, TypeError):
+        found = None
+    if not isinstance(found, dict) or not {"modelVersion", "workers"} <= found.keys():
+        raise ServingError("expected TorchServe's description of a model, got another answer: is this its management API?")
     return found
 
 
@@ -190,15 +209,18 @@ def _ask(addresses: Addresses, method: str, path: str, timeout: float) -> tuple[
 
 
 def _request(url: str, token: str | None, method: str, path: str, timeout: float) -> tuple[int, bytes]:
-    address = urlsplit(url)
-    if address.scheme != "http" or address.hostname is None:
-        raise ServingError(f"expected an address like http://127.0.0.1:8081, got {url}")
-    connection = HTTPConnection(address.hostname, address.port, timeout=timeout)
+    try:
+        address = urlsplit(url)
+        if address.scheme != "http" or address.hostname is None:
+            raise ValueError(url)
+        connection = HTTPConnection(address.hostname, address.port, timeout=timeout)
+    except (ValueError, HTTPException) as error:
+        raise ServingError(f"expected an address like http://127.0.0.1:8081, got {url}") from error
     try:
         connection.request(method, path, headers={} if token is None else {"Authorization": f"Bearer {token}"})
         response = connection.getresponse()
         return response.status, response.read()
-    except (OSError, HTTPException) as error:
+    except (OSError, HTTPException, ValueError) as error:  # the last: a token that no header can hold
         raise ServingError(f"expected TorchServe at {url}, got {type(error).__name__}: is it running?") from error
     finally:
         connection.close()

@@ -71,7 +71,7 @@ def clean_parts(clean: ImageSet, predictor: Predictor, seed: int) -> Parts:
 
 
 def quarantined_parts(images: Tensor, predictor: Predictor, seed: int) -> Parts:
-    """Cut quarantined images by a seed.
+    """Cut quarantined images by a seed; of equal ones, which a client sent again, one counts.
 
     Args:
         images: (N, C, H, W), in [0, 1].
@@ -81,6 +81,7 @@ def quarantined_parts(images: Tensor, predictor: Predictor, seed: int) -> Parts:
     Raises:
         RepairError: Too few images.
     """
+    images = _distinct(images)
     if len(images) < FEWEST_QUARANTINED:
         raise RepairError(
             f"expected at least {FEWEST_QUARANTINED} quarantined images to learn the trigger from, got {len(images)}: serve on "
@@ -144,6 +145,12 @@ def logits(predictor: Predictor, images: Tensor) -> Tensor:
     """
     parts = [predictor(part).cpu() for part in images.split(_AT_ONCE)]
     return torch.cat(parts).clamp_min(1e-8).log()
+
+
+def _distinct(images: Tensor) -> Tensor:
+    """Each image once, in order: a held-out one must not have been learnt from."""
+    first = {image.numpy().tobytes(): row for row, image in reversed(list(enumerate(images.contiguous())))}
+    return images[sorted(first.values())]
 
 
 def _cut(images: Tensor, labels: Tensor | None, predictor: Predictor, seed: int) -> Parts:

@@ -203,7 +203,7 @@ class _Step:
     def _seen(self, name: str, images: Tensor, generator: torch.Generator) -> Tensor:
         """Half of the images are exchanged for earlier ones, so that the discriminators don't forget (Shrivastava et al.)."""
         kept, shown = self.history[name], []
-        for image in images.detach().float():
+        for image in images.detach().float().cpu():  # the history stays there, as a checkpoint has it
             if len(kept) < _HISTORY:
                 kept.append(image)
                 shown.append(image)

@@ -12,7 +12,8 @@ A good teacher is patient and consistent, arXiv:2106.05237; Zhang et al., mixup,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -128,13 +129,13 @@ def tune(
         if tuning.optimizer == "adamw"
         else torch.optim.Adadelta(copied.parameters, lr=tuning.rate)
     )
-    best = {name: value.detach().clone() for name, value in answers.state_dict().items()}
+    module, optimizer = engine.setup(answers, own)  # first: a checkpoint's state goes where the weights are then
+    best = {key: value.detach().clone() for key, value in answers.state_dict().items()}
     epoch, best_score, since = 0, float("-inf"), 0
     found = None if checkpoints is None else checkpoints.load(name, {"copy": answers}, {"copy": own})
     if found is not None:
         epoch, best, facts = found
         best_score, since = facts["best_score"], int(facts["since"])
-    module, optimizer = engine.setup(answers, own)
     schedule = LambdaLR(own, lambda step: _share_of_rate(step / (steps * tuning.epochs), tuning))
     schedule.last_epoch = epoch * steps
     for group in own.param_groups:  # what the scheduler does only at its next step
@@ -225,16 +226,14 @@ def likeness(predictor: Predictor, images: Tensor, wanted: Tensor, labels: Tenso
     return -float(distillation_loss(answers, wanted, labels, tuning.weight, tuning.temperature))
 
 
-class _batch_statistics:  # noqa: N801 - a context manager
-    """Batch norm in training mode inside, as it was outside."""
-
-    def __init__(self, module: nn.Module, wanted: bool) -> None:
-        self._layers = [part for part in module.modules() if isinstance(part, _BATCH_NORM)] if wanted else []
-
-    def __enter__(self) -> None:
-        for layer in self._layers:
-            layer.train()
-
-    def __exit__(self, *_: object) -> None:
-        for layer in self._layers:
+@contextlib.contextmanager
+def _batch_statistics(module: nn.Module, wanted: bool) -> Iterator[None]:
+    """Batch norm in training mode inside, in eval mode afterwards."""
+    layers = [part for part in module.modules() if isinstance(part, _BATCH_NORM)] if wanted else []
+    for layer in layers:
+        layer.train()
+    try:
+        yield
+    finally:
+        for layer in layers:
             layer.eval()

@@ -17,6 +17,7 @@ from calibration.repair.repair import Repaired, RepairSettings, repair
 from calibration.repair.report import repair_report
 from calibration.sources import ModelSource
 from guard import Predictor
+from guard.errors import RepairError
 
 _COMPARED = 16
 
@@ -50,6 +51,10 @@ def repair_into(
         RepairError: Too few images, too high a price, or a folder that can't be written.
         ModelError: The model can't be trained.
     """
+    if source.preprocessor is not None:
+        raise RepairError(
+            "expected a model that answers images as they are, got one that was tuned for a preprocessor: repair its original"
+        )
     key = [
         source.backend.fingerprint(),
         msgspec.to_builtins(predictor.spec),

@@ -173,6 +173,7 @@ def test_an_interrupted_repair_leaves_nothing_half_written_and_is_gone_on_with(
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130, err
     assert "Traceback" not in err
+    assert "interrupted: the same command goes on" in err
     assert [path.name for path in tmp_path.iterdir()] == [".repaired.checkpoint"]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

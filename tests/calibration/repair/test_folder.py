@@ -13,10 +13,12 @@ import torch
 from calibration import Hints, ImageSet, Settings, calibrate
 from calibration.discovery import discover
 from calibration.engine import Engine
+from calibration.repair.cases import quarantined_parts
 from calibration.repair.folder import save_repaired
 from calibration.repair.record import read_record
 from calibration.repair.repair import Repaired, RepairSettings, repair
-from calibration.sources import ModelSource, open_model
+from calibration.repair.work import repair_into
+from calibration.sources import ModelSource, open_model, open_tripwire
 from guard import Guard, Predictor
 from guard.errors import CalibrationError, ModelError, ProfileError, RepairError
 from guard.predictors import wrap
@@ -240,3 +242,35 @@ def test_images_that_are_too_small_for_codefend_are_told(engine: Engine) -> None
     images = ImageSet(torch.randint(0, 255, (80, 1, 7, 7), dtype=torch.uint8))
     with pytest.raises(RepairError, match="expected images of at least 8x8 pixels for codefend, got 7x7"):
         repair(predictor, images, RepairSettings(method="codefend"), images.images(slice(0, 40)), engine=engine)
+
+
+def test_equal_images_count_once(tmp_path: Path, engine: Engine) -> None:
+    predictor = discover(open_model(_factory(tmp_path), None, tmp_path).backend, toys(60))
+    images = toys(40).images(slice(None))
+    parts = quarantined_parts(images.repeat(5, 1, 1, 1), predictor, 0)
+    assert len(parts) == 40
+    learnt = {image.numpy().tobytes() for part in (parts.tuning, parts.stopping) for image in part.images}
+    assert not [image for image in parts.held_out.images if image.numpy().tobytes() in learnt]
+    with pytest.raises(RepairError, match="got 10: serve on"):
+        quarantined_parts(images[:10].repeat(9, 1, 1, 1), predictor, 0)
+
+
+def test_a_model_that_was_tuned_for_a_preprocessor_is_not_repaired_again(tmp_path: Path, engine: Engine) -> None:
+    source, made = repaired(_exported(tmp_path), tmp_path, engine)
+    save_repaired(made, source, tmp_path / "out", toys(8).images(slice(None)))
+    again = open_model(str(tmp_path / "out"), None, tmp_path)
+    predictor = discover(again.backend, toys(60), again.hints(Hints()))
+    with pytest.raises(RepairError, match="tuned for a preprocessor: repair its original"):
+        repair_into(tmp_path / "twice", again, predictor, toys(60), RepairSettings(method="gym"), None, engine)
+
+
+def test_only_the_original_is_taken_for_a_tripwire(tmp_path: Path, engine: Engine) -> None:
+    source, made = repaired(_exported(tmp_path), tmp_path, engine)
+    save_repaired(made, source, tmp_path / "out", toys(8).images(slice(None)))
+    again, original, other = open_model(str(tmp_path / "out"), None, tmp_path), str(tmp_path / "toy.pt2"), _factory(tmp_path)
+    assert open_tripwire(original, None, tmp_path, Hints(), again)[0].backend.fingerprint() == source.backend.fingerprint()
+    for wrong in (str(tmp_path / "out"), other):
+        with pytest.raises(ModelError, match="expected the model that was repaired as the tripwire, got another"):
+            open_tripwire(wrong, None, tmp_path, Hints(), again)
+    with pytest.raises(ModelError, match="got the same model twice"):
+        open_tripwire(original, None, tmp_path, Hints(), source)
