@@ -75,9 +75,18 @@ def test_pickled_sample_inputs(model_files: dict[str, Path], tmp_path: Path, own
     path = rewrite_archive(
         model_files["torch-export"], tmp_path / "evil.pt2", {"sample_inputs/model.pt": lambda _: pickled(owned)}
     )
-    with pytest.raises(ModelError, match=r"sample_inputs/model\.pt holds more than tensors"):
-        ExportedBackend.load(path)
+    images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    loaded = ExportedBackend.load(path)
     assert not owned.exists()
+    assert torch.equal(loaded(images), ExportedBackend.load(model_files["torch-export"])(images))
+
+
+def test_nothing_is_unpickled(model_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def unpickled(*args: object, **settings: object) -> None:
+        raise AssertionError("torch.load was called")
+
+    monkeypatch.setattr(torch, "load", unpickled)
+    ExportedBackend.load(model_files["torch-export"])
 
 
 @pytest.mark.parametrize(
