@@ -6,7 +6,7 @@ blends is two detectors: overlays are dealt to them in turn, all the other image
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -57,6 +57,8 @@ class Calibration:
         predictor: The model as found.
         strips: The detectors.
         clean_entropies: For each, (n,), float32, bits, of the threshold-setting images, all passes.
+        measured: Images that measured accuracy.
+        learnt: Images that a repair had learnt from, and that were not used for what they would have flattered.
     """
 
     profile: Profile
@@ -64,6 +66,8 @@ class Calibration:
     predictor: Predictor
     strips: tuple[Strip, ...]
     clean_entropies: tuple[NDArray[np.float32], ...]
+    measured: int = 0
+    learnt: int = 0
 
     @property
     def thresholds(self) -> tuple[ThresholdRecord, ...]:
@@ -119,6 +123,7 @@ def calibrate(
     record: ModelRecord | None = None,
     preprocessor: AnyPreprocessor | None = None,
     tripwire: Tripwire | None = None,
+    learnt: Collection[str] = (),
     progress: Progress = no_progress,
 ) -> Calibration:
     """Calibrate a guard for a model from clean images alone.
@@ -129,8 +134,10 @@ def calibrate(
         settings: What to calibrate; the defaults when None.
         hints: What is known of the model's conventions.
         record: Where the model comes from, for profiles that carry it; its `output` and `num_classes` are filled in.
-        preprocessor: That the model was tuned for; it takes the place of the settings'.
+        preprocessor: That the model was tuned for, whatever it costs; it takes the place of the settings'.
         tripwire: The original of a repaired model: detectors look at it, the repaired model answers.
+        learnt: `digests` of images that a repair has learnt from. They measure no accuracy, and set no threshold unless the
+            detectors look at a tripwire, which has learnt nothing from them.
         progress: Told how far it is.
 
     Returns:
@@ -142,6 +149,8 @@ def calibrate(
         ModelError: The model's answers can't be used.
     """
     settings = settings or Settings()
+    given = len(clean)
+    clean = clean if tripwire is not None else without(clean, learnt, settings)
     check_settings(settings, len(clean))
     backend: Backend = model if _is_backend(model) else wrap(model)
     progress("looking at the model", 0, 1)
@@ -155,7 +164,11 @@ def calibrate(
     before = preprocessor or chosen_preprocessor(settings)
     overlay_rows, rest = divide(clean, watched, settings)
     detectors = _compose(watched, clean.images(overlay_rows), settings)
-    accuracy, raw_accuracy = accuracies(predictor, clean.select(rest), settings, progress, before)
+    seen = clean.among(learnt)
+    measuring = rest[~seen[rest]]
+    accuracy, raw_accuracy = accuracies(predictor, clean.select(measuring), settings.seed, progress, before)
+    if preprocessor is None and before is not None:
+        check_drop(accuracy, raw_accuracy, settings.max_accuracy_drop)
     found = [calibrate_strip(strip, clean.select(rest), settings, len(detectors), progress) for strip in detectors]
     refuse_blind(found)
     records = _records(found)
@@ -178,7 +191,33 @@ def calibrate(
     arrays[PROBE] = predictor(ordered[0].overlays[:PROBES]).cpu()
     if tripwire is not None:
         arrays[TRIPWIRE_PROBE] = watched(ordered[0].overlays[:PROBES]).cpu()
-    return Calibration(profile, arrays, predictor, ordered, tuple(-item.scores for item in found))
+    left_out = given - len(clean) + int(seen.sum())
+    return Calibration(profile, arrays, predictor, ordered, tuple(-item.scores for item in found), len(measuring), left_out)
+
+
+def without(clean: ImageSet, learnt: Collection[str], settings: Settings) -> ImageSet:
+    """The images that a repair has not learnt from.
+
+    Args:
+        clean: Clean images.
+        learnt: `digests` of those that it has learnt from.
+        settings: What the others must do for.
+
+    Raises:
+        CalibrationError: Too few are left.
+    """
+    seen = clean.among(learnt)
+    if not bool(seen.any()):
+        return clean
+    rest = clean.select(torch.nonzero(~seen).squeeze(1))
+    try:
+        check_settings(settings, len(rest))
+    except CalibrationError as error:
+        raise CalibrationError(
+            f"the repair learnt from {int(seen.sum())} of {len(clean)} clean images, which can't set its threshold, and the "
+            f"others are too few: {error}; or let the original go on detecting, with --tripwire ORIGINAL"
+        ) from error
+    return rest
 
 
 def _compose(predictor: Predictor, overlays: Tensor, settings: Settings) -> list[Strip]:
@@ -297,28 +336,23 @@ def answers(predictor: Predictor, clean: ImageSet) -> Tensor:
 def accuracies(
     predictor: Predictor,
     clean: ImageSet,
-    settings: Settings,
+    seed: int,
     progress: Progress,
     preprocessor: AnyPreprocessor | None = None,
 ) -> tuple[float | None, float | None]:
-    """Clean accuracy through the preprocessor, and without it.
+    """Clean accuracy through the preprocessor, and without it; None without labels, or images.
 
     Args:
         predictor: The model.
         clean: Clean images.
-        settings: How large a drop is allowed, and the seed of the draws.
+        seed: Of the preprocessor's draws.
         progress: Told how far it is.
         preprocessor: None for none.
-
-    Raises:
-        CalibrationError: The preprocessor costs more than is allowed, or there are no labels to measure it with.
     """
-    if clean.labels is None:
-        if preprocessor is not None:
-            raise CalibrationError("expected labels with the clean images, to measure what the preprocessor costs: add y")
+    if clean.labels is None or len(clean) == 0:
         return None, None
     right = through = 0
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(seed)
     for part in torch.arange(len(clean)).split(256):
         images, labels = clean.images(part), clean.labels[part]
         right += int((predictor(images).argmax(dim=1).cpu() == labels).sum())
@@ -327,12 +361,26 @@ def accuracies(
             through += int((answers.argmax(dim=1).cpu() == labels).sum())
         progress("measuring clean accuracy", int(part[-1]) + 1, len(clean))
     raw = right / len(clean)
-    after = through / len(clean) if preprocessor is not None else raw
-    drop = (raw - after) * 100.0
-    if not drop <= settings.max_accuracy_drop:  # NaN allows nothing
+    return (through / len(clean) if preprocessor is not None else raw), raw
+
+
+def check_drop(through: float | None, raw: float | None, allowed: float) -> None:
+    """Refuse a preprocessor that the model was not tuned for, where it costs more accuracy than is allowed.
+
+    Args:
+        through: Clean accuracy through it, as from `accuracies`.
+        raw: Without it.
+        allowed: Points.
+
+    Raises:
+        CalibrationError: It costs more, or that was not measured.
+    """
+    if through is None or raw is None:
+        raise CalibrationError("expected labels with the clean images, to measure what the preprocessor costs: add y")
+    drop = (raw - through) * 100.0
+    if not drop <= allowed:  # NaN allows nothing
         raise CalibrationError(
-            f"the preprocessor costs {drop:.1f} points of clean accuracy ({raw:.3f} to {after:.3f}), more than "
-            f"--max-accuracy-drop {settings.max_accuracy_drop:g}: tune the model for it first (guard repair --method gym), "
+            f"the preprocessor costs {drop:.1f} points of clean accuracy ({raw:.3f} to {through:.3f}), more than "
+            f"--max-accuracy-drop {allowed:g}: tune the model for it first (guard repair --method gym), "
             "or allow the drop"
         )
-    return after, raw

@@ -98,6 +98,17 @@ class Checkpoints:
             raise CalibrationError(f"expected a checkpoint in {path}, got a damaged one: delete {self.folder}") from error
         return step, _below(tensors, "array/"), facts
 
+    def found(self) -> bool:
+        """Whether there is one of this work."""
+        return any(self._is_ours(path) for path in self.folder.glob("*.safetensors"))
+
+    def _is_ours(self, path: Path) -> bool:
+        try:
+            with safe_open(path, "pt") as file:
+                return bool((file.metadata() or {}).get("key") == self._key)
+        except (SafetensorError, OSError):
+            return False
+
     def remove(self) -> None:
         """Delete the folder."""
         if self._writes:

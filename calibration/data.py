@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -80,6 +81,21 @@ class ImageSet:
         labels = None if self.labels is None else self.labels[rows]
         names = tuple(self.names[row] for row in rows.tolist()) if self.names else ()
         return ImageSet(self.pixels[rows], labels, self.class_names, names)
+
+    def among(self, known: Collection[str]) -> Tensor:
+        """(N,), bool: which images have one of these `digests`."""
+        if not known:
+            return torch.zeros(len(self), dtype=torch.bool)
+        return torch.tensor([item in known for item in digests(self.images(slice(None)))], dtype=torch.bool)
+
+
+def digests(images: Tensor) -> list[str]:
+    """What equal images have in common, and others have not: one (hex) for each.
+
+    Args:
+        images: (N, C, H, W), float32, in [0, 1].
+    """
+    return [hashlib.sha256(image.numpy().tobytes()).hexdigest()[:32] for image in images.contiguous()]
 
 
 def load_images(

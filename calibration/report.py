@@ -14,6 +14,7 @@ from torch import Tensor
 from calibration.calibrate import Calibration
 from calibration.evaluation import Evaluation, Judged
 from calibration.page import Section, png, render
+from calibration.repair.figures import preprocessor_words
 from calibration.statistics import Estimate
 from calibration.thresholds import joint_rate
 from guard import Guard
@@ -173,7 +174,8 @@ def _settings_rows(calibration: Calibration) -> list[tuple[str, str]]:
         ("Input", f"{'x'.join(map(str, spec.shape))} (C, H, W), {spec.layout}, {spec.dtype}"),
         ("Blend", " or ".join(f"{strip.blend}, alpha {strip.alpha:g}" for strip in calibration.strips)),
         ("Overlays", str(overlays)),
-        ("Preprocessor", "none" if profile.preprocessor is None else "GYM lightweight"),
+        ("Preprocessor", preprocessor_words(profile.preprocessor)),
+        ("Detectors look at", "the model" if profile.tripwire is None else "the original of the repaired model (tripwire)"),
         ("Seed", str(profile.seed)),
     ]
     if profile.clean_accuracy is not None:

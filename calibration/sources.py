@@ -10,7 +10,7 @@ import msgspec
 from safetensors.torch import save_file
 
 from calibration.discovery import Hints
-from calibration.repair.record import RepairRecord, is_repaired, read_record
+from calibration.repair.record import RepairRecord, is_repaired, read_learnt, read_record
 from guard.errors import ModelError, ProfileError, RepairError
 from guard.loading import load_profile_backend
 from guard.predictors import Backend, load_backend
@@ -32,12 +32,14 @@ class ModelSource:
         record: For the profile; `calibrate` fills in what the model returns.
         file: To be copied into the profile; None for a predict function, which is imported again.
         repair: What is known of it where it is a repaired model.
+        learnt: Digests of the images that such a repair learnt from.
     """
 
     backend: Backend
     record: ModelRecord
     file: Path | None
     repair: RepairRecord | None = None
+    learnt: frozenset[str] = frozenset()
 
     @property
     def preprocessor(self) -> AnyPreprocessor | None:
@@ -97,7 +99,7 @@ def _open_repaired(folder: Path, weights: Path | None) -> ModelSource:
         backend = load_profile_backend(folder, record.model)
     except ProfileError as error:
         raise RepairError(f"{folder}: {str(error).replace('the profile in ', '')}: repair again") from error
-    return ModelSource(backend, record.model, folder / (record.model.file or ""), record)
+    return ModelSource(backend, record.model, folder / (record.model.file or ""), record, read_learnt(folder))
 
 
 def _record(backend: Backend, file: str | None, factory: str | None) -> ModelRecord:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -10,9 +11,9 @@ import msgspec
 import typer
 
 from cli import options
-from cli.display import progress_bars, show_rows
+from cli.calibrated import Calibrated, show_calibrated
+from cli.display import progress_bars
 from cli.extras import needs
-from cli.red_team import show_red_team
 from cli.repairing import Repairing, check_repair, repair_first
 from cli.threads import settle_threads
 from guard.errors import CalibrationError, InputError
@@ -20,7 +21,7 @@ from guard.predictors import Backend
 from guard.profile import check_target
 
 if TYPE_CHECKING:
-    from calibration import BlendChoice, Calibration, Hints, ImageSet, RedTeam, Settings
+    from calibration import BlendChoice, Hints, ImageSet, RedTeam, Settings
     from calibration.data import Progress
 
 _RATES = "Setting the threshold"
@@ -124,6 +125,7 @@ def calibrate_command(
     """
     with needs("calibration"):
         from calibration import Settings, calibrate, load_images
+        from calibration.calibrate import without
         from calibration.discovery import declared_shape, discover
         from calibration.fine_tuning import trainable
         from calibration.red_team_report import red_team_sections
@@ -153,7 +155,7 @@ def calibrate_command(
     )
     hints = options.hints(mean, std, output, layout, dtype, container, resize)
     check_target(out)
-    found, extra, sections = None, {}, []
+    found, extra, sections, first = None, {}, [], None
     with tempfile.TemporaryDirectory(prefix="guard-") as scratch, progress_bars() as progress:
         source = open_model(model, weights, Path(scratch))
         hints = source.hints(hints)
@@ -163,15 +165,17 @@ def calibrate_command(
         skipped = clean.skipped
         if red_team:
             trainable(source.backend)
+            clean = clean if watched is not None else without(clean, source.learnt, settings)
         check_settings(settings, len(clean))
         if red_team:
             clean, settings, found = _red_team(source.backend, clean, settings, hints, progress)
             extra, sections = {"red_team.json": msgspec.json.encode(found)}, red_team_sections(found)
         elif repair is not None:
-            first = Repairing(repair, quarantine, max_accuracy_drop, seed % 2**31, skip_unreadable)
+            asked = Repairing(repair, quarantine, max_accuracy_drop, seed % 2**31, skip_unreadable)
             watched = open_tripwire(model, weights, Path(scratch), hints)
-            source, clean, extra = repair_first(first, source, clean, settings, hints, out, Path(scratch), progress)
-            hints = source.hints(hints)
+            first = repair_first(asked, source, clean, settings, hints, out, Path(scratch), progress)
+            source, clean, extra = first.source, first.rest, first.pages
+            skipped, hints = skipped + first.skipped, source.hints(hints)
         else:
             settle_threads(discover(source.backend, clean, hints))
         calibration = calibrate(
@@ -182,11 +186,14 @@ def calibrate_command(
             record=source.record,
             preprocessor=source.preprocessor if preprocess is None else None,
             tripwire=None if watched is None else watched[0],
+            learnt=source.learnt,
             progress=progress,
         )
         pages = {"report.html": calibration_report(calibration, sections), **extra}
         calibration.save(out, source.file, pages, None if watched is None else watched[1])
-    _show(calibration, skipped, found, out, as_json)
+    if first is not None:
+        shutil.rmtree(first.work, ignore_errors=True)
+    show_calibrated(Calibrated(calibration, out, skipped, source.repair, first is not None, found), as_json)
 
 
 def _red_team(
@@ -194,7 +201,7 @@ def _red_team(
 ) -> tuple[ImageSet, Settings, RedTeam]:
     """Let one part of the clean images choose the setting; returns the other part, which no choice has seen."""
     from calibration import red_team, split
-    from calibration.calibrate import accuracies, chosen_preprocessor, divide
+    from calibration.calibrate import accuracies, check_drop, chosen_preprocessor, divide
     from calibration.discovery import discover
     from calibration.red_team import CANDIDATES, check_images
     from calibration.settings import check_settings
@@ -210,7 +217,7 @@ def _red_team(
     divide(rest, predictor, settings)  # what would stop calibration stops here, before the long work
     before = chosen_preprocessor(settings)
     if before is not None:
-        accuracies(predictor, rest, settings, progress, before)
+        check_drop(*accuracies(predictor, rest, settings.seed, progress, before), settings.max_accuracy_drop)
     settle_threads(predictor)
     able = [item for item in CANDIDATES if _can_calibrate(_with(settings, *item), len(rest))]
     found = red_team(predictor, first, settings.frr, settings.overlays, settings.seed, candidates=able, progress=progress)
@@ -232,106 +239,3 @@ def _can_calibrate(settings: Settings, images: int) -> bool:
     except CalibrationError:
         return False
     return True
-
-
-def _show(
-    calibration: Calibration, skipped: tuple[tuple[str, str], ...], found: RedTeam | None, out: Path, as_json: bool
-) -> None:
-    from calibration.calibrate import NEAR_CHANCE, near_chance
-    from calibration.thresholds import joint_rate
-
-    if as_json:
-        summary = _calibrated(calibration, skipped, out)
-        if found is not None:
-            summary["red_team"] = _summary(found)
-        typer.echo(msgspec.json.encode(summary).decode())
-        return
-    for name, reason in skipped:
-        typer.echo(f"skipped {name}: {reason}", err=True)
-    spec, model, records = calibration.profile.input, calibration.profile.model, calibration.profile.detectors
-    rate = joint_rate(calibration.thresholds)
-    interval = "95% interval" if len(records) == 1 else "bounds"
-    accuracy = calibration.profile.clean_accuracy
-    rows = [
-        (
-            "model",
-            f"{model.kind}, {model.num_classes} classes, takes {spec.container} {spec.layout} {spec.dtype}, {model.output}",
-        ),
-        ("clean accuracy", "unknown, no labels" if accuracy is None else f"{accuracy:.2%}"),
-        *(
-            (
-                "entropy threshold" if len(records) == 1 else f"entropy threshold, {record.blend}",
-                f"{-record.threshold.value:.4f} bits ({record.threshold.method}, {record.threshold.images} clean images)",
-            )
-            for record in records
-        ),
-        ("false rejections", f"{rate.value:.2%} asked for; {interval} {rate.low:.2%} to {rate.high:.2%}"),
-        ("passes, clean input", f"{_mean_passes(calibration):.1f} of {_overlays(calibration)} on average"),
-        ("report", str(out / "report.html")),
-    ]
-    if found is not None:
-        rows.insert(2, ("setting", f"{found.chosen}, chosen by the red team"))
-    show_rows(f"Profile {out}", rows)
-    if found is not None:
-        show_red_team(found)
-    if model.output == "labels":
-        typer.echo("warning: the model returns labels only, which tells triggers less well apart than probabilities", err=True)
-    if accuracy is not None and near_chance(accuracy, model.num_classes):
-        typer.echo(f"warning: clean accuracy is near chance: {NEAR_CHANCE}", err=True)
-        return
-    typer.echo(f"next: guard check {out} IMAGE, guard serve {out}")
-
-
-def _calibrated(calibration: Calibration, skipped: tuple[tuple[str, str], ...], out: Path) -> dict[str, object]:
-    """What `--json` prints.
-
-    `entropy_threshold` is the first detector's, `detectors` has each one's. `frr`, `overlays` and `mean_passes` are of all
-    together; `frr_low` and `frr_high` are the 95% interval for one detector, and bounds for several, see `joint_rate`.
-    """
-    from calibration.thresholds import joint_rate
-
-    rate = joint_rate(calibration.thresholds)
-    return {
-        "profile": str(out),
-        "entropy_threshold": -calibration.thresholds[0].value,
-        "detectors": [
-            {
-                "name": strip.name,
-                "blend": strip.blend,
-                "alpha": strip.alpha,
-                "entropy_threshold": -threshold.value,
-                "overlays": len(strip.overlays),
-                "frr": threshold.frr,
-                "frr_low": threshold.frr_low,
-                "frr_high": threshold.frr_high,
-            }
-            for strip, threshold in zip(calibration.strips, calibration.thresholds, strict=True)
-        ],
-        "frr": rate.value,
-        "frr_low": rate.low,
-        "frr_high": rate.high,
-        "images": calibration.thresholds[0].images,
-        "overlays": _overlays(calibration),
-        "mean_passes": _mean_passes(calibration),
-        "clean_accuracy": calibration.profile.clean_accuracy,
-        "skipped": [{"file": name, "reason": reason} for name, reason in skipped],
-    }
-
-
-def _overlays(calibration: Calibration) -> int:
-    return sum(len(strip.overlays) for strip in calibration.strips)
-
-
-def _mean_passes(calibration: Calibration) -> float:
-    return sum(record.mean_passes or 0.0 for record in calibration.profile.detectors)
-
-
-def _summary(found: RedTeam) -> dict[str, object]:
-    """The chosen setting, and what to expect of it on each planted trigger; null where the copy did not learn it."""
-    planted: list[dict[str, object]] = []
-    for plant in found.planted:
-        far = next((item.far for item in plant.figures if item.setting == found.chosen), None)
-        low, high = (None, None) if far is None else (far.low, far.high)
-        planted.append({"name": plant.name, "far": far and far.value, "far_low": low, "far_high": high})
-    chosen = found.chosen
-    return {"blend": chosen.blend, "alpha": chosen.alpha, "overlays": chosen.overlays, "planted": planted}

@@ -13,10 +13,11 @@ import msgspec
 import typer
 
 from cli import options as common
-from cli.display import progress_bars, show_rows
+from cli.display import progress_bars
 from cli.edge_sending import declared, write_images, write_model
 from cli.edge_token import VARIABLE, read_token
 from cli.extras import needs
+from cli.repaired import calibrate_with_tripwire, show_repaired
 from guard import Guard, load_profile
 from guard.errors import EdgeError
 from guard.loading import load_profile_backend
@@ -137,7 +138,7 @@ def repair_on_edge(
             record, manifest = _fetch(client, status, source, file, out, progress)
         with contextlib.suppress(EdgeError):  # it expires by itself
             client.delete(job)
-    _show(record, manifest, out, as_json)
+    _show(record, manifest, out, calibrate_with_tripwire(out, model, weights, data), as_json)
 
 
 def _submit(
@@ -185,18 +186,23 @@ def _write_sets(
     """The clean set and the quarantine as `.npz`, by name."""
     from calibration.data import ImageSet, load_images
     from calibration.discovery import declared_shape
-    from calibration.repair.cases import load_quarantined
+    from calibration.repair.cases import check_enough, load_quarantined
 
     size = images.shape or (declared_shape(source.backend) if images.clean.is_dir() else None)
     clean = load_images(images.clean, size, skip_unreadable=images.skip_unreadable, progress=progress)
     for name, reason in clean.skipped:
         typer.echo(f"skipped {name}: {reason}", err=True)
-    written = {CLEAN: folder / CLEAN}
-    write_images(ImageSet(clean.pixels, clean.labels, clean.class_names or class_names), written[CLEAN])
+    found = None
     if images.quarantine is not None:
         found = load_quarantined(images.quarantine, clean.shape, skip_unreadable=images.skip_unreadable, progress=progress)
+        for name, reason in found.skipped:
+            typer.echo(f"skipped {name}: {reason}", err=True)
+    check_enough(clean, found)
+    written = {CLEAN: folder / CLEAN}
+    write_images(ImageSet(clean.pixels, clean.labels, clean.class_names or class_names), written[CLEAN])
+    if found is not None:
         written[QUARANTINE] = folder / QUARANTINE
-        write_images(ImageSet(found), written[QUARANTINE])
+        write_images(found, written[QUARANTINE])
     return written
 
 
@@ -255,7 +261,7 @@ def _check(draft: Path, source: ModelSource, sent: FileInfo) -> RepairRecord:
     return record
 
 
-def _show(record: RepairRecord, manifest: Manifest, out: Path, as_json: bool) -> None:
+def _show(record: RepairRecord, manifest: Manifest, out: Path, otherwise: str, as_json: bool) -> None:
     from calibration.repair.record import PROFILE
     from handlers.edge_client import printable
 
@@ -266,16 +272,10 @@ def _show(record: RepairRecord, manifest: Manifest, out: Path, as_json: bool) ->
         body = {**figures, "out": str(out), "profile": None if profile is None else str(profile), "note": note}
         typer.echo(msgspec.json.encode(body).decode())
         return
-    shares = (
-        ("clean accuracy before", record.clean_accuracy_before),
-        ("clean accuracy after", record.clean_accuracy_after),
-        ("agreement with the original", record.agreement),
-        ("quarantined images that keep their old answer", record.attack_success_seen_after),
-    )
-    rows = [(name, f"{share:.2%}") for name, share in shares if share is not None]
-    show_rows(f"Repaired model {out}", [*rows, ("report", str(out / "report.html"))])
+    show_repaired(record, f"Repaired model {out}", ("report", str(out / "report.html")))
     if profile is None:
         typer.echo(f"no profile: {note or 'the edge server made none'}", err=True)
-        typer.echo(f"next: guard calibrate {out} --data CLEAN --out PROFILE, with --tripwire ORIGINAL to go on detecting by it")
+        typer.echo(f"next: {otherwise}")
     else:
+        typer.echo("in its profile the original goes on detecting, and the repaired model answers", err=True)
         typer.echo(f"next: guard check {profile} IMAGE, guard serve {profile}")

@@ -8,22 +8,19 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import msgspec
 import typer
 
 from cli import options
-from cli.display import progress_bars, show_rows
+from cli.display import progress_bars
 from cli.edge_repair import EdgeChoice, EdgeJobOption, EdgeOption, EdgeTokenOption, InsecureEdgeOption, repair_on_edge
 from cli.extras import needs
+from cli.repaired import calibrate_with_tripwire, show_repaired
 from cli.threads import settle_threads
 from guard.errors import InputError
 from handlers.edge_protocol import RepairOptions
-
-if TYPE_CHECKING:
-    from calibration.repair.record import RepairRecord
-    from calibration.repair.repair import Repaired
 
 _HOW = "How it is repaired"
 
@@ -135,7 +132,7 @@ def repair_command(
         from calibration.discovery import declared_shape, discover
         from calibration.engine import Engine
         from calibration.fine_tuning import trainable
-        from calibration.repair.cases import load_quarantined
+        from calibration.repair.cases import check_enough, load_quarantined
         from calibration.repair.cyclegan import Training
         from calibration.repair.record import KIND
         from calibration.repair.repair import RepairSettings
@@ -160,22 +157,29 @@ def repair_command(
             size = options.shape(shape) or (declared_shape(source.backend) if data.is_dir() else None)
             clean = load_images(data, size, skip_unreadable=skip_unreadable, progress=progress)
             predictor = discover(source.backend, clean, source.hints(given))
+            settle_threads(predictor)
             suspects = (
                 None
                 if quarantine is None
                 else load_quarantined(quarantine, predictor.spec.shape, skip_unreadable=skip_unreadable, progress=progress)
             )
-            settle_threads(predictor)
+            check_enough(clean, suspects)
+            rejected = None if suspects is None else suspects.images(slice(None))
             try:
-                done = repair_into(out, source, predictor, clean, settings, suspects, engine, progress)
+                done = repair_into(out, source, predictor, clean, settings, rejected, engine, progress)
             except KeyboardInterrupt:
                 typer.echo("interrupted: the same command goes on after the last whole epoch", err=True)
                 raise
         if done is None:
             return
-    for name, reason in clean.skipped:
+    for name, reason in (*clean.skipped, *(() if suspects is None else suspects.skipped)):
         typer.echo(f"skipped {name}: {reason}", err=True)
-    _show(*done, out, as_json)
+    _, record = done
+    if as_json:
+        typer.echo(msgspec.json.encode({**msgspec.to_builtins(record), "out": str(out)}).decode())
+        return
+    show_repaired(record, f"Repaired model {out}", ("report", str(out / "report.html")))
+    typer.echo(f"next: {calibrate_with_tripwire(out, model, weights, data)}")
 
 
 @contextlib.contextmanager
@@ -184,15 +188,3 @@ def _only_the_first_speaks(leads: bool) -> Iterator[None]:
     if not leads:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     yield
-
-
-def _show(repaired: Repaired, record: RepairRecord, out: Path, as_json: bool) -> None:
-    from calibration.repair.report import figure_rows, remarks
-
-    if as_json:
-        typer.echo(msgspec.json.encode({**msgspec.to_builtins(record), "out": str(out)}).decode())
-        return
-    show_rows(f"Repaired model {out}", [*figure_rows(repaired), ("report", str(out / "report.html"))])
-    for text in remarks(repaired):
-        typer.echo(text, err=True)
-    typer.echo(f"next: guard calibrate {out} --data CLEAN --out PROFILE, with --tripwire ORIGINAL to go on detecting by it")

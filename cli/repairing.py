@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, final
@@ -51,6 +50,26 @@ def check_repair(method: Literal["gym", "codefend"] | None, quarantine: Path | N
         raise InputError("expected --quarantine DIR for codefend, which learns the trigger from it, got none")
 
 
+@final
+@dataclass(frozen=True)
+class RepairedFirst:
+    """What a repair before calibration came to.
+
+    Attributes:
+        source: The repaired model.
+        rest: The clean images that it has not seen.
+        pages: What the profile keeps of it, by file name.
+        skipped: Quarantined items that were left out, each with the reason.
+        work: Folder of its checkpoints, to be removed once the profile is written.
+    """
+
+    source: ModelSource
+    rest: ImageSet
+    pages: dict[str, bytes]
+    skipped: tuple[tuple[str, str], ...]
+    work: Path
+
+
 def repair_first(
     asked: Repairing,
     source: ModelSource,
@@ -60,11 +79,8 @@ def repair_first(
     out: Path,
     scratch: Path,
     progress: Progress,
-) -> tuple[ModelSource, ImageSet, dict[str, bytes]]:
+) -> RepairedFirst:
     """Repair with one half of the clean images.
-
-    Returns:
-        The repaired model, the other half, which it has not seen, and what the profile keeps of the repair, by file name.
 
     Raises:
         CalibrationError: Too few images for both.
@@ -72,15 +88,13 @@ def repair_first(
     with needs("repair"):
         from calibration.discovery import discover
         from calibration.engine import Engine
-        from calibration.repair.cases import FEWEST_CLEAN, load_quarantined
+        from calibration.repair.cases import FEWEST_CLEAN, check_enough, load_quarantined
         from calibration.repair.record import JSON, REPORT
         from calibration.repair.repair import RepairSettings
-        from calibration.repair.work import repair_into
+        from calibration.repair.work import checkpoints_beside, repair_into
         from calibration.settings import check_settings
         from calibration.sources import open_model
 
-    if clean.labels is None and asked.method == "gym":
-        raise CalibrationError("expected labels with the clean images, to measure what GYM's preprocessor costs: add y")
     order = torch.randperm(len(clean), generator=torch.Generator().manual_seed(settings.seed ^ 0x4EA))
     half = len(clean) // 2
     ours, rest = clean.select(order[:half]), clean.select(order[half:])
@@ -99,9 +113,12 @@ def repair_first(
         if asked.quarantine is None
         else load_quarantined(asked.quarantine, predictor.spec.shape, skip_unreadable=asked.skip_unreadable, progress=progress)
     )
+    check_enough(ours, suspects)
     how = RepairSettings(method=asked.method, max_accuracy_drop=asked.max_accuracy_drop, seed=asked.seed)
-    folder = out.absolute().parent / f".{out.name}.repaired"  # beside the profile, where its checkpoints outlive this command
-    repair_into(folder, source, predictor, ours, how, suspects, Engine(), progress)
-    kept = Path(shutil.move(folder, scratch / "repaired"))
-    pages = {"repair.json": (kept / JSON).read_bytes(), "repair.html": (kept / REPORT).read_bytes()}
-    return open_model(str(kept), None, scratch), rest, pages
+    folder, work = scratch / "repaired", checkpoints_beside(out)
+    rejected = None if suspects is None else suspects.images(slice(None))
+    repair_into(folder, source, predictor, ours, how, rejected, Engine(), progress, work)
+    pages = {"repair.json": (folder / JSON).read_bytes(), "repair.html": (folder / REPORT).read_bytes()}
+    return RepairedFirst(
+        open_model(str(folder), None, scratch), rest, pages, () if suspects is None else suspects.skipped, work
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -9,9 +10,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from calibration.data import ImageSet, Progress, load_images, no_progress
+from calibration.data import ImageSet, Progress, digests, load_images, no_progress
 from guard import Predictor, Quarantine
-from guard.errors import CalibrationError, InputError, QuarantineError, RepairError
+from guard.errors import InputError, QuarantineError, RepairError
 
 FEWEST_CLEAN = 50
 FEWEST_QUARANTINED = 30
@@ -60,81 +61,92 @@ class Parts:
 
 
 def clean_parts(clean: ImageSet, predictor: Predictor, seed: int) -> Parts:
-    """Cut a clean set by a seed.
+    """Cut a clean set by a seed; of equal images one counts.
 
     Raises:
         RepairError: Too few images.
     """
-    if len(clean) < FEWEST_CLEAN:
-        raise RepairError(f"expected at least {FEWEST_CLEAN} clean images to repair with, got {len(clean)}: add images")
-    return _cut(clean.images(slice(None)), clean.labels, predictor, seed)
+    images = clean.images(slice(None))
+    rows = _clean_rows(digests(images))
+    return _cut(images[rows], None if clean.labels is None else clean.labels[rows], predictor, seed)
 
 
-def quarantined_parts(images: Tensor, predictor: Predictor, seed: int) -> Parts:
+def quarantined_parts(images: Tensor, predictor: Predictor, seed: int, clean: Collection[str] = ()) -> Parts:
     """Cut quarantined images by a seed; of equal ones, which a client sent again, one counts.
 
     Args:
         images: (N, C, H, W), in [0, 1].
         predictor: The original.
         seed: Of the cut.
+        clean: Digests of the clean images; one of these in a quarantine is known to be a false alarm, and is left out.
 
     Raises:
         RepairError: Too few images.
     """
-    images = _distinct(images)
-    if len(images) < FEWEST_QUARANTINED:
-        raise RepairError(
-            f"expected at least {FEWEST_QUARANTINED} quarantined images to learn the trigger from, got {len(images)}: serve on "
-            "until the quarantine holds more, or use --method gym, which needs none"
-        )
-    return _cut(images, None, predictor, seed)
+    return _cut(images[_quarantined_rows(digests(images), clean)], None, predictor, seed)
+
+
+def check_enough(clean: ImageSet, quarantined: ImageSet | None) -> None:
+    """Refuse, before any work, too few images.
+
+    Raises:
+        RepairError: It says of which, and how many there must be.
+    """
+    known = digests(clean.images(slice(None)))
+    _clean_rows(known)
+    if quarantined is not None:
+        _quarantined_rows(digests(quarantined.images(slice(None))), frozenset(known))
 
 
 def load_quarantined(
     place: Path, shape: tuple[int, int, int], *, skip_unreadable: bool = False, progress: Progress = no_progress
-) -> Tensor:
-    """Quarantined images of a model's shape.
+) -> ImageSet:
+    """Quarantined images of a model's shape, without labels.
 
     Args:
         place: A quarantine folder, or any folder of images, or an `.npz` with `x`.
         shape: (C, H, W) of the model's images.
-        skip_unreadable: Leave out items whose picture can't be read.
+        skip_unreadable: Leave out items whose picture can't be read or has another shape, and list them.
         progress: Told about each image.
-
-    Returns:
-        (N, C, H, W), in [0, 1].
 
     Raises:
         QuarantineError: Nothing there.
         CalibrationError: Unreadable pictures, and no leave to skip them.
         InputError: Images of another shape.
     """
-    items = Quarantine(place).items() if place.is_dir() else []
+    quarantine = Quarantine(place)
+    items = quarantine.items() if place.is_dir() else []
     if not items:
         if not place.exists():
             raise QuarantineError(
                 f"expected a quarantine folder, got {place}: no such folder; nothing may have been rejected yet"
             )
-        return load_images(place, shape, skip_unreadable=skip_unreadable, progress=progress).images(slice(None))
-    found, quarantine = [], Quarantine(place)
+        loaded = load_images(place, shape, skip_unreadable=skip_unreadable, progress=progress)
+        return ImageSet(loaded.pixels, skipped=loaded.skipped)
+    found: list[Tensor] = []
+    skipped: list[tuple[str, str]] = []
     for done, item in enumerate(items, start=1):
+        progress("reading the quarantine", done, len(items))
         try:
             image = quarantine.image(item)
-        except QuarantineError as error:
+            if tuple(image.shape) != shape:
+                raise InputError(
+                    f"expected quarantined images of shape {shape}, got {tuple(image.shape)} ({item.id}): "
+                    "is it another model's?"
+                )
+            if not bool(torch.isfinite(image).all()):
+                raise InputError(f"expected finite pixels, got NaN or Inf in quarantined {item.id}: delete the item")
+        except (QuarantineError, InputError) as error:
             if not (place / f"{item.id}.json").exists():  # evicted or released meanwhile
                 continue
             if not skip_unreadable:
-                raise CalibrationError(f"{error}; or pass --skip-unreadable") from error
+                raise type(error)(f"{error}; or pass --skip-unreadable") from error
+            skipped.append((item.id, str(error)))
             continue
-        if tuple(image.shape) != shape:
-            raise InputError(
-                f"expected quarantined images of shape {shape}, got {tuple(image.shape)} ({item.id}): is it another model's?"
-            )
         found.append(image)
-        progress("reading the quarantine", done, len(items))
     if not found:
-        raise QuarantineError(f"expected images in {place}, got none that can be read")
-    return torch.stack(found)
+        raise QuarantineError(f"expected images of shape {shape} in {place}, got none that can be read")
+    return ImageSet(torch.stack(found), skipped=tuple(skipped))
 
 
 def logits(predictor: Predictor, images: Tensor) -> Tensor:
@@ -147,10 +159,28 @@ def logits(predictor: Predictor, images: Tensor) -> Tensor:
     return torch.cat(parts).clamp_min(1e-8).log()
 
 
-def _distinct(images: Tensor) -> Tensor:
-    """Each image once, in order: a held-out one must not have been learnt from."""
-    first = {image.numpy().tobytes(): row for row, image in reversed(list(enumerate(images.contiguous())))}
-    return images[sorted(first.values())]
+def _clean_rows(known: Sequence[str]) -> list[int]:
+    rows = _distinct(known)
+    if len(rows) < FEWEST_CLEAN:
+        same = "" if len(rows) == len(known) else f" different ones among {len(known)}"
+        raise RepairError(f"expected at least {FEWEST_CLEAN} clean images to repair with, got {len(rows)}{same}: add images")
+    return rows
+
+
+def _quarantined_rows(known: Sequence[str], clean: Collection[str]) -> list[int]:
+    rows = [row for row in _distinct(known) if known[row] not in clean]
+    if len(rows) < FEWEST_QUARANTINED:
+        same = "" if len(rows) == len(known) else f" different ones that are not among the clean images, of {len(known)}"
+        raise RepairError(
+            f"expected at least {FEWEST_QUARANTINED} quarantined images to learn the trigger from, got {len(rows)}{same}: "
+            "serve on until the quarantine holds more, or use --method gym without --quarantine"
+        )
+    return rows
+
+
+def _distinct(known: Sequence[str]) -> list[int]:
+    """The first of each, in order: a held-out image must not have been learnt from."""
+    return sorted({digest: row for row, digest in reversed(list(enumerate(known)))}.values())
 
 
 def _cut(images: Tensor, labels: Tensor | None, predictor: Predictor, seed: int) -> Parts:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from calibration.fine_tuning import trainable
-from calibration.repair.record import JSON, KIND, REPORT, SCHEMA, RepairRecord
+from calibration.repair.record import JSON, KIND, LEARNT, REPORT, SCHEMA, RepairRecord
 from calibration.repair.repair import Repaired
 from calibration.sources import ModelSource
 from calibration.versions import versions
@@ -72,6 +72,7 @@ def save_repaired(repaired: Repaired, source: ModelSource, folder: Path, images:
             libraries=versions(),
         )
         (draft / JSON).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
+        (draft / LEARNT).write_bytes(msgspec.json.encode(sorted(repaired.images)) + b"\n")
         if report:
             (draft / REPORT).write_bytes(report)
     return record

@@ -16,6 +16,8 @@ from guard.profile import ModelRecord
 SCHEMA = 1
 JSON = "repair.json"
 REPORT = "report.html"
+LEARNT = "learnt.json"
+"""Digests of the images that the repair has seen, so that none of them measures the repaired model."""
 PROFILE = "profile"
 """Sub-folder of a profile for the repaired model, where an edge server made one."""
 
@@ -23,7 +25,7 @@ Method = Literal["gym", "codefend"]
 
 
 def _ours(name: str) -> bool:
-    return name in (REPORT, PROFILE) or name.startswith("model.")
+    return name in (REPORT, LEARNT, PROFILE) or name.startswith("model.")
 
 
 KIND = FolderKind("repaired model's", JSON, _ours, RepairError)
@@ -124,4 +126,19 @@ def read_record(folder: Path) -> RepairRecord:
     except RepairError:
         raise
     except (msgspec.MsgspecError, GuardError, RecursionError) as error:
+        raise RepairError(f"{path} is damaged ({error}): repair again") from error
+
+
+def read_learnt(folder: Path) -> frozenset[str]:
+    """The digests in `learnt.json`; none where the folder was written without.
+
+    Raises:
+        RepairError: They are damaged.
+    """
+    path = folder / LEARNT
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=frozenset[str])
+    except FileNotFoundError:
+        return frozenset()
+    except (OSError, msgspec.MsgspecError) as error:
         raise RepairError(f"{path} is damaged ({error}): repair again") from error

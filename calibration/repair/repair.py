@@ -17,10 +17,10 @@ from torch import Tensor
 
 from calibration.calibrate import NEAR_CHANCE, check_labels, near_chance
 from calibration.checkpoints import Checkpoints
-from calibration.data import ImageSet, Progress, no_progress
+from calibration.data import ImageSet, Progress, digests, no_progress
 from calibration.engine import Engine
 from calibration.fine_tuning import TrainableCopy
-from calibration.repair.cases import Part, clean_parts, quarantined_parts
+from calibration.repair.cases import Part, Parts, clean_parts, quarantined_parts
 from calibration.repair.codefend import TUNING, Learnt, fine_tune_codefend
 from calibration.repair.cyclegan import Training
 from calibration.repair.gym import DISTILLED, PAPER, Recipe, fine_tune_gym
@@ -33,6 +33,7 @@ MAX_ACCURACY_DROP: dict[Method, float] = {"gym": 12.0, "codefend": 3.0}
 """Points of clean accuracy that a repair may cost unless told otherwise."""
 
 _ROUNDING = 1e-9  # of points: 0.97 - 0.94 is more than 0.03 in floating point
+_EXAMPLES = 10
 _DRAWS = 4  # of a preprocessor that draws, to measure accuracy through it
 
 
@@ -85,6 +86,8 @@ class Repaired:
         figures: What was measured.
         settings: How it was made.
         learnt: What each round of codefend learnt.
+        images: Digests of the images that taught it or told it when to stop.
+        examples: Names, and a few held-out images of each kind.
     """
 
     predictor: Predictor
@@ -92,6 +95,8 @@ class Repaired:
     figures: RepairFigures
     settings: RepairSettings
     learnt: Sequence[Learnt] = ()
+    images: frozenset[str] = frozenset()
+    examples: Sequence[tuple[str, Tensor]] = ()
 
     def check(self) -> None:
         """Refuse a repair that costs too much.
@@ -148,7 +153,8 @@ def repair(
     right = _share(cases.tuning.answers, cases.tuning.labels)
     if near_chance(right, predictor.num_classes):
         raise RepairError(f"the model's answers to the clean images are near chance ({right:.1%} right): {NEAR_CHANCE}")
-    suspects = None if quarantined is None else quarantined_parts(quarantined, predictor, settings.seed)
+    known = digests(clean.images(slice(None)))
+    suspects = None if quarantined is None else quarantined_parts(quarantined, predictor, settings.seed, frozenset(known))
     engine = engine or Engine()
     copied = copied.faster(cases.tuning.images[:2])
     light: Gym | None = None
@@ -186,7 +192,17 @@ def repair(
         ),
         settings,
         learnt,
+        frozenset(digests(torch.cat([part.images for part in _learnt_from(cases, suspects if learnt else None)]))),
+        [
+            (name, item.held_out.images[:_EXAMPLES])
+            for name, item in (("clean", cases), ("quarantined", suspects))
+            if item is not None
+        ],
     )
+
+
+def _learnt_from(*sets: Parts | None) -> list[Part]:
+    return [part for item in sets if item is not None for part in (item.tuning, item.stopping)]
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from calibration.page import Section, png, render
 from calibration.repair.codefend import Learnt
+from calibration.repair.figures import figure_rows, remarks
 from calibration.repair.repair import Repaired
+from guard.preprocessors import Preprocessor
 
 _ROWS = ("clean", "trigger put on", "change", "quarantined", "trigger taken off", "change")
 
@@ -16,7 +21,7 @@ _ROWS = ("clean", "trigger put on", "change", "quarantined", "trigger taken off"
 def repair_report(repaired: Repaired) -> bytes:
     """HTML in one file."""
     figures, method = repaired.figures, repaired.settings.method
-    sections = [Section("What it came to", remarks(repaired), rows=figure_rows(repaired))]
+    sections = [Section("What it came to", remarks(figures, repaired.preprocessor), rows=figure_rows(figures))]
     for number, learnt in enumerate(repaired.learnt, start=1):
         which = "" if len(repaired.learnt) == 1 else f", round {number}"
         sections.append(
@@ -27,52 +32,17 @@ def repair_report(repaired: Repaired) -> bytes:
                 caption="Above: held-out clean images, the trigger put on. Below: quarantined images, the trigger taken off.",
             )
         )
+    if repaired.preprocessor is not None:
+        sections.append(
+            Section(
+                "What the model sees",
+                ("Each image goes through the preprocessor before the model answers it; one draw of it is shown.",),
+                picture=seen_figure(repaired.preprocessor, repaired.examples, repaired.settings.seed),
+                caption="Held-out images, and what is left of them.",
+            )
+        )
     drop = f"{figures.drop:+.1f}".replace("+", "-") if figures.drop > 0 else f"{-figures.drop:+.1f}"
     return render(f"Repaired by {method}", f"{drop} points of clean accuracy on held-out images.", sections)
-
-
-def figure_rows(repaired: Repaired) -> list[tuple[str, ...]]:
-    """The figures, in words."""
-    figures = repaired.figures
-    rows: list[tuple[str, ...]] = []
-    if figures.clean_accuracy_before is not None and figures.clean_accuracy_after is not None:
-        rows.append(("clean accuracy before", f"{figures.clean_accuracy_before:.2%}"))
-        rows.append(("clean accuracy after", f"{figures.clean_accuracy_after:.2%}"))
-    rows.append(("agreement with the original", f"{figures.agreement:.2%}"))
-    if figures.attack_success_seen_after is not None:
-        rows.append(("quarantined images that keep their old answer", f"{figures.attack_success_seen_after:.2%}"))
-    if figures.generated_triggers_work is not None:
-        rows.append(("learnt trigger works on the original", f"{figures.generated_triggers_work:.2%}"))
-    rows.append(("clean images, of which held out", f"{figures.clean_images}, {figures.held_out_clean}"))
-    if figures.quarantined_images:
-        rows.append(("quarantined, of which held out", f"{figures.quarantined_images}, {figures.held_out_quarantined}"))
-    return [*rows, ("seconds", f"{figures.seconds:.0f}")]
-
-
-def remarks(repaired: Repaired) -> list[str]:
-    """What must be said with the figures."""
-    figures, said = repaired.figures, []
-    if repaired.preprocessor is not None:
-        said.append(
-            f"Accuracy after is through the preprocessor that the model was tuned for ({repaired.preprocessor}); profiles made "
-            "of this folder use it."
-        )
-    if figures.clean_accuracy_before is None:
-        said.append("The clean images have no labels: the original's own answers to them stood in for these.")
-    if figures.attack_success_seen_after is None:
-        said.append("Nothing was quarantined, so that what became of the attack was not measured.")
-    else:
-        said.append("False alarms among the quarantined images keep their old answer, and should.")
-    if repaired.learnt and figures.generated_triggers_work is None:
-        said.append(
-            "The quarantined images got all of the model's labels, so that whether the learnt trigger works can't be told."
-        )
-    if figures.generated_triggers_work is not None and figures.generated_triggers_work < 0.5:
-        said.append(
-            "The trigger that was learnt hardly works on the original: either the quarantined images are mostly false alarms, "
-            "or their trigger is one that was not learnt. Don't rely on this repair."
-        )
-    return said
 
 
 def learnt_figure(learnt: Learnt) -> bytes:
@@ -85,10 +55,29 @@ def learnt_figure(learnt: Learnt) -> bytes:
         learnt.cleaned,
         _change(learnt.quarantined, learnt.cleaned),
     ]
-    columns = max(len(row) for row in rows)
+    return _montage(list(zip(_ROWS, rows, strict=True)))
+
+
+def seen_figure(preprocessor: Preprocessor, examples: Sequence[tuple[str, Tensor]], seed: int) -> bytes:
+    """Rows of images, as PNG: for each kind the images, and what the preprocessor makes of them.
+
+    Args:
+        preprocessor: That the model was tuned for.
+        examples: A name, and (N, C, H, W) in [0, 1], of each kind.
+        seed: Of the draw.
+    """
+    rows = []
+    for name, images in examples:
+        generator = torch.Generator().manual_seed(seed)
+        rows += [(name, images), ("preprocessed", preprocessor(images, generator))]
+    return _montage(rows)
+
+
+def _montage(rows: Sequence[tuple[str, Tensor]]) -> bytes:
+    columns = max(len(images) for _, images in rows)
     figure = Figure(figsize=(1.6 + 0.95 * columns, 0.95 * len(rows)), layout="constrained")
     panels = figure.subplots(len(rows), columns, squeeze=False)
-    for name, images, line in zip(_ROWS, rows, panels, strict=True):
+    for (name, images), line in zip(rows, panels, strict=True):
         for number, axes in enumerate(line):
             axes.set_axis_off()
             if number < len(images):

@@ -1,4 +1,4 @@
-"""A repair as a piece of work that can be interrupted: its checkpoints lie beside the folder that it writes."""
+"""A repair as a piece of work that can be interrupted, or refused, and gone on with: checkpoints stay until it is written."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ def repair_into(
     quarantined: Tensor | None,
     engine: Engine,
     progress: Progress = no_progress,
+    work: Path | None = None,
 ) -> tuple[Repaired, RepairRecord] | None:
     """Repair a model, refuse a repair that costs too much, and write the folder.
 
     Args:
-        out: The folder; its checkpoints lie beside it, as `.NAME.checkpoint`, until it is written.
+        out: The folder.
         source: Where the model comes from.
         predictor: The model.
         clean: See `repair`.
@@ -43,6 +44,7 @@ def repair_into(
         quarantined: See `repair`.
         engine: Where.
         progress: Told how far it is.
+        work: Folder of the checkpoints, which stays; None for one beside `out` that goes once `out` is written.
 
     Returns:
         The repaired model, and what the folder says of it; None in the processes that don't lead.
@@ -65,14 +67,23 @@ def repair_into(
         None if clean.labels is None else _digest(clean.labels),
         None if quarantined is None else _digest(quarantined),
     ]
-    checkpoints = Checkpoints(out.absolute().parent / f".{out.name}.checkpoint", key, writes=engine.leads)
+    checkpoints = Checkpoints(work or checkpoints_beside(out), key, writes=engine.leads)
+    if checkpoints.found():
+        progress(f"going on from {checkpoints.folder.name}", 1, 1)
     repaired = repair(predictor, clean, settings, quarantined, engine=engine, checkpoints=checkpoints, progress=progress)
     if not engine.leads:
         return None
     repaired.check()
     record = save_repaired(repaired, source, out, clean.images(slice(0, _COMPARED)), repair_report(repaired))
-    checkpoints.remove()
+    if work is None:
+        checkpoints.remove()
     return repaired, record
+
+
+def checkpoints_beside(out: Path) -> Path:
+    """Where the checkpoints of a folder that is being made lie."""
+    out = out.absolute()
+    return out.parent / f".{out.name}.checkpoint"
 
 
 def _digest(array: Tensor) -> str:

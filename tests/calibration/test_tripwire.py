@@ -8,14 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from calibration import Calibration, Hints, Settings, calibrate
+from calibration import Calibration, Hints, ImageSet, Settings, calibrate
 from calibration.calibrate import Tripwire
+from calibration.data import digests
 from calibration.sources import open_model, open_tripwire
 from cli.demonstration.digits import ATTACK, Digits, digit_net, save_exported
 from export import export_mar
 from guard import Guard, load_profile
 from guard.errors import CalibrationError, ProfileError
 from guard.predictors import wrap
+from guard.preprocessors import Gym
 from guard.profile import ModelRecord
 
 
@@ -109,3 +111,41 @@ def test_a_tripwire_of_other_classes_is_refused(digits: Digits, backdoored: nn.M
     record = ModelRecord(kind="module", output="logits", num_classes=9)
     with pytest.raises(CalibrationError, match="expected a tripwire of 10 classes, got 9"):
         calibrate(repaired, digits.clean, Settings(), tripwire=Tripwire(wrap(Fewer(backdoored)), record, Hints()))
+
+
+def test_images_that_a_repair_learnt_from_set_no_threshold_of_its_own_and_measure_nothing(
+    digits: Digits, backdoored: nn.Module
+) -> None:
+    clean = digits.clean
+    known = digests(clean.images(slice(None)))
+    learnt, half = frozenset(known[: len(known) // 2]), len(known) - len(known) // 2
+    # accuracy would be flattered: the first half has the model's own answers for labels, the second half wrong ones
+    own = backdoored(clean.images(slice(None))).argmax(dim=1)
+    flattered = ImageSet(clean.pixels, torch.cat([own[: len(known) // 2], (own[len(known) // 2 :] + 1) % 10]))
+
+    without = calibrate(backdoored, flattered, Settings(overlays=50, allow_missing_classes=True), learnt=learnt)
+    assert without.learnt == len(learnt)
+    assert without.thresholds[0].images == without.measured == half - 50
+    assert without.profile.clean_accuracy == 0.0
+    overlays = digests(without.strips[0].overlays)
+    assert learnt.isdisjoint(overlays)
+
+    original = Tripwire(wrap(backdoored), ModelRecord(kind="module", output="logits", num_classes=10), Hints())
+    watched = calibrate(
+        backdoored, flattered, Settings(overlays=50, allow_missing_classes=True), tripwire=original, learnt=learnt
+    )
+    assert watched.thresholds[0].images == len(known) - 50  # the tripwire has learnt from none of them
+    assert 0 < watched.measured < half
+    assert watched.profile.clean_accuracy == 0.0
+
+    with pytest.raises(CalibrationError, match=r"the repair learnt from \d+ of \d+ clean images.*--tripwire ORIGINAL"):
+        calibrate(backdoored, clean, Settings(), learnt=frozenset(known[:-20]))
+
+
+def test_a_preprocessor_that_the_model_was_tuned_for_needs_no_labels(digits: Digits, backdoored: nn.Module) -> None:
+    unlabelled = ImageSet(digits.clean.pixels)
+    made = calibrate(backdoored, unlabelled, Settings(), preprocessor=Gym(kernel=1))
+    assert made.profile.preprocessor == Gym(kernel=1)
+    assert made.profile.clean_accuracy is None
+    with pytest.raises(CalibrationError, match="expected labels with the clean images"):
+        calibrate(backdoored, unlabelled, Settings(preprocess="gym"))

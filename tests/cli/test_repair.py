@@ -42,9 +42,9 @@ def test_repair_and_what_follows(tmp_path: Path, files: Files, digits: Digits, r
     run = guard(*arguments)
     assert run.code == 0, run.err
     assert "quarantined images that keep their old answer" in run.out
-    assert f"next: guard calibrate {out}" in run.out
+    assert f"next: guard calibrate {out} --tripwire {files.model} --data {files.clean} --out {out}-profile" in run.out
     assert "learning the trigger" in run.err
-    assert sorted(path.name for path in out.iterdir()) == ["model.pt2", "repair.json", "report.html"]
+    assert sorted(path.name for path in out.iterdir()) == ["learnt.json", "model.pt2", "repair.json", "report.html"]
     assert [path.name for path in tmp_path.iterdir()] == ["repaired"]  # no checkpoint is left
     record = json.loads((out / "repair.json").read_text())
     assert record["clean_accuracy_after"] >= record["clean_accuracy_before"] - 0.03
@@ -54,6 +54,9 @@ def test_repair_and_what_follows(tmp_path: Path, files: Files, digits: Digits, r
     run = guard("calibrate", out, "--tripwire", files.model, "--data", files.clean, "--out", tmp_path / "profile", "--json")
     assert run.code == 0, run.err
     assert run.lines[0]["clean_accuracy"] >= 0.9
+    assert run.lines[0]["tripwire"] is True
+    learnt = record["clean_images"] - record["held_out_clean"]
+    assert 0.5 * learnt <= run.lines[0]["learnt_images"] <= learnt  # the others have become overlays of the tripwire
     loaded = Guard.load(tmp_path / "profile")
     assert triggered_right(loaded, digits) >= 0.8
     run = guard("evaluate", tmp_path / "profile", "--data", files.test, "--triggered", files.triggered, "--target", 7, "--json")
@@ -73,9 +76,16 @@ def test_gym_brings_its_preprocessor_along(tmp_path: Path, files: Files, guard: 
     assert record["method"] == "gym"
     assert record["preprocessor"]["name"] == "gym"
     assert record["attack_success_seen_after"] is None
-    assert guard("calibrate", out, "--data", files.clean, "--out", tmp_path / "profile").code == 0
+    run = guard("calibrate", out, "--data", files.clean, "--out", tmp_path / "profile", "--overlays", 20, "--frr", 0.02)
+    assert run.code == 0, run.err
+    assert "left out, which the repair has seen" in run.out
+    assert "gym, no median, 2 views" in run.out
+    assert "with --tripwire ORIGINAL the original goes on detecting" in run.err
     assert json.loads((tmp_path / "profile" / "guard.json").read_text())["preprocessor"]["views"] == 2
-    run = guard("calibrate", out, "--data", files.clean, "--out", tmp_path / "bare", "--preprocess", "none", "--json")
+    run = guard(
+        "calibrate", out, "--data", files.clean, "--out", tmp_path / "bare", "--preprocess", "none", "--overlays", 20,
+        "--frr", 0.02, "--json",
+    )  # fmt: skip
     assert json.loads((tmp_path / "bare" / "guard.json").read_text())["preprocessor"] is None
 
 
@@ -86,6 +96,9 @@ def test_repair_and_calibrate_in_one_go(tmp_path: Path, files: Files, digits: Di
         "--max-accuracy-drop", 30,
     )  # fmt: skip
     assert run.code == 0, run.err
+    assert "clean accuracy after" in run.out
+    assert str(out / "repair.html") in run.out
+    assert "the original detects, the repaired model answers" in run.out
     names = {path.name for path in out.iterdir()}
     assert names == {
         "guard.json",

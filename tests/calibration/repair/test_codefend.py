@@ -13,8 +13,8 @@ from calibration.engine import Engine
 from calibration.repair.cases import Part, clean_parts
 from calibration.repair.codefend import old_answers, still_triggered
 from calibration.repair.cyclegan import CycleGan, Generator, Training
+from calibration.repair.figures import remarks
 from calibration.repair.repair import RepairSettings, repair
-from calibration.repair.report import remarks
 from cli.demonstration.digits import ATTACK, Digits
 from guard import Predictor
 from guard.predictors import wrap
@@ -151,7 +151,7 @@ def test_a_quarantine_of_false_alarms_is_told_and_does_no_harm(engine: Engine) -
     assert made.figures.rounds == 1  # nothing was learnt, so nothing more is looked for
     assert (made.figures.generated_triggers_work or 0.0) < 0.5
     assert made.figures.drop <= 3.0
-    assert any("Don't rely on this repair" in text for text in remarks(made))
+    assert any("Don't rely on this repair" in text for text in remarks(made.figures, made.preprocessor))
 
 
 def test_what_can_not_be_measured_is_not_reported_as_nothing(engine: Engine) -> None:
@@ -162,4 +162,4 @@ def test_what_can_not_be_measured_is_not_reported_as_nothing(engine: Engine) -> 
     settings = RepairSettings(method="codefend", epochs=1, gan=Training(epochs=2, width=8, blocks=1))
     made = repair(original, clean, settings, every_class, engine=engine)
     assert made.figures.generated_triggers_work is None
-    assert any("can't be told" in text for text in remarks(made))
+    assert any("can't be told" in text for text in remarks(made.figures, made.preprocessor))

@@ -1,0 +1,68 @@
+"""A repair's figures in words, for tables and pages."""
+
+from __future__ import annotations
+
+from calibration.repair.record import RepairFigures
+from guard.preprocessors import AnyPreprocessor, Gym
+
+_ALARM = 0.5  # a learnt trigger that works less often is none
+
+
+def figure_rows(figures: RepairFigures) -> list[tuple[str, ...]]:
+    """What was measured; names and values."""
+    rows: list[tuple[str, ...]] = []
+    if figures.clean_accuracy_before is not None and figures.clean_accuracy_after is not None:
+        rows.append(("clean accuracy before", f"{figures.clean_accuracy_before:.2%}"))
+        rows.append(("clean accuracy after", f"{figures.clean_accuracy_after:.2%}"))
+    rows.append(("agreement with the original", f"{figures.agreement:.2%}"))
+    if figures.attack_success_seen_after is not None:
+        rows.append(("quarantined images that keep their old answer", f"{figures.attack_success_seen_after:.2%}"))
+    if figures.generated_triggers_work is not None:
+        rows.append(("learnt trigger works on the original", f"{figures.generated_triggers_work:.2%}"))
+    rows.append(("clean images, of which held out", f"{figures.clean_images}, {figures.held_out_clean}"))
+    if figures.quarantined_images:
+        rows.append(("quarantined, of which held out", f"{figures.quarantined_images}, {figures.held_out_quarantined}"))
+    return [*rows, ("seconds", f"{figures.seconds:.0f}")]
+
+
+def remarks(figures: RepairFigures, preprocessor: AnyPreprocessor | None) -> list[str]:
+    """What must be said with them.
+
+    Args:
+        figures: Of a repair.
+        preprocessor: That the model was tuned for.
+    """
+    said = []
+    if preprocessor is not None:
+        said.append(
+            f"Accuracy after is through the preprocessor that the model was tuned for ({preprocessor_words(preprocessor)}); "
+            "profiles made of this folder use it."
+        )
+    if figures.clean_accuracy_before is None:
+        said.append("The clean images have no labels: the original's own answers to them stood in for these.")
+    if figures.attack_success_seen_after is None:
+        said.append("Nothing was quarantined, so that what became of the attack was not measured.")
+    elif figures.attack_success_seen_after > 0.0:
+        said.append("False alarms among the quarantined images keep their old answer, and should.")
+    if figures.rounds and figures.generated_triggers_work is None:
+        said.append(
+            "The quarantined images got all of the model's labels, so that whether the learnt trigger works can't be told."
+        )
+    if figures.generated_triggers_work is not None and figures.generated_triggers_work < _ALARM:
+        said.append(
+            "The trigger that was learnt hardly works on the original: either the quarantined images are mostly false alarms, "
+            "or their trigger is one that was not learnt. Don't rely on this repair."
+        )
+    return said
+
+
+def preprocessor_words(preprocessor: AnyPreprocessor | None) -> str:
+    """`gym, medians 5x5, 4 views`."""
+    if preprocessor is None:
+        return "none"
+    name = type(preprocessor).__struct_config__.tag
+    if not isinstance(preprocessor, Gym):
+        return str(name)
+    kernel, views = preprocessor.kernel, preprocessor.views
+    median = "no median" if kernel == 1 else f"medians {kernel}x{kernel}"
+    return f"{name}, {median}" + (f", {views} views" if views > 1 else "")

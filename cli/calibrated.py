@@ -1,0 +1,181 @@
+"""What `guard calibrate` shows in the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, final
+
+import msgspec
+import typer
+
+from cli.display import show_rows
+from cli.red_team import show_red_team
+from cli.repaired import show_repaired
+
+if TYPE_CHECKING:
+    from calibration import Calibration, RedTeam
+    from calibration.repair.record import RepairRecord
+
+
+@final
+@dataclass(frozen=True)
+class Calibrated:
+    """A profile that was written, and what led to it.
+
+    Attributes:
+        calibration: What it holds.
+        out: Its folder.
+        skipped: Files that could not be read, each with the reason.
+        repaired: What is known of the model where it is a repaired one.
+        repaired_now: Whether that was done on the way.
+        red_team: What chose the setting.
+    """
+
+    calibration: Calibration
+    out: Path
+    skipped: tuple[tuple[str, str], ...]
+    repaired: RepairRecord | None
+    repaired_now: bool
+    red_team: RedTeam | None
+
+
+def show_calibrated(made: Calibrated, as_json: bool) -> None:
+    """Print it."""
+    out, found = made.out, made.red_team
+    if as_json:
+        typer.echo(msgspec.json.encode(_summary(made)).decode())
+        return
+    for name, reason in made.skipped:
+        typer.echo(f"skipped {name}: {reason}", err=True)
+    if made.repaired is not None and made.repaired_now:
+        show_repaired(made.repaired, "Repaired model", ("report", str(out / "repair.html")))
+        typer.echo()
+    show_rows(f"Profile {out}", _rows(made))
+    if found is not None:
+        show_red_team(found)
+    _show_remarks(made)
+
+
+def _rows(made: Calibrated) -> list[tuple[str, str]]:
+    from calibration.repair.figures import preprocessor_words
+    from calibration.thresholds import joint_rate
+
+    calibration, profile = made.calibration, made.calibration.profile
+    spec, model, records = profile.input, profile.model, profile.detectors
+    rate = joint_rate(calibration.thresholds)
+    interval = "95% interval" if len(records) == 1 else "bounds"
+    rows = [
+        (
+            "model",
+            f"{model.kind}, {model.num_classes} classes, takes {spec.container} {spec.layout} {spec.dtype}, {model.output}",
+        ),
+        ("clean accuracy", _accuracy(made)),
+    ]
+    if made.red_team is not None:
+        rows.append(("setting", f"{made.red_team.chosen}, chosen by the red team"))
+    if profile.tripwire is not None:
+        rows.append(("tripwire", "the original detects, the repaired model answers"))
+    if profile.preprocessor is not None:
+        rows.append(("answers through", preprocessor_words(profile.preprocessor)))
+    rows += [
+        (
+            "entropy threshold" if len(records) == 1 else f"entropy threshold, {record.blend}",
+            f"{-record.threshold.value:.4f} bits ({record.threshold.method}, {record.threshold.images} clean images)",
+        )
+        for record in records
+    ]
+    return [
+        *rows,
+        ("false rejections", f"{rate.value:.2%} asked for; {interval} {rate.low:.2%} to {rate.high:.2%}"),
+        ("passes, clean input", f"{_mean_passes(calibration):.1f} of {_overlays(calibration)} on average"),
+        ("report", str(made.out / "report.html")),
+    ]
+
+
+def _accuracy(made: Calibrated) -> str:
+    calibration = made.calibration
+    accuracy = calibration.profile.clean_accuracy
+    if accuracy is None:
+        return "unknown, no labels" if not calibration.learnt else "unknown"
+    seen = "" if not calibration.learnt else f", {calibration.learnt} images left out, which the repair has seen"
+    return f"{accuracy:.2%} of {calibration.measured}{seen}"
+
+
+def _show_remarks(made: Calibrated) -> None:
+    from calibration.calibrate import NEAR_CHANCE, near_chance
+
+    profile = made.calibration.profile
+    model, accuracy = profile.model, profile.clean_accuracy
+    if made.repaired is not None and profile.tripwire is None:
+        typer.echo(
+            "note: detectors look at the repaired model, which has no backdoor left to be seen; with --tripwire ORIGINAL the "
+            "original goes on detecting",
+            err=True,
+        )
+    if model.output == "labels":
+        typer.echo("warning: the model returns labels only, which tells triggers less well apart than probabilities", err=True)
+    if accuracy is not None and near_chance(accuracy, model.num_classes):
+        typer.echo(f"warning: clean accuracy is near chance: {NEAR_CHANCE}", err=True)
+        return
+    typer.echo(f"next: guard check {made.out} IMAGE, guard serve {made.out}")
+
+
+def _summary(made: Calibrated) -> dict[str, object]:
+    """What `--json` prints.
+
+    `entropy_threshold` is the first detector's, `detectors` has each one's. `frr`, `overlays` and `mean_passes` are of all
+    together; `frr_low` and `frr_high` are the 95% interval for one detector, and bounds for several, see `joint_rate`.
+    """
+    from calibration.thresholds import joint_rate
+
+    calibration, found = made.calibration, made.red_team
+    rate = joint_rate(calibration.thresholds)
+    return {
+        "profile": str(made.out),
+        "entropy_threshold": -calibration.thresholds[0].value,
+        "detectors": [
+            {
+                "name": strip.name,
+                "blend": strip.blend,
+                "alpha": strip.alpha,
+                "entropy_threshold": -threshold.value,
+                "overlays": len(strip.overlays),
+                "frr": threshold.frr,
+                "frr_low": threshold.frr_low,
+                "frr_high": threshold.frr_high,
+            }
+            for strip, threshold in zip(calibration.strips, calibration.thresholds, strict=True)
+        ],
+        "frr": rate.value,
+        "frr_low": rate.low,
+        "frr_high": rate.high,
+        "images": calibration.thresholds[0].images,
+        "overlays": _overlays(calibration),
+        "mean_passes": _mean_passes(calibration),
+        "clean_accuracy": calibration.profile.clean_accuracy,
+        "tripwire": calibration.profile.tripwire is not None,
+        "learnt_images": calibration.learnt,
+        "skipped": [{"file": name, "reason": reason} for name, reason in made.skipped],
+        **({"repair": msgspec.to_builtins(made.repaired)} if made.repaired is not None and made.repaired_now else {}),
+        **({"red_team": _red_teamed(found)} if found is not None else {}),
+    }
+
+
+def _overlays(calibration: Calibration) -> int:
+    return sum(len(strip.overlays) for strip in calibration.strips)
+
+
+def _mean_passes(calibration: Calibration) -> float:
+    return sum(record.mean_passes or 0.0 for record in calibration.profile.detectors)
+
+
+def _red_teamed(found: RedTeam) -> dict[str, object]:
+    """The chosen setting, and what to expect of it on each planted trigger; null where the copy did not learn it."""
+    planted: list[dict[str, object]] = []
+    for plant in found.planted:
+        far = next((item.far for item in plant.figures if item.setting == found.chosen), None)
+        low, high = (None, None) if far is None else (far.low, far.high)
+        planted.append({"name": plant.name, "far": far and far.value, "far_low": low, "far_high": high})
+    chosen = found.chosen
+    return {"blend": chosen.blend, "alpha": chosen.alpha, "overlays": chosen.overlays, "planted": planted}

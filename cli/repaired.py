@@ -1,0 +1,36 @@
+"""What is shown of a repaired model, wherever it was repaired."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from cli.display import show_rows
+
+if TYPE_CHECKING:
+    from calibration.repair.record import RepairRecord
+
+
+def show_repaired(record: RepairRecord, title: str, *more: tuple[str, str]) -> None:
+    """Print the figures, and what must be said with them.
+
+    Args:
+        record: What is known of it.
+        title: Of the table.
+        more: Further rows.
+    """
+    from calibration.repair.figures import figure_rows, remarks
+
+    show_rows(title, [*figure_rows(record), *more])
+    for text in remarks(record, record.preprocessor):
+        typer.echo(text, err=True)
+
+
+def calibrate_with_tripwire(out: Path, model: str, weights: Path | None, data: Path) -> str:
+    """The command that makes a profile of a repaired model, whose original goes on detecting."""
+    original = ["--tripwire", model, *([] if weights is None else ["--tripwire-weights", str(weights)])]
+    profile = out.absolute().name + "-profile"
+    return shlex.join(["guard", "calibrate", str(out), *original, "--data", str(data), "--out", str(out.parent / profile)])
