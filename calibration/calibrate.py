@@ -162,9 +162,9 @@ def calibrate(
             f"expected a tripwire of {predictor.num_classes} classes, got {watched.num_classes}: pass the model's original"
         )
     before = preprocessor or chosen_preprocessor(settings)
-    overlay_rows, rest = divide(clean, watched, settings)
-    detectors = _compose(watched, clean.images(overlay_rows), settings)
     seen = clean.among(learnt)
+    overlay_rows, rest = divide(clean, watched, settings, seen)
+    detectors = _compose(watched, clean.images(overlay_rows), settings)
     measuring = rest[~seen[rest]]
     accuracy, raw_accuracy = accuracies(predictor, clean.select(measuring), settings.seed, progress, before)
     if preprocessor is None and before is not None:
@@ -254,8 +254,14 @@ def chosen_preprocessor(settings: Settings) -> AnyPreprocessor | None:
     return named.get(settings.preprocess)
 
 
-def divide(clean: ImageSet, predictor: Predictor, settings: Settings) -> tuple[Tensor, Tensor]:
+def divide(clean: ImageSet, predictor: Predictor, settings: Settings, preferred: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Indices of the images that become overlays, and of the rest, which sets the threshold.
+
+    Args:
+        clean: Clean images.
+        predictor: That the detectors look at.
+        settings: How many overlays, and the seed.
+        preferred: (N,), bool: those that become overlays first.
 
     Raises:
         CalibrationError: Labels that are not the model's, or classes of which there is no image.
@@ -264,7 +270,7 @@ def divide(clean: ImageSet, predictor: Predictor, settings: Settings) -> tuple[T
     check_labels(clean, predictor)
     _check_missing(clean, predictor, settings)
     labels = clean.labels if clean.labels is not None else answers(predictor, clean)
-    chosen = choose_overlays(labels, settings.overlays, torch.Generator().manual_seed(settings.seed))
+    chosen = choose_overlays(labels, settings.overlays, torch.Generator().manual_seed(settings.seed), preferred)
     left = torch.ones(len(clean), dtype=torch.bool)
     left[chosen] = False
     rest = torch.nonzero(left).squeeze(1)

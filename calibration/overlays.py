@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
-def choose_overlays(labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def choose_overlays(labels: Tensor, count: int, generator: torch.Generator, preferred: Tensor | None = None) -> Tensor:
     """Pick overlays at random, and one of each class first.
 
     No more than that is evened out: the images that are left set the threshold, and must stay as good as a random sample
@@ -18,11 +18,14 @@ def choose_overlays(labels: Tensor, count: int, generator: torch.Generator) -> T
         labels: (n,), int64, given or predicted.
         count: N; at least one per class when there are that many, else as many classes as N.
         generator: Decides.
+        preferred: (n,), bool: those that are good for nothing else, and are taken first.
 
     Returns:
         (min(N, n),), int64, distinct indices.
     """
     shuffled = torch.randperm(len(labels), generator=generator)
+    if preferred is not None:
+        shuffled = shuffled[torch.argsort((~preferred[shuffled]).to(torch.uint8), stable=True)]
     seen: set[int] = set()
     again = []
     for label in labels[shuffled].tolist():

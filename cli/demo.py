@@ -21,7 +21,8 @@ def demo(
     """Show it all on real digits, in a minute or two.
 
     Trains a small classifier on poisoned digits, calibrates a guard on clean ones, exports it, starts a server, sends
-    clean and triggered images over HTTP, prints what was answered and what was rejected, and stops what it started.
+    clean and triggered images over HTTP, prints what was answered and what was rejected, stops what it started, and
+    repairs the classifier from what was rejected.
     """
     with needs("calibration"):
         from cli.demonstration.run import run

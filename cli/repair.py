@@ -166,15 +166,14 @@ def repair_command(
             check_enough(clean, suspects)
             rejected = None if suspects is None else suspects.images(slice(None))
             try:
-                done = repair_into(out, source, predictor, clean, settings, rejected, engine, progress)
+                record = repair_into(out, source, predictor, clean, settings, rejected, engine, progress)
             except KeyboardInterrupt:
                 typer.echo("interrupted: the same command goes on after the last whole epoch", err=True)
                 raise
-        if done is None:
+        if record is None:
             return
     for name, reason in (*clean.skipped, *(() if suspects is None else suspects.skipped)):
         typer.echo(f"skipped {name}: {reason}", err=True)
-    _, record = done
     if as_json:
         typer.echo(msgspec.json.encode({**msgspec.to_builtins(record), "out": str(out)}).decode())
         return

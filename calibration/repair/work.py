@@ -13,7 +13,7 @@ from calibration.data import ImageSet, Progress, no_progress
 from calibration.engine import Engine
 from calibration.repair.folder import save_repaired
 from calibration.repair.record import RepairRecord
-from calibration.repair.repair import Repaired, RepairSettings, repair
+from calibration.repair.repair import RepairSettings, repair
 from calibration.repair.report import repair_report
 from calibration.sources import ModelSource
 from guard import Predictor
@@ -32,7 +32,7 @@ def repair_into(
     engine: Engine,
     progress: Progress = no_progress,
     work: Path | None = None,
-) -> tuple[Repaired, RepairRecord] | None:
+) -> RepairRecord | None:
     """Repair a model, refuse a repair that costs too much, and write the folder.
 
     Args:
@@ -47,7 +47,7 @@ def repair_into(
         work: Folder of the checkpoints, which stays; None for one beside `out` that goes once `out` is written.
 
     Returns:
-        The repaired model, and what the folder says of it; None in the processes that don't lead.
+        What the folder says of it; None in the processes that don't lead.
 
     Raises:
         RepairError: Too few images, too high a price, or a folder that can't be written.
@@ -77,7 +77,7 @@ def repair_into(
     record = save_repaired(repaired, source, out, clean.images(slice(0, _COMPARED)), repair_report(repaired))
     if work is None:
         checkpoints.remove()
-    return repaired, record
+    return record
 
 
 def checkpoints_beside(out: Path) -> Path:

@@ -20,10 +20,11 @@ from calibration.report import calibration_report, entropy_figure, evaluation_re
 from calibration.sources import open_model
 from cli.demonstration.client import Replies, send
 from cli.demonstration.digits import ATTACK, Digits, load_digits, save_exported, train_backdoored
+from cli.demonstration.repairing import Repair, repair_digits
 from cli.display import progress_bars, show_rows
 from cli.extras import needs
-from guard import Guard
-from guard.errors import ServingError
+from guard import Guard, Quarantine
+from guard.errors import MissingExtraError, ServingError
 from guard.profile import load_profile, save_profile
 
 _GUARDED, _BARE = "digits", "digits-unguarded"
@@ -48,10 +49,11 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     latency_guarded_triggered: float
     report: str
     picture: str
+    repair: Repair | None
 
 
 def run(out: Path, model_store: Path, engine: Literal["auto", "torchserve", "asgi"], seed: int) -> Result:
-    """Train, calibrate, export, serve, ask, show; whatever was started is stopped in the end.
+    """Train, calibrate, export, serve, ask, repair, show; whatever was started is stopped in the end.
 
     Args:
         out: Folder for everything but the archive.
@@ -65,7 +67,9 @@ def run(out: Path, model_store: Path, engine: Literal["auto", "torchserve", "asg
         profile = _prepare(digits, out, seed, progress)
         report, picture = _evaluate(digits, profile, out, progress)
     _write_samples(digits, out)
-    with _server(profile, model_store, engine) as (url, used):
+    rejected = out / "rejected"
+    shutil.rmtree(rejected, ignore_errors=True)
+    with _server(profile, model_store, engine, rejected) as (url, used):
         typer.echo(f"serving by {used} at {url}", err=True)
         with progress_bars() as progress:
             replies = [
@@ -73,7 +77,8 @@ def run(out: Path, model_store: Path, engine: Literal["auto", "torchserve", "asg
                 for name in (_BARE, _GUARDED)
                 for kind, images in (("clean", digits.test), ("triggered", digits.triggered))
             ]
-    result = _result(used, digits, replies, Guard.load(profile), report, picture)
+    repaired = _repair(digits, out, rejected, seed)
+    result = _result(used, digits, replies, Guard.load(profile), report, picture, repaired)
     (out / "result.json").write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
     _show(result, out, profile)
     return result
@@ -90,6 +95,16 @@ def _prepare(digits: Digits, out: Path, seed: int, progress: Callable[[str, int,
         calibration = calibrate(source.backend, digits.clean, Settings(seed=seed), record=source.record, progress=progress)
         calibration.save(profile, source.file, {"report.html": calibration_report(calibration)})
     return profile
+
+
+def _repair(digits: Digits, out: Path, rejected: Path, seed: int) -> Repair | None:
+    """Repair from what the server rejected, where what that needs is installed."""
+    with progress_bars() as progress:
+        try:
+            return repair_digits(digits, out, rejected, seed, progress)
+        except MissingExtraError as error:
+            typer.echo(f"no repair: {error}", err=True)
+            return None
 
 
 def _evaluate(digits: Digits, profile: Path, out: Path, progress: Callable[[str, int, int], None]) -> tuple[Path, Path]:
@@ -118,7 +133,7 @@ def _write_samples(digits: Digits, out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _server(profile: Path, model_store: Path, engine: str) -> Iterator[tuple[str, str]]:
+def _server(profile: Path, model_store: Path, engine: str, rejected: Path) -> Iterator[tuple[str, str]]:
     """A server of the guarded and of the bare model, which answers through the same code without a detector."""
     with tempfile.TemporaryDirectory(prefix="guard-") as scratch:
         settings, arrays = load_profile(profile)
@@ -127,19 +142,19 @@ def _server(profile: Path, model_store: Path, engine: str) -> Iterator[tuple[str
         save_profile(msgspec.structs.replace(settings, detectors=()), arrays, bare, model)
         if engine != "asgi":
             try:
-                with _torchserve(profile, bare, model_store, Path(scratch)) as url:
+                with _torchserve(profile, bare, model_store, Path(scratch), rejected) as url:
                     yield url, "torchserve"
                 return
             except ServingError as error:
                 if engine == "torchserve" or shutil.which("java") is not None:
                     raise
                 typer.echo(f"{error}; going on with ASGI", err=True)
-        with _asgi(profile, bare) as url:
+        with _asgi(profile, bare, rejected) as url:
             yield url, "asgi"
 
 
 @contextlib.contextmanager
-def _torchserve(profile: Path, bare: Path, model_store: Path, scratch: Path) -> Iterator[str]:
+def _torchserve(profile: Path, bare: Path, model_store: Path, scratch: Path, rejected: Path) -> Iterator[str]:
     with needs("torchserve"):
         from export import export_mar
         from handlers.torchserve_server import TorchServeProcess
@@ -148,24 +163,27 @@ def _torchserve(profile: Path, bare: Path, model_store: Path, scratch: Path) -> 
     typer.echo(f"archive: {archive}", err=True)
     store = scratch / "store"
     export_mar(bare, store, _BARE)
-    shutil.copyfile(archive, store / archive.name)
+    export_mar(profile, store, _GUARDED, model_config={"guard": {"quarantine": str(rejected.absolute())}})
     with TorchServeProcess(store, {name: f"{name}.mar" for name in (_GUARDED, _BARE)}) as server:
         yield server.url
 
 
 @contextlib.contextmanager
-def _asgi(profile: Path, bare: Path) -> Iterator[str]:
+def _asgi(profile: Path, bare: Path, rejected: Path) -> Iterator[str]:
     with needs("asgi"):
         from handlers.asgi import create_app
         from handlers.asgi_server import AsgiServer
         from handlers.service import ImageService
 
-    services = {name: ImageService(Guard.load(folder), name) for name, folder in ((_GUARDED, profile), (_BARE, bare))}
+    guarded = Guard.load(profile, quarantine=Quarantine(rejected))
+    services = {name: ImageService(guard, name) for name, guard in ((_GUARDED, guarded), (_BARE, Guard.load(bare)))}
     with AsgiServer(create_app(services)) as server:
         yield server.url
 
 
-def _result(engine: str, digits: Digits, replies: list[Replies], guard: Guard, report: Path, picture: Path) -> Result:
+def _result(
+    engine: str, digits: Digits, replies: list[Replies], guard: Guard, report: Path, picture: Path, repaired: Repair | None
+) -> Result:
     bare_clean, bare_triggered, safe_clean, safe_triggered = replies
     truth = digits.test.known_labels
     target = torch.full((len(digits.triggered),), ATTACK.target_label)
@@ -186,6 +204,7 @@ def _result(engine: str, digits: Digits, replies: list[Replies], guard: Guard, r
         latency_guarded_triggered=safe_triggered.latency,
         report=str(report),
         picture=str(picture),
+        repair=repaired,
     )
 
 
@@ -208,8 +227,26 @@ def _show(result: Result, out: Path, profile: Path) -> None:
     ]
     title = f"{result.clean_requests} clean and {result.triggered_requests} triggered images over HTTP ({result.engine})"
     show_rows(title, rows, ("", "without guard", "with guard"))
-    typer.echo(f"report: {result.report}\npicture of the two entropy distributions: {result.picture}")
+    typer.echo(f"report: {result.report}\npicture of the two entropy distributions: {result.picture}\n")
+    if result.repair is not None:
+        _show_repair(result.repair, result.clean_accuracy_unguarded)
     typer.echo(f"try: guard check {profile} {out / 'images'}")
+
+
+def _show_repair(repair: Repair, before: float) -> None:
+    """The figures of the second half; `before` is the backdoored model's clean accuracy."""
+    kept = repair.old_answer_kept
+    rows = [
+        ("clean images answered rightly, model alone", _percent(before), _percent(repair.clean_accuracy_bare)),
+        ("behind the original's detector", "-", _percent(repair.clean_accuracy)),
+        ("rejected images that keep their old answer", _percent(1.0), "-" if kept is None else _percent(kept)),
+    ]
+    show_rows(
+        f"Repaired in {repair.seconds:.0f} s, from {repair.quarantined} rejected images",
+        rows,
+        ("", "before", "after"),
+    )
+    typer.echo(f"what was learnt of the trigger: {repair.report}")
 
 
 def _percent(share: float) -> str:

@@ -63,3 +63,14 @@ def test_order_is_a_permutation_that_passes_the_bound_sooner_than_the_reverse() 
 def test_order_picks_complementary_overlays() -> None:
     table = np.array([[3.0, 2.9, 0.0], [0.0, 0.0, 2.0]])  # two overlays for the first image, one for the second
     assert order_overlays(table, 1.5).tolist()[:2] in ([0, 2], [2, 0])
+
+
+def test_preferred_images_are_taken_first_and_every_class_is_still_there() -> None:
+    labels = torch.arange(100) % 4
+    preferred = (torch.arange(100) < 40) & (labels != 3)  # none of class 3
+    chosen = choose_overlays(labels, 20, torch.Generator().manual_seed(0), preferred)
+    assert int(preferred[chosen].sum()) == 19
+    assert set(labels[chosen].tolist()) == {0, 1, 2, 3}
+    few = choose_overlays(labels, 50, torch.Generator().manual_seed(0), preferred)
+    assert bool(preferred[few].sum() == preferred.sum())
+    assert len(set(few.tolist())) == 50
