@@ -89,7 +89,8 @@ def discover(backend: Backend, clean: ImageSet, hints: Hints | None = None, memo
     trials, problems = _try_all(backend, clean, hints, images)
     if not trials:
         raise ModelError(
-            f"the model runs on none of the {len(problems)} input conventions tried; the last said: {problems[-1]}"
+            f"expected images that the model takes, got ones of shape {clean.shape}, on which it runs in none of {len(problems)} "
+            f"conventions tried: bring them to its size; the last said: {problems[-1]}"
         )
     best = _choose(trials, labels)
     num_classes = _count_classes(best, clean)

@@ -156,6 +156,7 @@ def repair_command(
         with Engine(devices) as engine, _only_the_first_speaks(engine.leads), progress_bars() as progress:
             size = options.shape(shape) or (declared_shape(source.backend) if data.is_dir() else None)
             clean = load_images(data, size, skip_unreadable=skip_unreadable, progress=progress)
+            check_enough(clean, None)
             predictor = discover(source.backend, clean, source.hints(given))
             settle_threads(predictor)
             suspects = (

@@ -109,9 +109,10 @@ class Repaired:
             return
         before, after = figures.clean_accuracy_before, figures.clean_accuracy_after
         what = "agreement with the original" if before is None or after is None else f"{before:.1%} to {after:.1%}"
+        more = "give more clean images" if self.settings.epochs is None else "give more clean images, or more --epochs"
         raise RepairError(
             f"the repair costs {figures.drop:.1f} points of clean accuracy ({what}, {figures.held_out_clean} held-out images)"
-            f", more than --max-accuracy-drop {allowed:g}: give more clean images, or allow it with "
+            f", more than --max-accuracy-drop {allowed:g}: {more}, or allow it with "
             f"--max-accuracy-drop {math.ceil(figures.drop * 10.0) / 10.0:g}"
         )
 

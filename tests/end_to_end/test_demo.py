@@ -22,7 +22,14 @@ def test_the_demo_reaches_its_figures(tmp_path: Path, guard: Command) -> None:
     assert result["repair"]["clean_accuracy_bare"] >= result["clean_accuracy_unguarded"] - 0.02
     assert "attack success" in run.out
     assert "rejected images that keep their old answer" in run.out
-    for name in ("report.html", "entropy.png", "profile/guard.json", "clean.npz", "images/triggered-0.png", "repaired-profile/guard.json"):
+    for name in (
+        "report.html",
+        "entropy.png",
+        "profile/guard.json",
+        "clean.npz",
+        "images/triggered-0.png",
+        "repaired-profile/guard.json",
+    ):
         assert (tmp_path / "demo" / name).stat().st_size > 0
     checked = guard("check", tmp_path / "demo" / "profile", tmp_path / "demo" / "images", "--json")
     by_kind = {kind: [line["verdict"] for line in checked.lines if kind in line["image"]] for kind in ("clean", "triggered")}
