@@ -66,7 +66,7 @@ def repair_digits(digits: Digits, out: Path, rejected: Path, seed: int, progress
         source = open_model(str(model), None, Path(scratch))
         predictor = discover(source.backend, digits.clean)
         quarantined = load_quarantined(rejected, predictor.spec.shape, progress=progress)
-        settings = RepairSettings(method="codefend", seed=seed % 2**31)
+        settings = RepairSettings(method="codefend", epochs=25, seed=seed % 2**31)  # enough for digits
         images = quarantined.images(slice(None))
         repair_into(repaired, source, predictor, digits.clean, settings, images, Engine(), progress)
         source = open_model(str(repaired), None, Path(scratch))

@@ -31,6 +31,14 @@ def rejected(tmp_path_factory: pytest.TempPathFactory, digits: Digits) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory, digits: Digits) -> Path:
+    """120 clean digits."""
+    path = tmp_path_factory.mktemp("few") / "few.npz"
+    np.savez(path, x=digits.clean.pixels[:120, 0].numpy(), y=digits.clean.known_labels[:120].numpy())
+    return path
+
+
 def triggered_right(guard: Guard, digits: Digits) -> float:
     answers = guard.answer(digits.triggered.images(slice(None))).argmax(dim=1)
     return float((answers == digits.triggered.known_labels).double().mean())
@@ -38,7 +46,10 @@ def triggered_right(guard: Guard, digits: Digits) -> float:
 
 def test_repair_and_what_follows(tmp_path: Path, files: Files, digits: Digits, rejected: Path, guard: Command) -> None:
     out = tmp_path / "repaired"
-    arguments = ("repair", files.model, "--method", "codefend", "--data", files.clean, "--quarantine", rejected, "--out", out)
+    arguments = (
+        "repair", files.model, "--method", "codefend", "--data", files.clean, "--quarantine", rejected, "--out", out,
+        "--epochs", 25,
+    )  # fmt: skip
     run = guard(*arguments)
     assert run.code == 0, run.err
     assert "quarantined images that keep their old answer" in run.out
@@ -163,11 +174,11 @@ def test_models_that_can_not_be_repaired(tmp_path: Path, files: Files, guard: Co
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_repair_leaves_nothing_half_written_and_is_gone_on_with(
-    sign: signal.Signals, tmp_path: Path, files: Files, rejected: Path
+    sign: signal.Signals, tmp_path: Path, files: Files, few: Path, rejected: Path
 ) -> None:
     out = tmp_path / "repaired"
     arguments = [
-        sys.executable, "-m", "cli.main", "repair", str(files.model), "--method", "codefend", "--data", str(files.clean),
+        sys.executable, "-m", "cli.main", "repair", str(files.model), "--method", "codefend", "--data", str(few),
         "--quarantine", str(rejected), "--out", str(out), "--epochs", "3", "--gan-epochs", "6", "--max-accuracy-drop", "100",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -195,10 +206,10 @@ def test_an_interrupted_repair_leaves_nothing_half_written_and_is_gone_on_with(
     assert not checkpoint.exists()
 
 
-def test_two_devices_give_one_model(tmp_path: Path, files: Files) -> None:
+def test_two_devices_give_one_model(tmp_path: Path, files: Files, few: Path) -> None:
     out = tmp_path / "repaired"
     arguments = [
-        sys.executable, "-m", "cli.main", "repair", str(files.model), "--method", "gym", "--data", str(files.clean),
+        sys.executable, "-m", "cli.main", "repair", str(files.model), "--method", "gym", "--data", str(few),
         "--out", str(out), "--devices", "2", "--epochs", "3", "--max-accuracy-drop", "100", "--json",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

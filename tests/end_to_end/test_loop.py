@@ -98,7 +98,7 @@ def test_the_loop(tmp_path: Path, digits: Digits, backdoored: nn.Module, files: 
 
         run = guard(
             "repair", files.model, "--method", "codefend", "--data", tmp_path / "few.npz", "--quarantine", kept,
-            "--out", tmp_path / "repaired", "--json",
+            "--out", tmp_path / "repaired", "--epochs", 25, "--json",
         )  # fmt: skip
         assert run.code == 0, run.err
         assert run.lines[0]["attack_success_seen_after"] <= 0.1

@@ -110,7 +110,7 @@ def test_a_trigger_that_is_left_goes_through_another_round(monkeypatch: pytest.M
 
     monkeypatch.setattr("calibration.repair.codefend.train", trained)
     monkeypatch.setattr("calibration.repair.codefend.still_triggered", left)
-    made = repair(original, clean, RepairSettings(method="codefend", epochs=150), quarantined, engine=engine)
+    made = repair(original, clean, RepairSettings(method="codefend", epochs=50), quarantined, engine=engine)
     assert made.figures.rounds == len(made.learnt) == len(seen) == 2
     assert bool((seen[0][:, 0, 0, 0] == 1.0).any())
     assert not bool((seen[1][:, 0, 0, 0] == 1.0).any())  # only what still got its old answer
