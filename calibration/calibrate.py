@@ -26,7 +26,7 @@ from calibration.strip import CalibratedStrip, calibrate_strip, refuse_blind
 from calibration.versions import versions
 from guard import CalibratedDetector, Guard, Policy, Predictor
 from guard.detectors import Strip
-from guard.errors import CalibrationError, ModelError
+from guard.errors import CalibrationError, ModelError, TooFewImagesError
 from guard.loading import PROBE, PROBES, TRIPWIRE_PROBE
 from guard.predictors import Backend, wrap
 from guard.preprocessors import AnyPreprocessor, Flip, Gym, GymIntensive, ShrinkPad, answer_through
@@ -168,6 +168,10 @@ def calibrate(
     measuring = rest[~seen[rest]]
     accuracy, raw_accuracy = accuracies(predictor, clean.select(measuring), settings.seed, progress, before)
     if preprocessor is None and before is not None:
+        if len(measuring) == 0:
+            raise CalibrationError(
+                "expected clean images that the repair has not learnt from, to measure what the preprocessor costs: add some"
+            )
         check_drop(accuracy, raw_accuracy, settings.max_accuracy_drop)
     found = [calibrate_strip(strip, clean.select(rest), settings, len(detectors), progress) for strip in detectors]
     refuse_blind(found)
@@ -213,10 +217,13 @@ def without(clean: ImageSet, learnt: Collection[str], settings: Settings) -> Ima
     try:
         check_settings(settings, len(rest))
     except CalibrationError as error:
-        raise CalibrationError(
+        message = (
             f"the repair learnt from {int(seen.sum())} of {len(clean)} clean images, which can't set its threshold, and the "
             f"others are too few: {error}; or let the original go on detecting, with --tripwire ORIGINAL"
-        ) from error
+        )
+        if isinstance(error, TooFewImagesError):
+            raise TooFewImagesError(message, int(seen.sum()) + error.needed, len(clean)) from error
+        raise CalibrationError(message) from error
     return rest
 
 

@@ -16,7 +16,7 @@ from guard.loading import load_profile_backend
 from guard.predictors import Backend, load_backend
 from guard.predictors.module import ModuleBackend
 from guard.preprocessors import AnyPreprocessor
-from guard.profile import ModelRecord
+from guard.profile import ModelRecord, is_profile
 
 if TYPE_CHECKING:
     from calibration.calibrate import Tripwire
@@ -92,6 +92,8 @@ def open_model(name: str, weights: Path | None, scratch: Path) -> ModelSource:
 def _open_repaired(folder: Path, weights: Path | None) -> ModelSource:
     if not is_repaired(folder):
         raise ModelError(f"expected a model file, a folder that guard repair wrote, or package.module:factory, got {folder}")
+    if is_profile(folder):
+        raise ModelError(f"expected a model, got a profile, {folder}: repair with guard repair to get a folder for further use")
     if weights is not None:
         raise ModelError(f"expected package.module:factory for --weights, got {folder}, which has its own")
     record = read_record(folder)

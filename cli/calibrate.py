@@ -155,7 +155,7 @@ def calibrate_command(
     )
     hints = options.hints(mean, std, output, layout, dtype, container, resize)
     check_target(out)
-    found, extra, sections, first = None, {}, [], None
+    found, extra, sections, first, left_out = None, {}, [], None, 0
     with tempfile.TemporaryDirectory(prefix="guard-") as scratch, progress_bars() as progress:
         source = open_model(model, weights, Path(scratch))
         hints = source.hints(hints)
@@ -164,11 +164,14 @@ def calibrate_command(
         clean = load_images(data, size, skip_unreadable=skip_unreadable, progress=progress)
         skipped = clean.skipped
         if red_team:
-            trainable(source.backend)
+            trainable(source.backend if watched is None else watched[0].backend)
+            before = len(clean)
             clean = clean if watched is not None else without(clean, source.learnt, settings)
+            left_out = before - len(clean)
         check_settings(settings, len(clean))
         if red_team:
-            clean, settings, found = _red_team(source.backend, clean, settings, hints, progress)
+            looked_at = (source.backend, hints) if watched is None else (watched[0].backend, watched[0].hints)
+            clean, settings, found = _red_team(*looked_at, clean, settings, progress)
             extra, sections = {"red_team.json": msgspec.json.encode(found)}, red_team_sections(found)
         elif repair is not None:
             asked = Repairing(repair, quarantine, max_accuracy_drop, seed % 2**31, skip_unreadable)
@@ -193,11 +196,13 @@ def calibrate_command(
         calibration.save(out, source.file, pages, None if watched is None else watched[1])
     if first is not None:
         shutil.rmtree(first.work, ignore_errors=True)
-    show_calibrated(Calibrated(calibration, out, skipped, source.repair, first is not None, found), as_json)
+    show_calibrated(
+        Calibrated(calibration, out, skipped, source.repair, first is not None, calibration.learnt + left_out, found), as_json
+    )
 
 
 def _red_team(
-    backend: Backend, clean: ImageSet, settings: Settings, hints: Hints, progress: Progress
+    backend: Backend, hints: Hints, clean: ImageSet, settings: Settings, progress: Progress
 ) -> tuple[ImageSet, Settings, RedTeam]:
     """Let one part of the clean images choose the setting; returns the other part, which no choice has seen."""
     from calibration import red_team, split

@@ -29,6 +29,7 @@ class Calibrated:
         skipped: Files that could not be read, each with the reason.
         repaired: What is known of the model where it is a repaired one.
         repaired_now: Whether that was done on the way.
+        learnt: Clean images that it learnt from, and that flattered nothing.
         red_team: What chose the setting.
     """
 
@@ -37,6 +38,7 @@ class Calibrated:
     skipped: tuple[tuple[str, str], ...]
     repaired: RepairRecord | None
     repaired_now: bool
+    learnt: int
     red_team: RedTeam | None
 
 
@@ -94,12 +96,11 @@ def _rows(made: Calibrated) -> list[tuple[str, str]]:
 
 
 def _accuracy(made: Calibrated) -> str:
-    calibration = made.calibration
-    accuracy = calibration.profile.clean_accuracy
+    accuracy = made.calibration.profile.clean_accuracy
     if accuracy is None:
-        return "unknown, no labels" if not calibration.learnt else "unknown"
-    seen = "" if not calibration.learnt else f", {calibration.learnt} images left out, which the repair has seen"
-    return f"{accuracy:.2%} of {calibration.measured}{seen}"
+        return "unknown" if made.learnt else "unknown, no labels"
+    seen = f", {made.learnt} images left out, which the repair has seen" if made.learnt else ""
+    return f"{accuracy:.2%} of {made.calibration.measured}{seen}"
 
 
 def _show_remarks(made: Calibrated) -> None:
@@ -155,7 +156,7 @@ def _summary(made: Calibrated) -> dict[str, object]:
         "mean_passes": _mean_passes(calibration),
         "clean_accuracy": calibration.profile.clean_accuracy,
         "tripwire": calibration.profile.tripwire is not None,
-        "learnt_images": calibration.learnt,
+        "learnt_images": made.learnt,
         "skipped": [{"file": name, "reason": reason} for name, reason in made.skipped],
         **({"repair": msgspec.to_builtins(made.repaired)} if made.repaired is not None and made.repaired_now else {}),
         **({"red_team": _red_teamed(found)} if found is not None else {}),

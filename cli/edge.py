@@ -110,8 +110,7 @@ def edge_steps(job: Job, store: JobStore) -> Iterator[Step]:
     record = read_record(result)
     command = [*_GUARD, "calibrate", str(result), "--data", clean, "--out", str(result / PROFILE), "--allow-missing-classes"]
     command += ["--tripwire", model, *([] if weights is None else ["--tripwire-weights", weights])]
-    command += ["--overlays", str(_overlays(record.clean_images)), "--max-accuracy-drop", str(record.max_accuracy_drop)]
-    command += ["--seed", str(request.options.seed)]
+    command += ["--overlays", str(_overlays(record.clean_images)), "--seed", str(request.options.seed)]
     yield Step("calibrate", command, required=False)
 
 

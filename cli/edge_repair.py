@@ -253,6 +253,9 @@ def _check(draft: Path, source: ModelSource, sent: FileInfo) -> RepairRecord:
         raise EdgeError("refused the edge server's result: it names another factory than ours")
     load_profile_backend(draft, record.model)
     if profile is not None:
+        watched = None if profile.tripwire is None else profile.tripwire.model.sha256
+        if (watched, profile.model.sha256) != (record.original_sha256, record.model.sha256):
+            raise EdgeError("refused the edge server's result: its profile is not of our model and the repaired one")
         Guard.load(draft / PROFILE)
     original = source.backend.fingerprint()
     if original != record.original_sha256:  # a .pt2 was sent without its sample inputs

@@ -72,7 +72,7 @@ def red_team_command(
         size = options.shape(shape) or (declared_shape(source.backend) if data.is_dir() else None)
         clean = load_images(data, size, skip_unreadable=skip_unreadable, progress=progress)
         check_images(len(clean), frr, overlays)
-        predictor = discover(source.backend, clean, hints)
+        predictor = discover(source.backend, clean, source.hints(hints))
         settle_threads(predictor)
         found = red_team(predictor, clean, frr, overlays, seed, progress=progress)
     for name, reason in clean.skipped:

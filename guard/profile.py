@@ -40,6 +40,11 @@ _KIND = FolderKind(
 _Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 
 
+def is_profile(folder: Path) -> bool:
+    """Whether a folder looks like a profile."""
+    return (folder / _JSON).is_file()
+
+
 class ModelRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which model a profile belongs to.
 

@@ -203,6 +203,8 @@ class EdgeWorker:
     def _drop_inputs(self, job_id: str) -> None:
         """What the device sent is private, and needed no longer."""
         shutil.rmtree(self._store.sent(job_id), ignore_errors=True)
+        result = self._store.result(job_id)
+        shutil.rmtree(result.parent / f".{result.name}.checkpoint", ignore_errors=True)  # of a repair that was refused
         self._store.clear(job_id)
 
 

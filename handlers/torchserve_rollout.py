@@ -119,10 +119,11 @@ def roll_out(
     if before == version:
         raise ServingError(f"expected another version of {name} than {version}, which is serving: export with --version")
     query = {**(options or {}), "url": file, "model_name": name, "initial_workers": workers, "synchronous": "true"}
-    taken = False  # by a version that was there before, which is not ours to remove
+    status, _ = _ask(addresses, "GET", _path(name, version), timeout)
+    taken = status == 200  # by a version that was there before, which is not ours to remove
     try:
         status, body = _ask(addresses, "POST", f"/models?{urlencode(query)}", timeout)
-        taken = status == _CONFLICT
+        taken = taken or status == _CONFLICT
         if status != 200:
             raise ServingError(f"expected TorchServe to register {file}, got {status}: {_words(body)}")
         _wait_until_ready(name, version, workers, addresses, timeout)
@@ -209,6 +210,8 @@ def _ask(addresses: Addresses, method: str, path: str, timeout: float) -> tuple[
 
 
 def _request(url: str, token: str | None, method: str, path: str, timeout: float) -> tuple[int, bytes]:
+    if token is not None and not (token.isascii() and token.isprintable()):
+        raise ServingError(f"expected a token of printable ASCII characters for {url}, got another: look at the key file")
     try:
         address = urlsplit(url)
         if address.scheme != "http" or address.hostname is None:
@@ -220,7 +223,7 @@ def _request(url: str, token: str | None, method: str, path: str, timeout: float
         connection.request(method, path, headers={} if token is None else {"Authorization": f"Bearer {token}"})
         response = connection.getresponse()
         return response.status, response.read()
-    except (OSError, HTTPException, ValueError) as error:  # the last: a token that no header can hold
+    except (OSError, HTTPException) as error:
         raise ServingError(f"expected TorchServe at {url}, got {type(error).__name__}: is it running?") from error
     finally:
         connection.close()

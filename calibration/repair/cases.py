@@ -121,6 +121,8 @@ def load_quarantined(
             raise QuarantineError(
                 f"expected a quarantine folder, got {place}: no such folder; nothing may have been rejected yet"
             )
+        if place.is_dir() and not any(place.iterdir()):
+            raise QuarantineError(f"expected rejected images in {place}, got an empty folder: nothing was rejected yet")
         loaded = load_images(place, shape, skip_unreadable=skip_unreadable, progress=progress)
         return ImageSet(loaded.pixels, skipped=loaded.skipped)
     found: list[Tensor] = []

@@ -127,7 +127,8 @@ def fine_tune_codefend(
         learnt.append(_learnt(original, gan, clean.held_out, suspects[:_PICTURES], old, engine))
         left = still_triggered(copied.predictor, quarantined.tuning, old, clean)
         fewest = max(FEWEST_QUARANTINED // 2, round(_LEFT * len(quarantined.tuning)))
-        if len(left) < fewest or (learnt[-1].trigger_works or 0.0) < _HARDLY_WORKS:
+        works = trigger_works(original, gan.put_on, clean.stopping, old, engine)  # the held-out part decides nothing
+        if len(left) < fewest or (works or 0.0) < _HARDLY_WORKS:
             break
         suspects = left
     return learnt

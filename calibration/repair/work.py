@@ -53,9 +53,9 @@ def repair_into(
         RepairError: Too few images, too high a price, or a folder that can't be written.
         ModelError: The model can't be trained.
     """
-    if source.preprocessor is not None:
+    if source.repair is not None:
         raise RepairError(
-            "expected a model that answers images as they are, got one that was tuned for a preprocessor: repair its original"
+            "expected a model that was not repaired yet, got one that was: repair its original, with all that was quarantined"
         )
     key = [
         source.backend.fingerprint(),

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
-import torch
 
 from calibration import Settings, calibrate
 from calibration.discovery import Hints, discover
@@ -15,7 +14,6 @@ from calibration.report import calibration_report
 from calibration.sources import open_model, open_tripwire
 from cli.demonstration.digits import Digits
 from cli.extras import needs
-from guard import Guard
 
 
 class Repair(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,8 +22,8 @@ class Repair(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         quarantined: Images that the server had rejected.
         old_answer_kept: Held-out quarantined images that the repaired model answers as the original did.
-        clean_accuracy: On test images, of the repaired model behind the original's detector, which rejects as before.
-        clean_accuracy_bare: Of the repaired model without a detector.
+        clean_accuracy_before: On held-out clean images.
+        clean_accuracy_after: Likewise.
         seconds: That it took.
         report: Page of the repair.
         profile: Folder of the profile with both models.
@@ -33,8 +31,8 @@ class Repair(msgspec.Struct, frozen=True, kw_only=True):
 
     quarantined: int
     old_answer_kept: float | None
-    clean_accuracy: float
-    clean_accuracy_bare: float
+    clean_accuracy_before: float | None
+    clean_accuracy_after: float | None
     seconds: float
     report: str
     profile: str
@@ -81,15 +79,12 @@ def repair_digits(digits: Digits, out: Path, rejected: Path, seed: int, progress
             progress=progress,
         )
         calibration.save(profile, source.file, {"report.html": calibration_report(calibration)}, file)
-    guard, truth, record = Guard.load(profile), digits.test.known_labels, read_record(repaired)
-    verdicts = guard(digits.test.images(slice(None)))
-    labels = torch.tensor([-1 if verdict.suspicious else verdict.label_index for verdict in verdicts])
-    bare = guard.answer(digits.test.images(slice(None))).argmax(dim=1)
+    record = read_record(repaired)
     return Repair(
         quarantined=len(quarantined),
         old_answer_kept=record.attack_success_seen_after,
-        clean_accuracy=float((labels == truth).double().mean()),
-        clean_accuracy_bare=float((bare == truth).double().mean()),
+        clean_accuracy_before=record.clean_accuracy_before,
+        clean_accuracy_after=record.clean_accuracy_after,
         seconds=record.seconds,
         report=str(repaired / "report.html"),
         profile=str(profile),

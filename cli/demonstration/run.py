@@ -23,8 +23,8 @@ from cli.demonstration.digits import ATTACK, Digits, load_digits, save_exported,
 from cli.demonstration.repairing import Repair, repair_digits
 from cli.display import progress_bars, show_rows
 from cli.extras import needs
-from guard import Guard, Quarantine
-from guard.errors import MissingExtraError, ServingError
+from guard import Guard, GuardError, Quarantine
+from guard.errors import ServingError
 from guard.profile import load_profile, save_profile
 
 _GUARDED, _BARE = "digits", "digits-unguarded"
@@ -102,7 +102,7 @@ def _repair(digits: Digits, out: Path, rejected: Path, seed: int) -> Repair | No
     with progress_bars() as progress:
         try:
             return repair_digits(digits, out, rejected, seed, progress)
-        except MissingExtraError as error:
+        except GuardError as error:  # the first half is worth showing all the same
             typer.echo(f"no repair: {error}", err=True)
             return None
 
@@ -229,28 +229,28 @@ def _show(result: Result, out: Path, profile: Path) -> None:
     show_rows(title, rows, ("", "without guard", "with guard"))
     typer.echo(f"report: {result.report}\npicture of the two entropy distributions: {result.picture}\n")
     if result.repair is not None:
-        _show_repair(result.repair, result.clean_accuracy_unguarded)
+        _show_repair(result.repair)
     typer.echo(f"try: guard check {profile} {out / 'images'}")
 
 
-def _show_repair(repair: Repair, before: float) -> None:
-    """The figures of the second half; `before` is the backdoored model's clean accuracy."""
-    kept = repair.old_answer_kept
+def _show_repair(repair: Repair) -> None:
+    """The figures of the second half."""
     rows = [
-        ("clean images answered rightly, model alone", _percent(before), _percent(repair.clean_accuracy_bare)),
-        ("behind the original's detector", "-", _percent(repair.clean_accuracy)),
-        ("rejected images that keep their old answer", _percent(1.0), "-" if kept is None else _percent(kept)),
+        (
+            "held-out clean images answered rightly",
+            _percent(repair.clean_accuracy_before),
+            _percent(repair.clean_accuracy_after),
+        ),
+        ("held-out rejected images that keep their old answer", _percent(1.0), _percent(repair.old_answer_kept)),
     ]
-    show_rows(
-        f"Repaired in {repair.seconds:.0f} s, from {repair.quarantined} rejected images",
-        rows,
-        ("", "before", "after"),
-    )
+    title = f"Repaired in {repair.seconds:.0f} s, from {repair.quarantined} rejected images"
+    show_rows(title, rows, ("", "before", "after"))
     typer.echo(f"what was learnt of the trigger: {repair.report}")
+    typer.echo(f"a profile in which the original detects and the repaired model answers: {repair.profile}\n")
 
 
-def _percent(share: float) -> str:
-    return f"{share:.1%}"
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
 
 
 def _milliseconds(seconds: float) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from calibration.data import load_images
+from calibration.data import ImageSet, digests, load_images
 from guard.errors import CalibrationError, GuardError, InputError
 
 
@@ -141,3 +141,14 @@ def test_huge_labels_do_not_wrap_around(tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", x=np.zeros((2, 5, 6), np.uint8), y=np.array([0, 1e300]))
     with pytest.raises(InputError, match="whole numbers"):
         load_images(tmp_path / "d.npz")
+
+
+def test_an_image_in_bytes_and_as_numbers_is_the_same_image() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    divided = ImageSet(pixels).images(slice(None))
+    multiplied = pixels.float() * torch.tensor(1.0 / 255.0)
+    assert not torch.equal(divided, multiplied)  # in the last bit
+    assert digests(divided) == digests(multiplied)
+    changed = divided.clone()
+    changed[0, 0, 3, 3] += 1.0 / 255.0
+    assert digests(changed) != digests(divided)

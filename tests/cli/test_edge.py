@@ -13,6 +13,7 @@ from calibration.data import ImageSet, load_npz
 from calibration.repair.record import is_repaired
 from calibration.sources import open_model
 from cli.edge import edge_steps
+from cli.edge_repair import _check
 from cli.edge_sending import declared, write_images, write_model
 from cli.edge_token import made_token, read_token
 from guard.errors import EdgeError
@@ -127,3 +128,25 @@ def test_the_commands_of_a_job_are_its_options_and_our_paths(tmp_path: Path) -> 
         assert given in step.command
     assert not any(text.startswith(("--epochs", "--recipe", "--views", "--layout")) for text in step.command)
     assert not is_repaired(store.result(job.id))
+
+
+def test_a_profile_of_other_models_is_refused(tmp_path: Path, guard: Command, files: Files) -> None:
+    """An edge server holds the key of its results, so what it sends may be anything."""
+    draft, source = tmp_path / "repaired", open_model(str(files.model), None, tmp_path)
+    run = guard(
+        "repair", files.model, "--method", "gym", "--data", files.clean, "--out", draft, "--epochs", 1,
+        "--max-accuracy-drop", 100,
+    )  # fmt: skip
+    assert run.code == 0, run.err
+    sent = declared(files.model)
+
+    def profile(model: Path, *options: object) -> None:
+        run = guard("calibrate", model, "--data", files.clean, "--out", draft / "profile", "--overlays", 20, *options)
+        assert run.code == 0, run.err
+
+    profile(draft, "--tripwire", files.model)
+    assert _check(draft, source, sent).method == "gym"
+    for wrong in ((draft, "--frr", 0.02), (files.model,)):  # no tripwire; a model that was not repaired
+        profile(*wrong)
+        with pytest.raises(EdgeError, match="its profile is not of our model and the repaired one"):
+            _check(draft, source, sent)

@@ -75,6 +75,10 @@ def test_repair_and_what_follows(tmp_path: Path, files: Files, digits: Digits, r
     assert run.lines[0]["attack_success_rate"]["value"] <= 0.05  # and the repaired model answers
     run = guard("red-team", out, "--data", files.clean, "--overlays", 20, "--frr", 0.05, "--json")
     assert run.code == 0, run.err  # a repaired folder is a MODEL
+    run = guard(
+        "calibrate", out, "--red-team", "--data", files.clean, "--out", tmp_path / "p", "--overlays", 20, "--frr", 0.2, "--json"
+    )
+    assert "--red-team takes 59 of 119 clean images" in run.problem  # that the repair has not seen
 
 
 def test_gym_brings_its_preprocessor_along(tmp_path: Path, files: Files, guard: Command) -> None:
@@ -121,6 +125,8 @@ def test_repair_and_calibrate_in_one_go(tmp_path: Path, files: Files, digits: Di
         "repair.html",
     }
     assert [path.name for path in tmp_path.iterdir()] == ["profile"]
+    run = guard("calibrate", out, "--data", files.clean, "--out", tmp_path / "again")
+    assert "expected a model, got a profile" in run.problem
     loaded = Guard.load(out)
     assert loaded.preprocessor is not None
     verdicts = loaded(digits.triggered.images(slice(0, 60)))

@@ -19,7 +19,7 @@ def test_the_demo_reaches_its_figures(tmp_path: Path, guard: Command) -> None:
     assert result["clean_rejected"] <= 0.03
     assert result["median_passes_clean"] < 50 < result["median_passes_triggered"] <= 100
     assert result["repair"]["old_answer_kept"] <= 0.05
-    assert result["repair"]["clean_accuracy_bare"] >= result["clean_accuracy_unguarded"] - 0.02
+    assert result["repair"]["clean_accuracy_after"] >= result["repair"]["clean_accuracy_before"] - 0.03
     assert "attack success" in run.out
     assert "rejected images that keep their old answer" in run.out
     for name in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -34,15 +35,20 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, bytes]]:
     def request(_: str, __: object, method: str, path: str, ___: float) -> tuple[int, bytes]:
         call = f"{method} {path.partition('?')[0]}"
         ASKED.append(call)
+        if call == "GET /models/m/2.0" and "POST /models" not in ASKED and call not in THERE:
+            return 404, b"{}"
         return given[call]
 
     ASKED.clear()
+    THERE.clear()
     monkeypatch.setattr(torchserve_rollout, "_request", request)
     monkeypatch.setattr(torchserve_rollout, "_QUIET_SECONDS", 0.0)
     return given
 
 
 ASKED: list[str] = []
+THERE: set[str] = set()
+"""Descriptions of versions that are registered from the start."""
 
 
 def test_in_order(answers: dict[str, tuple[int, bytes]]) -> None:
@@ -63,6 +69,17 @@ def test_what_fails_before_the_change_takes_the_new_version_away(call: str, answ
 def test_a_version_that_was_registered_before_is_not_removed(answers: dict[str, tuple[int, bytes]]) -> None:
     answers["POST /models"] = (409, b'{"message": "registered already"}')
     with pytest.raises(ServingError, match="got 409: registered already"):
+        roll_out("m", "m.mar", "2.0", WHERE)
+    assert not [call for call in ASKED if call.startswith("DELETE")]
+
+
+@pytest.mark.parametrize("status", [404, 500])
+def test_a_version_that_was_kept_survives_a_failure_to_register_it_again(
+    status: int, answers: dict[str, tuple[int, bytes]]
+) -> None:
+    THERE.add("GET /models/m/2.0")
+    answers["POST /models"] = (status, b'{"message": "no such archive"}')
+    with pytest.raises(ServingError, match=f"got {status}: no such archive"):
         roll_out("m", "m.mar", "2.0", WHERE)
     assert not [call for call in ASKED if call.startswith("DELETE")]
 
@@ -89,3 +106,9 @@ def test_other_servers_are_told(body: bytes, answers: dict[str, tuple[int, bytes
 def test_addresses_that_are_none(url: str) -> None:
     with pytest.raises(ServingError, match="expected"):
         roll_out("m", "m.mar", "2.0", Addresses(management=url, inference=url))
+
+
+@pytest.mark.parametrize("token", ["two\nlines", "schlüssel"])
+def test_tokens_that_no_header_can_hold(token: str) -> None:
+    with pytest.raises(ServingError, match="expected a token of printable ASCII characters"):
+        roll_out("m", "m.mar", "2.0", dataclasses.replace(WHERE, management_token=token))

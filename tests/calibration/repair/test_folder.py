@@ -22,7 +22,7 @@ from calibration.repair.repair import Repaired, RepairSettings, repair
 from calibration.repair.work import repair_into
 from calibration.sources import ModelSource, open_model, open_tripwire
 from guard import Guard, Predictor, Quarantine
-from guard.errors import CalibrationError, InputError, ModelError, ProfileError, RepairError
+from guard.errors import CalibrationError, InputError, ModelError, ProfileError, QuarantineError, RepairError
 from guard.predictors import wrap
 from guard.preprocessors import Gym
 from tests.guard.models import save_exported, save_onnx, save_torchscript
@@ -300,6 +300,8 @@ def test_the_folder_knows_what_was_learnt_from(tmp_path: Path, engine: Engine) -
 
 
 def test_what_can_not_be_used_of_a_quarantine_is_named(tmp_path: Path) -> None:
+    with pytest.raises(QuarantineError, match="got an empty folder: nothing was rejected yet"):
+        load_quarantined(tmp_path, (1, 8, 8))
     quarantine = Quarantine(tmp_path)
     for image in (torch.full((1, 8, 8), 0.5), torch.full((1, 8, 8), float("nan")), torch.full((1, 9, 9), 0.5)):
         quarantine.add(image, detector="strip", score=-0.01, threshold=-0.1, label_index=1, label="1")
@@ -341,12 +343,12 @@ def test_checkpoints_that_are_kept_give_the_same_model_again(tmp_path: Path, eng
     assert (tmp_path / "work").is_dir()
 
 
-def test_a_model_that_was_tuned_for_a_preprocessor_is_not_repaired_again(tmp_path: Path, engine: Engine) -> None:
+def test_a_repaired_model_is_not_repaired_again(tmp_path: Path, engine: Engine) -> None:
     source, made = repaired(_exported(tmp_path), tmp_path, engine)
     save_repaired(made, source, tmp_path / "out", toys(8).images(slice(None)))
     again = open_model(str(tmp_path / "out"), None, tmp_path)
     predictor = discover(again.backend, toys(60), again.hints(Hints()))
-    with pytest.raises(RepairError, match="tuned for a preprocessor: repair its original"):
+    with pytest.raises(RepairError, match="expected a model that was not repaired yet, got one that was: repair its original"):
         repair_into(tmp_path / "twice", again, predictor, toys(60), RepairSettings(method="gym"), None, engine)
 
 
