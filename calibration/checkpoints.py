@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import final
@@ -31,6 +32,13 @@ class Checkpoints:
         self.folder = folder
         self._key = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
         self._writes = writes
+        self._started = time.monotonic()
+        self._before = max((self._seconds_in(path) for path in folder.glob("*.safetensors")), default=0.0)
+
+    @property
+    def seconds(self) -> float:
+        """That the work has taken, with the time before interruptions, up to the checkpoints that were written."""
+        return self._before + time.monotonic() - self._started
 
     def save(
         self,
@@ -62,7 +70,12 @@ class Checkpoints:
                     tensors[f"optimizer/{key}/{number}/{field}"] = torch.as_tensor(value)
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f".{name}.partial"
-        metadata = {"key": self._key, "step": str(step), "facts": json.dumps(dict(facts or {}))}
+        metadata = {
+            "key": self._key,
+            "step": str(step),
+            "seconds": f"{self.seconds:.3f}",
+            "facts": json.dumps(dict(facts or {})),
+        }
         save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, partial, metadata)
         partial.replace(self.folder / f"{name}.safetensors")
 
@@ -99,15 +112,17 @@ class Checkpoints:
         return step, _below(tensors, "array/"), facts
 
     def found(self) -> bool:
-        """Whether there is one of this work."""
-        return any(self._is_ours(path) for path in self.folder.glob("*.safetensors"))
+        """Whether there was one of this work from the start."""
+        return self._before > 0.0
 
-    def _is_ours(self, path: Path) -> bool:
+    def _seconds_in(self, path: Path) -> float:
+        """Of a checkpoint of this work; 0 for another's, or a damaged one."""
         try:
             with safe_open(path, "pt") as file:
-                return bool((file.metadata() or {}).get("key") == self._key)
-        except (SafetensorError, OSError):
-            return False
+                metadata = file.metadata() or {}
+            return float(metadata["seconds"]) if metadata.get("key") == self._key else 0.0
+        except (SafetensorError, OSError, KeyError, ValueError):
+            return 0.0
 
     def remove(self) -> None:
         """Delete the folder."""

@@ -17,7 +17,7 @@ from cli.display import progress_bars
 from cli.edge_sending import declared, write_images, write_model
 from cli.edge_token import VARIABLE, read_token
 from cli.extras import needs
-from cli.repaired import calibrate_with_tripwire, show_repaired
+from cli.repaired import calibrate_with_tripwire, show_next, show_repaired
 from guard import Guard, load_profile
 from guard.errors import EdgeError
 from guard.loading import load_profile_backend
@@ -275,10 +275,25 @@ def _show(record: RepairRecord, manifest: Manifest, out: Path, otherwise: str, a
         body = {**figures, "out": str(out), "profile": None if profile is None else str(profile), "note": note}
         typer.echo(msgspec.json.encode(body).decode())
         return
-    show_repaired(record, f"Repaired model {out}", ("report", str(out / "report.html")))
+    show_repaired(record, f"Repaired model {out}", *_profile_rows(profile), ("report", str(out / "report.html")))
     if profile is None:
         typer.echo(f"no profile: {note or 'the edge server made none'}", err=True)
-        typer.echo(f"next: {otherwise}")
+        show_next(record, otherwise)
     else:
         typer.echo("in its profile the original goes on detecting, and the repaired model answers", err=True)
-        typer.echo(f"next: guard check {profile} IMAGE, guard serve {profile}")
+        show_next(record, f"guard check {profile} IMAGE, guard serve {profile}")
+
+
+def _profile_rows(folder: Path | None) -> list[tuple[str, str]]:
+    """What a profile that came along was calibrated to."""
+    if folder is None:
+        return []
+    profile, _ = load_profile(folder)
+    accuracy = "unknown" if profile.clean_accuracy is None else f"{profile.clean_accuracy:.2%}"
+    thresholds = ", ".join(f"{-item.threshold.value:.4f} bits" for item in profile.detectors)
+    rates = sum(item.threshold.frr for item in profile.detectors)
+    return [
+        ("profile", str(folder)),
+        ("its clean accuracy", accuracy),
+        ("its entropy threshold", f"{thresholds}, for {rates:.2%} false rejections"),
+    ]

@@ -17,7 +17,7 @@ from cli import options
 from cli.display import progress_bars
 from cli.edge_repair import EdgeChoice, EdgeJobOption, EdgeOption, EdgeTokenOption, InsecureEdgeOption, repair_on_edge
 from cli.extras import needs
-from cli.repaired import calibrate_with_tripwire, show_repaired
+from cli.repaired import calibrate_with_tripwire, show_next, show_repaired
 from cli.threads import settle_threads
 from guard.errors import InputError
 from handlers.edge_protocol import RepairOptions
@@ -179,7 +179,7 @@ def repair_command(
         typer.echo(msgspec.json.encode({**msgspec.to_builtins(record), "out": str(out)}).decode())
         return
     show_repaired(record, f"Repaired model {out}", ("report", str(out / "report.html")))
-    typer.echo(f"next: {calibrate_with_tripwire(out, model, weights, data)}")
+    show_next(record, calibrate_with_tripwire(out, model, weights, data))
 
 
 @contextlib.contextmanager

@@ -34,3 +34,11 @@ def calibrate_with_tripwire(out: Path, model: str, weights: Path | None, data: P
     original = ["--tripwire", model, *([] if weights is None else ["--tripwire-weights", str(weights)])]
     profile = out.absolute().name + "-profile"
     return shlex.join(["guard", "calibrate", str(out), *original, "--data", str(data), "--out", str(out.parent / profile)])
+
+
+def show_next(record: RepairRecord, command: str) -> None:
+    """Name the next command, unless the figures speak against going on."""
+    from calibration.repair.figures import is_reliable
+
+    if is_reliable(record):
+        typer.echo(f"next: {command}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, final
 
@@ -86,6 +86,7 @@ def repair_first(
         CalibrationError: Too few images for both.
     """
     with needs("repair"):
+        from calibration.data import digests
         from calibration.discovery import discover
         from calibration.engine import Engine
         from calibration.repair.cases import FEWEST_CLEAN, check_enough, load_quarantined
@@ -113,6 +114,9 @@ def repair_first(
         if asked.quarantine is None
         else load_quarantined(asked.quarantine, predictor.spec.shape, skip_unreadable=asked.skip_unreadable, progress=progress)
     )
+    if suspects is not None:  # what is among the other half is a false alarm, too, and must not be learnt from
+        known = frozenset(digests(rest.images(slice(None))))
+        suspects = replace(suspects.select(torch.nonzero(~suspects.among(known)).squeeze(1)), skipped=suspects.skipped)
     check_enough(ours, suspects)
     how = RepairSettings(method=asked.method, max_accuracy_drop=asked.max_accuracy_drop, seed=asked.seed)
     folder, work = scratch / "repaired", checkpoints_beside(out)

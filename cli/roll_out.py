@@ -14,7 +14,9 @@ from guard.errors import ServingError
 
 def roll_out_command(
     archive: Annotated[Path, typer.Argument(metavar="ARCHIVE", help="The .mar of the new version, made by guard export.")],
-    name: Annotated[str | None, typer.Option(help="Of the model.", show_default="the archive's name")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="That the server serves the model by.", show_default="the archive's name")
+    ] = None,
     management: Annotated[str, typer.Option(metavar="URL", help="Of the management API.")] = "http://127.0.0.1:8081",
     inference: Annotated[str, typer.Option(metavar="URL", help="Of the inference API.")] = "http://127.0.0.1:8080",
     store: Annotated[
@@ -36,7 +38,8 @@ def roll_out_command(
     not work, the old one serves on. TorchServe must have been started with
     --enable-model-api (guard serve --engine torchserve --updates does).
 
-    Example: guard export profile-2 --name signs --version 2.0, then guard roll-out model-store/signs.mar
+    Example: guard export profile-2 --name signs --version 2.0, then guard roll-out model-store/signs.mar, and where guard serve
+    started the server, with the options that it prints
     """
     with needs("torchserve"):
         from handlers.torchserve_rollout import Addresses, archive_version, read_keys, roll_out

@@ -150,7 +150,7 @@ def roll_out(
 def _default(name: str, addresses: Addresses) -> str:
     status, body = _ask(addresses, "GET", f"/models/{quote(name, safe='')}", 30.0)
     if status != 200:
-        raise ServingError(f"expected TorchServe to serve {name}, got {status}: {_words(body)}")
+        raise ServingError(f"expected TorchServe to serve {name}, got {status}: {_words(body)}; name what it serves by --name")
     return str(_first(body)["modelVersion"])
 
 

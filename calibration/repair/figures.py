@@ -6,6 +6,7 @@ from calibration.repair.record import RepairFigures
 from guard.preprocessors import AnyPreprocessor, Gym
 
 _ALARM = 0.5  # a learnt trigger that works less often is none
+_KEPT = 0.25  # old answers: more than false alarms explain, of which a calibrated guard makes few
 
 
 def figure_rows(figures: RepairFigures) -> list[tuple[str, ...]]:
@@ -42,18 +43,33 @@ def remarks(figures: RepairFigures, preprocessor: AnyPreprocessor | None) -> lis
         said.append("The clean images have no labels: the original's own answers to them stood in for these.")
     if figures.attack_success_seen_after is None:
         said.append("Nothing was quarantined, so that what became of the attack was not measured.")
-    elif figures.attack_success_seen_after > 0.0:
+    elif 0.0 < figures.attack_success_seen_after <= _KEPT:
         said.append("False alarms among the quarantined images keep their old answer, and should.")
     if figures.rounds and figures.generated_triggers_work is None:
         said.append(
             "The quarantined images got all of the model's labels, so that whether the learnt trigger works can't be told."
         )
-    if figures.generated_triggers_work is not None and figures.generated_triggers_work < _ALARM:
+    if _learnt_none(figures):
         said.append(
             "The trigger that was learnt hardly works on the original: either the quarantined images are mostly false alarms, "
             "or their trigger is one that was not learnt. Don't rely on this repair."
         )
+    elif not is_reliable(figures):
+        said.append(
+            "Too many of the held-out quarantined images keep their old answer: either the attack still works, or most of them "
+            "are false alarms. Don't rely on this repair."
+        )
     return said
+
+
+def is_reliable(figures: RepairFigures) -> bool:
+    """Whether the figures give no reason to doubt that the attack is gone."""
+    kept = figures.attack_success_seen_after
+    return not _learnt_none(figures) and (kept is None or kept <= _KEPT)
+
+
+def _learnt_none(figures: RepairFigures) -> bool:
+    return figures.generated_triggers_work is not None and figures.generated_triggers_work < _ALARM
 
 
 def preprocessor_words(preprocessor: AnyPreprocessor | None) -> str:

@@ -48,7 +48,7 @@ class RepairFigures(msgspec.Struct, frozen=True, kw_only=True):
         quarantined_images: All of them.
         held_out_clean: Of which so many measured.
         held_out_quarantined: Likewise.
-        seconds: That it took, without the time before an interruption.
+        seconds: That it took, with the time before an interruption.
     """
 
     clean_accuracy_before: float | None

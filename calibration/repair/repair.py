@@ -189,7 +189,7 @@ def repair(
             quarantined_images=0 if suspects is None else len(suspects),
             held_out_clean=len(cases.held_out),
             held_out_quarantined=0 if suspects is None else len(suspects.held_out),
-            seconds=time.monotonic() - started,
+            seconds=time.monotonic() - started if checkpoints is None else checkpoints.seconds,
         ),
         settings,
         learnt,

@@ -77,7 +77,10 @@ def load_factory(name: str, weights: Path | None = None) -> object:
         for part in attribute.split("."):
             target = getattr(target, part)
     except (Exception, SystemExit) as error:  # importing runs the user's code
-        raise ModelError(f"expected an importable package.module:factory, got {name} ({one_line(error)}): check it") from error
+        raise ModelError(
+            f"expected an importable package.module:factory, got {name} ({one_line(error)}): is it installed, or in "
+            "the current folder?"
+        ) from error
     try:
         model = target() if _makes_model(target) else target
     except (Exception, SystemExit) as error:  # so does making the model

@@ -73,3 +73,20 @@ def test_processes_that_do_not_lead_write_and_remove_nothing(tmp_path: Path) -> 
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["a.safetensors"]
     Checkpoints(tmp_path / "c", "one").remove()
     assert not (tmp_path / "c").exists()
+
+
+def test_time_before_an_interruption_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("calibration.checkpoints.time.monotonic", lambda: now)
+    first = Checkpoints(tmp_path, "work")
+    assert not first.found()
+    now = 130.0
+    first.save("tuning", 1)
+    now = 500.0  # interrupted, and taken up much later
+    again = Checkpoints(tmp_path, "work")
+    assert again.found()
+    now = 512.0
+    assert again.seconds == pytest.approx(42.0)
+    other = Checkpoints(tmp_path, "other work")
+    assert not other.found()
+    assert other.seconds == 0.0

@@ -157,6 +157,30 @@ def test_what_is_wrong_is_told_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_after_a_repair_that_left_the_attack_nothing_is_recommended(
+    tmp_path: Path, files: Files, rejected: Path, guard: Command
+) -> None:
+    run = guard(
+        "repair", files.model, "--method", "gym", "--data", files.clean, "--quarantine", rejected, "--epochs", 1,
+        "--max-accuracy-drop", 100, "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert run.code == 0, run.err
+    kept = json.loads((tmp_path / "out" / "repair.json").read_text())["attack_success_seen_after"]
+    assert ("next:" in run.out) == (kept <= 0.25) == ("Don't rely on this repair" not in run.err)
+
+
+def test_in_one_go_no_clean_image_of_either_half_is_learnt_from_the_quarantine(
+    tmp_path: Path, files: Files, digits: Digits, guard: Command
+) -> None:
+    mixed = torch.cat([digits.triggered.pixels[:25], digits.clean.pixels[:20]])
+    np.savez(tmp_path / "mixed.npz", x=mixed[:, 0].numpy())
+    run = guard(
+        "calibrate", files.model, "--data", files.clean, "--out", tmp_path / "profile", "--repair", "codefend",
+        "--quarantine", tmp_path / "mixed.npz", "--overlays", 50, "--frr", 0.02,
+    )  # fmt: skip
+    assert "expected at least 30 quarantined images to learn the trigger from, got 25" in run.problem
+
+
 def test_models_that_can_not_be_repaired(tmp_path: Path, files: Files, guard: Command) -> None:
     model = save_onnx(tmp_path / "toy.onnx", SPEC)
     run = guard("repair", model, "--method", "gym", "--data", files.clean, "--out", tmp_path / "out")
