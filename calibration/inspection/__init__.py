@@ -1,0 +1,1 @@
+"""Inspection: does a model carry a backdoor, and which?"""
