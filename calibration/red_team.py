@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibration.calibrate import NEAR_CHANCE, answers, check_labels, near_chance
+from calibration.accuracy import NEAR_CHANCE, answers, near_chance
+from calibration.calibrate import check_labels
 from calibration.data import ImageSet, Progress, no_progress
 from calibration.overlays import choose_overlays
 from calibration.planting import draw_plants, plant_trigger

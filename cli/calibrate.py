@@ -206,7 +206,8 @@ def _red_team(
 ) -> tuple[ImageSet, Settings, RedTeam]:
     """Let one part of the clean images choose the setting; returns the other part, which no choice has seen."""
     from calibration import red_team, split
-    from calibration.calibrate import accuracies, check_drop, chosen_preprocessor, divide
+    from calibration.accuracy import accuracies, check_drop
+    from calibration.calibrate import chosen_preprocessor, divide
     from calibration.discovery import discover
     from calibration.red_team import CANDIDATES, check_images
     from calibration.settings import check_settings

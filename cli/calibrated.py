@@ -104,7 +104,7 @@ def _accuracy(made: Calibrated) -> str:
 
 
 def _show_remarks(made: Calibrated) -> None:
-    from calibration.calibrate import NEAR_CHANCE, near_chance
+    from calibration.accuracy import NEAR_CHANCE, near_chance
 
     profile = made.calibration.profile
     model, accuracy = profile.model, profile.clean_accuracy

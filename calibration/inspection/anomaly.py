@@ -15,9 +15,6 @@ from torch import Tensor
 
 from guard.errors import CalibrationError
 
-OUTLIER = 2.0
-"""The paper's threshold."""
-
 _CONSISTENT = 1.4826  # makes the MAD of normally distributed numbers their standard deviation
 _FEWEST = 3
 

@@ -42,8 +42,7 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
         factor: w is multiplied by this when it rises, and divided by its 1.5th power when it falls.
         patience: Steps on one side of `success` until w moves.
         success: Share of images that must get the label.
-        window: Steps over which that share is averaged. What is kept is the trigger at their beginning, which as a rule is the
-            largest of them: so the share is no better than what it does.
+        window: Steps over which that share is averaged. What is kept is the trigger at their beginning, as a rule the largest.
         still: Steps without a mask smaller by 1% after which a label is done.
         at_once: Images in a forward pass, at most: bounds memory.
     """
@@ -243,9 +242,12 @@ def _squash(free: Tensor) -> Tensor:
     return (free.tanh() + 1.0) / 2.0
 
 
+def _unsquash(values: Tensor) -> Tensor:
+    return ((values * 2.0 - 1.0) * (1.0 - _EDGE)).atanh()
+
+
 def _start(shape: torch.Size, seed: int, label: int) -> tuple[Tensor, Tensor]:
     """Uniform mask and pattern, before `_squash`."""
     generator = torch.Generator().manual_seed(seed * 100_003 + label)
     mask = torch.rand(shape[1:], generator=generator)
-    pattern = torch.rand(shape, generator=generator)
-    return tuple(((value * 2.0 - 1.0) * (1.0 - _EDGE)).atanh() for value in (mask, pattern))  # type: ignore[return-value]
+    return _unsquash(mask), _unsquash(torch.rand(shape, generator=generator))

@@ -15,7 +15,8 @@ import msgspec
 import torch
 from torch import Tensor
 
-from calibration.calibrate import NEAR_CHANCE, check_labels, near_chance
+from calibration.accuracy import NEAR_CHANCE, near_chance
+from calibration.calibrate import check_labels
 from calibration.checkpoints import Checkpoints
 from calibration.data import ImageSet, Progress, digests, no_progress
 from calibration.engine import Engine

@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from cli.demonstration.digits import ATTACK, Digits
+from cli.demonstration.digits import ATTACK, Digits, digit_net, save_exported
 from guard import Guard, Quarantine
+from guard.errors import RepairError
+from guard.predictors import Backend
+from guard.predictors.screening import file_sha256
 from tests.cli.conftest import Command, Files
 from tests.guard.models import save_onnx
 from tests.toy import SPEC
@@ -254,3 +257,22 @@ def test_two_devices_give_one_model(tmp_path: Path, files: Files, few: Path) -> 
     assert done.returncode == 2
     assert done.stderr.count("guard: ") == 1
     assert "more than --max-accuracy-drop -100" in done.stderr
+
+
+def test_with_a_tripwire_the_red_team_attacks_what_the_detectors_look_at(
+    tmp_path: Path, files: Files, digits: Digits, guard: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_exported(digit_net().eval(), digits.train.images(slice(0, 2)), tmp_path / "repaired.pt2")
+    seen: list[str | None] = []
+
+    def red_teamed(backend: Backend, *_: object) -> None:
+        seen.append(backend.fingerprint())
+        raise RepairError("far enough")
+
+    monkeypatch.setattr("cli.calibrate._red_team", red_teamed)
+    run = guard(
+        "calibrate", tmp_path / "repaired.pt2", "--tripwire", files.model, "--red-team", "--data", files.clean,
+        "--out", tmp_path / "profile",
+    )  # fmt: skip
+    assert "far enough" in run.problem
+    assert seen == [file_sha256(files.model)]

@@ -5,6 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from cli.demonstration import run as demonstration
+from cli.demonstration.digits import Digits
+from guard.errors import RepairError
 from tests.cli.conftest import Command, Run, guard
 
 __all__ = ["guard"]  # the fixture
@@ -35,3 +40,14 @@ def test_the_demo_reaches_its_figures(tmp_path: Path, guard: Command) -> None:
     by_kind = {kind: [line["verdict"] for line in checked.lines if kind in line["image"]] for kind in ("clean", "triggered")}
     assert by_kind["triggered"] == ["rejected"] * 5
     assert by_kind["clean"].count("accepted") >= 4
+
+
+def test_a_repair_that_is_refused_spoils_nothing_else(
+    digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*_: object) -> None:
+        raise RepairError("the repair costs 4.0 points")
+
+    monkeypatch.setattr(demonstration, "repair_digits", refused)
+    assert demonstration._repair(digits, tmp_path, tmp_path, 0) is None
+    assert "no repair: the repair costs 4.0 points" in capsys.readouterr().err

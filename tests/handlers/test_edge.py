@@ -285,6 +285,15 @@ def test_a_failing_command_is_told_in_one_line_without_our_paths(tmp_path: Path)
         assert (status.state, status.error) == ("failed", "expected more of sent/clean.npz, got less")
 
 
+def test_a_refused_repair_leaves_no_weights_behind(tmp_path: Path) -> None:
+    """Its checkpoints hold the device's model, and nothing could go on from them."""
+    writes = "import pathlib, sys; p = pathlib.Path(sys.argv[2]).with_name('.result.checkpoint'); p.mkdir(); (p / 'w').touch()"
+    with edge_server(tmp_path, running(writes + "\n" + FAILS)) as edge:
+        job = edge.started()
+        assert edge.ended(job).state == "failed"
+        assert not list(edge.store.folder(job).rglob(".result.checkpoint"))
+
+
 def test_a_crashing_command_tells_nothing_of_the_server(tmp_path: Path) -> None:
     for script, words in (
         ("raise RuntimeError('/secret')", "failed unexpectedly"),

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from calibration.engine import Engine
+from calibration.repair.record import Method
 from calibration.repair.repair import RepairSettings, repair
 from cli.demonstration.digits import ATTACK, Digits
 from guard import Predictor
@@ -17,9 +18,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 @pytest.mark.parametrize("method", ["codefend", "gym"])
-def test_repairs_on_a_gpu(method: str, digits: Digits, backdoored: nn.Module) -> None:
+def test_repairs_on_a_gpu(method: Method, digits: Digits, backdoored: nn.Module) -> None:
     original = Predictor(wrap(backdoored), SPEC, 10, "logits")
-    settings = RepairSettings(method=method)  # type: ignore[arg-type]
+    settings = RepairSettings(method=method)
     made = repair(original, digits.clean, settings, digits.triggered.images(slice(0, 150)), engine=Engine())
     module = made.predictor.backend.module  # type: ignore[attr-defined]
     assert {parameter.device.type for parameter in module.parameters()} == {"cpu"}
