@@ -10,7 +10,9 @@ from typing import final
 
 import jinja2
 import matplotlib as mpl
+import numpy as np
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from calibration.statistics import Estimate
 
@@ -87,3 +89,20 @@ def png(figure: Figure) -> bytes:
 def percent(estimate: Estimate) -> str:
     """A share with its interval, in percent; where a cell is narrow it breaks between the two."""
     return f"{estimate.value:.1%} {100 * estimate.low:.1f}-{100 * estimate.high:.1f}"
+
+
+def montage(rows: Sequence[tuple[str, Tensor]], columns_named: Sequence[str] = ()) -> bytes:
+    """Rows of images with their names, as PNG; each (N, C, H, W), in [0, 1]."""
+    columns = max(len(images) for _, images in rows)
+    figure = Figure(figsize=(1.6 + 0.95 * columns, 0.95 * len(rows)), layout="constrained")
+    panels = figure.subplots(len(rows), columns, squeeze=False)
+    for (name, images), line in zip(rows, panels, strict=True):
+        for number, axes in enumerate(line):
+            axes.set_axis_off()
+            if number < len(images):
+                pixels = images[number].permute(1, 2, 0).numpy()
+                axes.imshow(np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels[:, :, :3], vmin=0.0, vmax=1.0)
+        line[0].text(-0.15, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=9)
+    for name, axes in zip(columns_named, panels[0], strict=bool(columns_named)):
+        axes.set_title(name, fontsize=9)
+    return png(figure)

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from cli import calibrate, check, demo, edge, evaluate, export, quarantine, red_team, repair, roll_out, serve
+from cli import calibrate, check, demo, edge, evaluate, export, quarantine, red_team, repair, roll_out, scan, serve
 from cli.stopping import stopped_by_sigterm
 from guard import GuardError, __version__
 
@@ -49,6 +49,7 @@ def _root(
 app.command("demo", rich_help_panel="Start here")(demo.demo)
 app.command("calibrate", rich_help_panel="Before serving")(calibrate.calibrate_command)
 app.command("red-team", rich_help_panel="Before serving")(red_team.red_team_command)
+app.command("scan", rich_help_panel="Before serving")(scan.scan_command)
 app.command("repair", rich_help_panel="Before serving")(repair.repair_command)
 app.command("check", rich_help_panel="Before serving")(check.check)
 app.command("evaluate", rich_help_panel="Before serving")(evaluate.evaluate_command)

@@ -10,7 +10,8 @@
     |-- ProfileError          a profile is missing, damaged, newer, or for another model
     |-- CalibrationError      no threshold can be set from this clean set
     |   `-- TooFewImagesError it says how many images would do
-    |-- RepairError          a model can't be repaired, or the repair costs too much accuracy
+    |-- InspectionError       a model can't be inspected, or an inspection's folder is damaged
+    |-- RepairError           a model can't be repaired, or the repair costs too much accuracy
     |-- ExportError           an export failed, or differs from the original
     |-- QuarantineError       a quarantine folder or item can't be used
     |-- ServingError          a server can't be started or configured
@@ -100,6 +101,12 @@ class TooFewImagesError(CalibrationError):
         super().__init__(message)
         self.needed = needed
         self.available = available
+
+
+class InspectionError(GuardError):
+    """A model can't be inspected, or the folder of an inspection can't be used."""
+
+    code = "inspection-failed"
 
 
 class RepairError(GuardError):

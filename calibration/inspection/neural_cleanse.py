@@ -7,14 +7,18 @@ its trigger works on 99% of the images, and down while it does not, so that the 
 
 Images that get the label anyway don't count (ours): they say nothing of a trigger.
 
-The labels don't interact: they share forward passes, not a loss, and what is found for a label is what it would be alone.
-Labels whose mask has stopped shrinking leave the batch.
+The labels don't interact: they share forward passes, not a loss, and what is found for a label is what it would be alone. So
+(ours) a label leaves the batch once its mask has stopped shrinking, and, after the first steps, unless its mask is among the
+smallest: only these can be outliers, and the sizes of the others, which say what is usual, hardly change any more. That is the
+low-cost mode of the paper, at work in every scan.
 
 Reference: Wang et al., Neural Cleanse, IEEE S&P 2019; rate, weights and patience are those of its public code.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
@@ -23,19 +27,29 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from calibration.checkpoints import Checkpoints
 from calibration.data import Progress, no_progress
+from calibration.engine import Engine
+from calibration.fine_tuning import Answers
+from guard.errors import CalibrationError, ModelError, one_line
 
 _EDGE = 1e-4  # of mask and pattern at the start: tanh has no gradient at its ends
 _BETAS = (0.5, 0.9)
 _MOST_WEIGHT = 1e6
 _NOW = 4  # steps over which success moves the weight
+_SMALLER = 0.98  # a mask that shrinks by less stands still
+_COPIES = 12  # of mask and pattern that a label needs at work: Adam's, gradients, the window's, the best
+_PER_LABEL = 1 << 30  # bytes for these
+_ACTIVATIONS = {"cpu": 1 << 28, "cuda": 1 << 32}  # bytes
+_AT_ONCE = {"cpu": 256, "cuda": 4096}  # images in a pass, at most: more are no faster
+_BETWEEN = 20.0  # seconds from one checkpoint to the next
 
 
 class Search(msgspec.Struct, frozen=True, kw_only=True):
     """How a trigger is looked for.
 
     Attributes:
-        steps: Of Adam, at most, for each label.
+        steps: Of Adam, at most, for each label; whole windows.
         images: A step sees so many of them, the same for each label.
         rate: Adam's.
         weight: w at the start.
@@ -43,11 +57,12 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
         patience: Steps on one side of `success` until w moves.
         success: Share of images that must get the label.
         window: Steps over which that share is averaged. What is kept is the trigger at their beginning, as a rule the largest.
-        still: Steps without a mask smaller by 1% after which a label is done.
-        at_once: Images in a forward pass, at most: bounds memory.
+        still: Steps without a smaller mask after which a label is done.
+        first: Steps after which only the smallest masks go on.
+        smallest: Share of the labels that then go on; three at least.
     """
 
-    steps: int = 1000
+    steps: int = 1008
     images: int = 32
     rate: float = 0.1
     weight: float = 1e-3
@@ -55,28 +70,81 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
     patience: int = 5
     success: float = 0.99
     window: int = 16
-    still: int = 100
-    at_once: int = 1024
+    still: int = 128
+    first: int = 192
+    smallest: float = 0.25
+
+    def __post_init__(self) -> None:
+        """Refuse what means nothing."""
+        if self.steps < self.window:
+            raise CalibrationError(f"expected at least {self.window} steps for each label, got {self.steps}")
+
+    def plain(self) -> Search:
+        """The published schedule: every label gets all steps."""
+        return msgspec.structs.replace(self, still=self.steps + 1, first=self.steps + 1)
+
+
+@final
+@dataclass(frozen=True)
+class Goals:
+    """What triggers are looked for.
+
+    Attributes:
+        labels: (K,), int64: to which label each trigger sends images.
+        sources: (K,), int64: only images that the model gives this label are to be sent there; -1 for all images.
+    """
+
+    labels: Tensor
+    sources: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @classmethod
+    def all_labels(cls, classes: int) -> Goals:
+        """To each label from everywhere."""
+        return cls.of(torch.arange(classes))
+
+    @classmethod
+    def of(cls, labels: Tensor) -> Goals:
+        """To these labels from everywhere."""
+        return cls(labels, torch.full_like(labels, -1))
+
+    @classmethod
+    def pairs(cls, classes: int) -> Goals:
+        """From each label to each other one; M (M - 1) of them, by target."""
+        labels = torch.arange(classes).repeat_interleave(classes)
+        sources = torch.arange(classes).repeat(classes)
+        return cls(labels[labels != sources], sources[labels != sources])
+
+    def select(self, rows: Tensor | slice) -> Goals:
+        """Some of them."""
+        return Goals(self.labels[rows], self.sources[rows])
 
 
 @final
 @dataclass(frozen=True)
 class Triggers:
-    """What was found, a row for each label.
+    """What was found, a row for each goal.
 
     Attributes:
         labels: (K,), int64.
-        masks: (K, H, W), in [0, 1].
+        sources: (K,), int64; -1 for all images.
+        masks: (K, H, W), in [0, 1]; all 1 where none was found.
         patterns: (K, C, H, W), in [0, 1].
         success: (K,), share of images that got the label while the mask was found.
         passes: (K,), int64: images that went through the model for it.
     """
 
     labels: Tensor
+    sources: Tensor
     masks: Tensor
     patterns: Tensor
     success: Tensor
     passes: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     @property
     def sizes(self) -> Tensor:
@@ -87,6 +155,15 @@ class Triggers:
         """One of the triggers on images, (B, C, H, W) in [0, 1]."""
         return blend(images, self.masks[row], self.patterns[row])
 
+    def select(self, rows: Tensor | list[int]) -> Triggers:
+        """Some of them."""
+        return Triggers(*(getattr(self, name)[rows] for name in Triggers.__dataclass_fields__))
+
+    @classmethod
+    def together(cls, parts: list[Triggers]) -> Triggers:
+        """One after the other."""
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
+
 
 def blend(images: Tensor, masks: Tensor, patterns: Tensor) -> Tensor:
     """(1 - m) x + m d; masks (..., H, W), patterns (..., C, H, W), images broadcast to (..., C, H, W)."""
@@ -95,127 +172,235 @@ def blend(images: Tensor, masks: Tensor, patterns: Tensor) -> Tensor:
 
 
 def recover_triggers(
-    answers: Callable[[Tensor], Tensor],
+    answers: Answers | nn.Module,
     images: Tensor,
-    labels: Tensor,
+    goals: Goals,
     search: Search,
     seed: int,
+    engine: Engine,
+    checkpoints: Checkpoints | None = None,
+    name: str = "search",
     progress: Progress = no_progress,
-    device: torch.device | None = None,
 ) -> Triggers:
-    """Find a small trigger for each of some labels.
+    """Find a small trigger for each goal.
 
     Args:
-        answers: The model, differentiable: images (B, C, H, W) in [0, 1] to logits (B, M).
+        answers: The model, differentiable and on the engine's device: images (B, C, H, W) in [0, 1] to logits (B, M).
         images: (N, C, H, W), in [0, 1], clean.
-        labels: (K,), int64: the targets.
+        goals: Which.
         search: How.
         seed: Of the draws; a label's start does not depend on which others there are.
+        engine: Where.
+        checkpoints: Written now and then, and gone on from.
+        name: Of the checkpoints.
         progress: Told how far it is, in labels.
-        device: Of the model.
+
+    Raises:
+        CalibrationError: There is no image to send somewhere.
+        ModelError: The model has no gradients.
     """
-    size = max(1, search.at_once // search.images)
-    parts = [
-        _Block(answers, images, block, search, seed, device).run(progress, number * size, len(labels))
-        for number, block in enumerate(labels.split(size))
-    ]
-    return Triggers(*(torch.cat([getattr(part, name) for part in parts]) for name in Triggers.__dataclass_fields__))
+    images = images.to(engine.device)
+    at_once = images_at_once(answers, images, engine)
+    with torch.inference_mode():
+        own = torch.cat([answers(part).argmax(dim=1) for part in images.split(at_once)]).clone()
+    order = own.argsort(stable=True)
+    images, pools = images[order], _Pools.of(own[order], goals)
+    count, size = len(goals), max(8, _PER_LABEL // (4 * _COPIES * (images[0].numel() + images[0, 0].numel())))
+    found = []
+    for number, first in enumerate(range(0, count, size)):
+        part = slice(first, first + size)
+        block = _Block(answers, images, goals.select(part), pools.select(part), search, seed, engine, at_once)
+
+        def shown(done: int, first: int = first) -> None:
+            progress("looking for triggers", first + done, count)
+
+        found.append(block.run(checkpoints, f"{name}-{number}", shown))
+    return Triggers.together(found)
+
+
+def images_at_once(answers: nn.Module, images: Tensor, engine: Engine) -> int:
+    """How many images may be in a forward pass whose gradients are kept, so that memory stays bounded."""
+    per_image = (_kept_bytes(answers, images[:1], 3, engine) - _kept_bytes(answers, images[:1], 1, engine)) / 2.0
+    kind = "cuda" if engine.device.type == "cuda" else "cpu"
+    return int(min(max(_ACTIVATIONS[kind] / max(per_image, images[0].nbytes), 1), _AT_ONCE[kind]))
+
+
+def _kept_bytes(answers: nn.Module, image: Tensor, count: int, engine: Engine) -> int:
+    """What a forward pass of so many images keeps for its gradients."""
+    kept: dict[int, int] = {}
+
+    def keep(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    few = image.expand(count, -1, -1, -1).clone().requires_grad_(True)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value), engine.autocast():
+            logits = answers(few)
+    except ModelError:
+        raise
+    except Exception as error:  # foreign code
+        raise ModelError(f"the model can't be run for gradients: {one_line(error)}") from error
+    if not logits.requires_grad:
+        raise ModelError("expected a model with gradients towards its input, got one without: pass its factory")
+    return sum(kept.values())
+
+
+@final
+@dataclass(frozen=True)
+class _Pools:
+    """Of images in the order of the model's answers, those that a goal wants to send somewhere: all but one run, or one run.
+
+    Attributes:
+        first: (K,), int64: where its images begin.
+        count: (K,), int64: how many there are.
+        gap: (K,), int64: where the run of those lies that get the label anyway.
+        skip: (K,), int64: how long that is.
+    """
+
+    first: Tensor
+    count: Tensor
+    gap: Tensor
+    skip: Tensor
+
+    @classmethod
+    def of(cls, own: Tensor, goals: Goals) -> _Pools:
+        """The pools of goals among images with these answers, sorted."""
+        labels, sources = goals.labels.to(own.device), goals.sources.to(own.device)
+
+        def run(wanted: Tensor) -> tuple[Tensor, Tensor]:
+            begin = torch.searchsorted(own, wanted)
+            return begin, torch.searchsorted(own, wanted, right=True) - begin
+
+        (first, count), (gap, skip), all_of_them = run(sources), run(labels), sources < 0
+        pools = cls(
+            torch.where(all_of_them, 0, first),
+            torch.where(all_of_them, len(own) - skip, count),
+            gap,
+            torch.where(all_of_them, skip, 0),
+        )
+        empty = torch.nonzero(pools.count == 0).flatten().tolist()
+        if empty:
+            label, source = int(labels[empty[0]]), int(sources[empty[0]])
+            what = f"gives label {source}" if source >= 0 else f"gives another label than {label}"
+            raise CalibrationError(f"expected clean images that the model {what}, got none: add images of every class")
+        return pools
+
+    def select(self, rows: Tensor | slice) -> _Pools:
+        """Of some goals."""
+        return _Pools(self.first[rows], self.count[rows], self.gap[rows], self.skip[rows])
+
+    def draw(self, draws: Tensor) -> Tensor:
+        """Numbers from 0 to 1, (B,), to images, (K, B)."""
+        chosen = self.first.unsqueeze(1) + (draws * self.count.unsqueeze(1)).long()
+        return chosen + (chosen >= self.gap.unsqueeze(1)) * self.skip.unsqueeze(1)
 
 
 class _Block:
-    """Labels that share forward passes."""
+    """Goals whose masks are in memory together."""
 
     def __init__(
         self,
-        answers: Callable[[Tensor], Tensor],
+        answers: nn.Module,
         images: Tensor,
-        labels: Tensor,
+        goals: Goals,
+        pools: _Pools,
         search: Search,
         seed: int,
-        device: torch.device | None,
+        engine: Engine,
+        at_once: int,
     ) -> None:
-        self.answers, self.search, self.seed = answers, search, seed
-        self.images = images.to(device or images.device)
-        where = self.images.device
-        starts = [_start(images.shape[1:], seed, int(label)) for label in labels]
+        self.answers, self.images, self.search, self.seed = answers, images, search, seed
+        self.engine, self.at_once, self.goals = engine, at_once, goals
+        where, count = engine.device, len(goals)
+        _, channels, height, width = images.shape
+        starts = [_start(images.shape[1:], seed, *goal) for goal in zip(*_lists(goals), strict=True)]
         self.masks = nn.Parameter(torch.stack([mask for mask, _ in starts]).to(where))
         self.patterns = nn.Parameter(torch.stack([pattern for _, pattern in starts]).to(where))
-        count = len(labels)
-        self.labels = labels.to(where)
-        with torch.inference_mode():
-            self.own = torch.cat([answers(part).argmax(dim=1) for part in self.images.split(search.at_once)]).clone()
-        self.rows = torch.arange(count, device=where)  # of the results, which a label keeps when others leave
         self.optimizer = torch.optim.Adam([self.masks, self.patterns], lr=search.rate, betas=_BETAS)
+        self.labels, self.pools = goals.labels.to(where), pools
+        self.rows = torch.arange(count, device=where)  # of the results, which a label keeps when others leave
         self.weights = torch.zeros(count, device=where)
         self.over = torch.zeros(count, dtype=torch.int64, device=where)
         self.under = torch.zeros(count, dtype=torch.int64, device=where)
-        self.recent = torch.zeros(count, search.window, device=where)
-        self.past: list[tuple[Tensor, Tensor]] = []  # masks and patterns of the steps in the window
+        self.recent = torch.zeros(count, _NOW, device=where)
         self.since = torch.zeros(count, dtype=torch.int64, device=where)
-        _, channels, height, width = images.shape
-        self.best = torch.full((count,), float("inf"), device=where)
-        self.found = Triggers(
-            labels.cpu(),
-            torch.ones(count, height, width),
-            torch.zeros(count, channels, height, width),
-            torch.zeros(count),
-            torch.zeros(count, dtype=torch.int64),
-        )
+        self.best_masks = torch.ones(count, height, width)
+        self.best_patterns = torch.zeros(count, channels, height, width)
+        self.best = torch.full((count,), float("inf"))
+        self.success = torch.zeros(count)
+        self.passes = torch.zeros(count, dtype=torch.int64)
 
-    def run(self, progress: Progress, before: int, total: int) -> Triggers:
-        generator = torch.Generator().manual_seed(self.seed)
-        count = len(self.rows)
-        for step in range(self.search.steps):
-            chosen = torch.randint(len(self.images), (self.search.images,), generator=generator)
-            chosen = chosen.to(self.images.device)
-            self._step(self.images[chosen], self.own[chosen], step)
-            self._leave(self.since < self.search.still)
-            left = len(self.rows)
-            share = max((step + 1) / self.search.steps, 1.0 - left / count)
-            progress("looking for triggers", before + int(share * count), total)
-            if left == 0:
+    def run(self, checkpoints: Checkpoints | None, name: str, progress: Callable[[int], None]) -> Triggers:
+        """All steps, or those that are left."""
+        step, saved, search, count = self._resume(checkpoints, name), time.monotonic(), self.search, len(self.goals)
+        windows = search.steps // search.window
+        for number in range(step // search.window, windows):
+            if len(self.rows) == 0:
                 break
-        self._leave(torch.zeros_like(self.since, dtype=torch.bool))
-        progress("looking for triggers", before + count, total)
-        return self.found
+            self._window(number)
+            progress(int(max((number + 1) / windows, 1.0 - len(self.rows) / count) * count))
+            if checkpoints is not None and time.monotonic() - saved > _BETWEEN:
+                self._save(checkpoints, name, (number + 1) * search.window)
+                saved = time.monotonic()
+        if checkpoints is not None:
+            self._save(checkpoints, name, search.steps)
+        progress(count)
+        goals = self.goals
+        return Triggers(goals.labels, goals.sources, self.best_masks, self.best_patterns, self.success, self.passes)
 
-    def _step(self, images: Tensor, own: Tensor, step: int) -> None:
-        masks, patterns = _squash(self.masks), _squash(self.patterns)
-        triggered = blend(images.unsqueeze(0), masks.unsqueeze(1), patterns.unsqueeze(1)).clamp(0.0, 1.0)
-        logits = self.answers(triggered.flatten(0, 1))
-        wanted = self.labels.repeat_interleave(len(images))
-        others = (own.unsqueeze(0) != self.labels.unsqueeze(1)).float()  # (K, B)
-        counts = others.sum(dim=1).clamp_min(1.0)
-        losses = nn.functional.cross_entropy(logits, wanted, reduction="none").view_as(others)
-        self.optimizer.zero_grad(set_to_none=True)
-        ((losses * others).sum(dim=1) / counts + self.weights * masks.sum(dim=(1, 2))).sum().backward()
-        with torch.no_grad():
-            right = ((logits.argmax(dim=1) == wanted).view_as(others) * others).sum(dim=1) / counts
-            self.found.passes[self.rows.cpu()] += len(images)
-            self._judge(right, masks, patterns, step)
-        self.optimizer.step()
-
-    def _judge(self, right: Tensor, masks: Tensor, patterns: Tensor, step: int) -> None:
-        """Keep what is the best yet, and move the weights."""
+    def _window(self, number: int) -> None:
+        """Some steps; then the trigger at their beginning is kept if it works and is smaller than any before."""
         search = self.search
-        self.recent[:, step % search.window] = right
-        self.past = [*self.past[-search.window + 1 :], (masks.detach(), patterns.detach())]
-        oldest_masks, oldest_patterns = self.past[0]
-        sizes, success = oldest_masks.sum(dim=(1, 2)), self.recent.mean(dim=1)
-        works = success >= search.success
-        if step + 1 < search.window:
-            works = torch.zeros_like(works)
-        better = works & (sizes < self.best)
-        much_better = works & (sizes < 0.99 * self.best)
-        self.since = torch.where(much_better | self.best.isinf(), 0, self.since + 1)
-        self.best = torch.where(better, sizes, self.best)
-        if bool(better.any()):
-            rows = self.rows[better].cpu()
-            self.found.masks[rows] = oldest_masks[better].cpu()
-            self.found.patterns[rows] = oldest_patterns[better].cpu()
-            self.found.success[rows] = success[better].cpu()
-        now = torch.stack([self.recent[:, (step - back) % search.window] for back in range(min(_NOW, step + 1))]).mean(dim=0)
-        holds = now >= search.success
+        with torch.no_grad():
+            masks, patterns = _squash(self.masks), _squash(self.patterns)
+        successes = torch.zeros_like(self.weights)
+        for step in range(number * search.window, (number + 1) * search.window):
+            right = self._step(step)
+            successes += right
+            self._move_weights(right, step)
+        sizes, success, rows = masks.sum(dim=(1, 2)).cpu(), (successes / search.window).cpu(), self.rows.cpu()
+        better = (success >= search.success) & (sizes < self.best[rows])
+        stands = ~(better & (sizes < _SMALLER * self.best[rows])) & self.best[rows].isfinite()
+        kept = rows[better]
+        self.best_masks[kept], self.best_patterns[kept] = masks.cpu()[better], patterns.cpu()[better]
+        self.best[kept], self.success[kept] = sizes[better], success[better]
+        self.since = torch.where(stands.to(self.since.device), self.since + search.window, 0)
+        self._leave(number)
+
+    def _step(self, step: int) -> Tensor:
+        """One step of all labels; (K,), share of the images that got the label."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        chosen = self.pools.draw(torch.rand(self.search.images, generator=generator).to(self.images.device))
+        self.optimizer.zero_grad(set_to_none=True)
+        at_once = max(1, self.at_once // self.search.images)
+        rows = torch.arange(len(self.rows), device=self.rows.device)
+        right = [self._part(part, chosen[part]) for part in rows.split(at_once)]
+        self.optimizer.step()
+        self.passes[self.rows.cpu()] += self.search.images
+        return torch.cat(right)
+
+    def _part(self, rows: Tensor, chosen: Tensor) -> Tensor:
+        """Gradients of some labels; (R,), share of their images, (R, B), that got the label."""
+        count, right = chosen.shape[1], torch.zeros(len(rows), device=rows.device)
+        for number, part in enumerate(chosen.split(self.at_once, dim=1)):  # images, where not even one label's fit
+            masks, patterns = _squash(self.masks[rows]), _squash(self.patterns[rows])
+            triggered = blend(self.images[part], masks.unsqueeze(1), patterns.unsqueeze(1)).clamp(0.0, 1.0)
+            with self.engine.autocast():
+                logits = self.answers(triggered.flatten(0, 1)).float()
+            labels = self.labels[rows].repeat_interleave(part.shape[1])
+            loss = nn.functional.cross_entropy(logits, labels, reduction="sum") / count
+            if number == 0:
+                loss = loss + (self.weights[rows] * masks.sum(dim=(1, 2))).sum()
+            loss.backward()
+            right += (logits.argmax(dim=1) == labels).view(part.shape).sum(dim=1)
+        return right / count
+
+    def _move_weights(self, right: Tensor, step: int) -> None:
+        search = self.search
+        self.recent[:, step % _NOW] = right
+        holds = self.recent[:, : step + 1].mean(dim=1) >= search.success
         self.over = torch.where(holds, self.over + 1, 0)
         self.under = torch.where(holds, 0, self.under + 1)
         up, down = self.over >= search.patience, self.under >= search.patience
@@ -223,19 +408,51 @@ class _Block:
         self.weights = torch.where(up, raised, torch.where(down, self.weights / search.factor**1.5, self.weights))
         self.over[up], self.under[down] = 0, 0
 
-    def _leave(self, stay: Tensor) -> None:
-        """Take labels out of the batch, with the optimizer's state of them."""
+    def _leave(self, number: int) -> None:
+        """Take labels out of the batch that are done or can't be outliers, with the optimizer's state of them."""
+        search = self.search
+        stay = self.since < search.still
+        if (number + 1) * search.window >= search.first:
+            most = max(3, math.ceil(search.smallest * len(self.goals)))
+            limit = self.best.sort().values[min(most, len(self.goals)) - 1]
+            stay &= (self.best[self.rows.cpu()] <= limit).to(stay.device)
         if bool(stay.all()):
             return
         rows = torch.nonzero(stay).squeeze(1)
-        for name in ("labels", "rows", "weights", "over", "under", "recent", "since", "best"):
+        for name in _STATE:
             setattr(self, name, getattr(self, name)[rows])
-        self.past = [(masks[rows], patterns[rows]) for masks, patterns in self.past]
+        self.labels, self.pools = self.labels[rows], self.pools.select(rows)
         states = [self.optimizer.state[value] for value in (self.masks, self.patterns)]
-        self.masks, self.patterns = (nn.Parameter(value.detach()[rows]) for value in (self.masks, self.patterns))
-        self.optimizer = torch.optim.Adam([self.masks, self.patterns], lr=self.search.rate, betas=_BETAS)
+        self._set(self.masks.detach()[rows], self.patterns.detach()[rows])
         for value, state in zip((self.masks, self.patterns), states, strict=True):
             self.optimizer.state[value] = {name: part if part.ndim == 0 else part[rows] for name, part in state.items()}
+
+    def _set(self, masks: Tensor, patterns: Tensor) -> None:
+        self.masks, self.patterns = nn.Parameter(masks), nn.Parameter(patterns)
+        self.optimizer = torch.optim.Adam([self.masks, self.patterns], lr=self.search.rate, betas=_BETAS)
+
+    def _save(self, checkpoints: Checkpoints, name: str, step: int) -> None:
+        arrays = {key: getattr(self, key) for key in (*_STATE, *_RESULTS)}
+        arrays |= {"masks": self.masks.detach(), "patterns": self.patterns.detach()}
+        checkpoints.save(name, step, {}, {"adam": self.optimizer}, arrays)
+
+    def _resume(self, checkpoints: Checkpoints | None, name: str) -> int:
+        """Go on from the last checkpoint; the step that comes next."""
+        found = None if checkpoints is None else checkpoints.load(name, {}, {"adam": self.optimizer})
+        if found is None:
+            return 0
+        step, arrays, _ = found
+        for key in (*_STATE, *_RESULTS):
+            setattr(self, key, arrays[key].to(getattr(self, key).device))
+        state = self.optimizer.state_dict()
+        self._set(arrays["masks"].to(self.masks.device), arrays["patterns"].to(self.masks.device))
+        self.optimizer.load_state_dict(state)
+        self.labels, self.pools = self.labels[self.rows], self.pools.select(self.rows)
+        return step
+
+
+_STATE = ("rows", "weights", "over", "under", "recent", "since")
+_RESULTS = ("best_masks", "best_patterns", "best", "success", "passes")
 
 
 def _squash(free: Tensor) -> Tensor:
@@ -246,8 +463,12 @@ def _unsquash(values: Tensor) -> Tensor:
     return ((values * 2.0 - 1.0) * (1.0 - _EDGE)).atanh()
 
 
-def _start(shape: torch.Size, seed: int, label: int) -> tuple[Tensor, Tensor]:
+def _lists(goals: Goals) -> tuple[list[int], list[int]]:
+    return goals.labels.tolist(), goals.sources.tolist()
+
+
+def _start(shape: torch.Size, seed: int, label: int, source: int) -> tuple[Tensor, Tensor]:
     """Uniform mask and pattern, before `_squash`."""
-    generator = torch.Generator().manual_seed(seed * 100_003 + label)
+    generator = torch.Generator().manual_seed((seed * 100_003 + label) * 100_003 + source + 1)
     mask = torch.rand(shape[1:], generator=generator)
     return _unsquash(mask), _unsquash(torch.rand(shape, generator=generator))

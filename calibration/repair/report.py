@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from calibration.page import Section, png, render
+from calibration.page import Section, montage, render
 from calibration.repair.codefend import Learnt
 from calibration.repair.figures import figure_rows, remarks
 from calibration.repair.repair import Repaired
@@ -55,7 +53,7 @@ def learnt_figure(learnt: Learnt) -> bytes:
         learnt.cleaned,
         _change(learnt.quarantined, learnt.cleaned),
     ]
-    return _montage(list(zip(_ROWS, rows, strict=True)))
+    return montage(list(zip(_ROWS, rows, strict=True)))
 
 
 def seen_figure(preprocessor: Preprocessor, examples: Sequence[tuple[str, Tensor]], seed: int) -> bytes:
@@ -70,21 +68,7 @@ def seen_figure(preprocessor: Preprocessor, examples: Sequence[tuple[str, Tensor
     for name, images in examples:
         generator = torch.Generator().manual_seed(seed)
         rows += [(name, images), ("preprocessed", preprocessor(images, generator))]
-    return _montage(rows)
-
-
-def _montage(rows: Sequence[tuple[str, Tensor]]) -> bytes:
-    columns = max(len(images) for _, images in rows)
-    figure = Figure(figsize=(1.6 + 0.95 * columns, 0.95 * len(rows)), layout="constrained")
-    panels = figure.subplots(len(rows), columns, squeeze=False)
-    for (name, images), line in zip(rows, panels, strict=True):
-        for number, axes in enumerate(line):
-            axes.set_axis_off()
-            if number < len(images):
-                pixels = images[number].permute(1, 2, 0).numpy()
-                axes.imshow(np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels[:, :, :3], vmin=0.0, vmax=1.0)
-        line[0].text(-0.15, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=9)
-    return png(figure)
+    return montage(rows)
 
 
 def _change(before: Tensor, after: Tensor) -> Tensor:

@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from calibration.checkpoints import Checkpoints
+from calibration.engine import Engine
+from calibration.inspection import neural_cleanse
 from calibration.inspection.anomaly import anomaly_indices
-from calibration.inspection.neural_cleanse import Search, Triggers, blend, recover_triggers
+from calibration.inspection.neural_cleanse import Goals, Search, Triggers, blend, images_at_once, recover_triggers
 from cli.demonstration.digits import ATTACK, Digits
+from guard.errors import CalibrationError, ModelError
 
 TARGET = ATTACK.target_label
 
 
+class Watched(nn.Module):
+    """A model that remembers how many images it was shown at a time while gradients were wanted."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.seen = model, list[int]()
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.requires_grad:
+            self.seen.append(len(images))
+        answers: Tensor = self.model(images)
+        return answers
+
+
 @pytest.fixture(scope="module")
-def found(digits: Digits, backdoored: nn.Module) -> Triggers:
-    return recover_triggers(backdoored, digits.clean.images(slice(None)), torch.arange(10), Search(steps=600), 0)
+def engine() -> Engine:
+    return Engine()
+
+
+@pytest.fixture(scope="module")
+def found(digits: Digits, backdoored: nn.Module, engine: Engine) -> Triggers:
+    return recover_triggers(backdoored, digits.clean.images(slice(None)), Goals.all_labels(10), Search(), 0, engine)
 
 
 def test_the_target_needs_the_smallest_trigger(found: Triggers) -> None:
@@ -37,51 +62,121 @@ def test_it_lies_where_the_true_trigger_is(found: Triggers, digits: Digits) -> N
     assert float(mask[true].sum() / mask.sum()) >= 0.5 > float(true.double().mean())
 
 
-def test_labels_do_not_disturb_each_other(digits: Digits, backdoored: nn.Module) -> None:
-    images, search = digits.clean.images(slice(0, 200)), Search(steps=25, window=2)
-    together = recover_triggers(backdoored, images, torch.arange(10), search, 0)
-    alone = recover_triggers(backdoored, images, torch.tensor([TARGET]), search, 0)
-    in_blocks = recover_triggers(backdoored, images, torch.arange(10), Search(steps=25, window=2, at_once=96), 0)
-    for name in ("masks", "patterns", "success"):
+def test_labels_do_not_disturb_each_other(
+    digits: Digits, backdoored: nn.Module, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, search = digits.clean.images(slice(0, 200)), Search(steps=24, window=2).plain()
+    together = recover_triggers(backdoored, images, Goals.all_labels(10), search, 0, engine)
+    alone = recover_triggers(backdoored, images, Goals.of(torch.tensor([TARGET])), search, 0, engine)
+    monkeypatch.setitem(neural_cleanse._AT_ONCE, "cpu", 24)  # not even one label's images fit
+    monkeypatch.setattr(neural_cleanse, "_PER_LABEL", 1)  # several blocks
+    in_blocks = recover_triggers(backdoored, images, Goals.all_labels(10), search, 0, engine)
+    for name in ("masks", "patterns"):
         everything: Tensor = getattr(together, name)
-        torch.testing.assert_close(getattr(alone, name)[0], everything[TARGET], rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(getattr(in_blocks, name), everything, rtol=1e-3, atol=1e-3)
+        assert float((getattr(alone, name)[0] - everything[TARGET]).abs().max()) < 0.1  # bfloat16 rounds by the batch
+        assert float((getattr(in_blocks, name) - everything).abs().mean()) < 0.02
 
 
-def test_labels_that_are_done_leave_the_batch(digits: Digits, backdoored: nn.Module) -> None:
-    seen: list[int] = []
-
-    def answers(images: Tensor) -> Tensor:
-        seen.append(len(images))
-        answered: Tensor = backdoored(images)
-        return answered
-
-    search = Search(steps=400, still=20)
-    found = recover_triggers(answers, digits.clean.images(slice(None)), torch.arange(10), search, 0)
-    assert sum(seen[1:]) == int(found.passes.sum())  # the first are the images as they are
-    assert sum(seen[1:]) < 0.8 * 400 * 32 * 10
-    assert seen[1:] == sorted(seen[1:], reverse=True)
+def test_labels_leave_the_batch(digits: Digits, backdoored: nn.Module, engine: Engine) -> None:
+    watched = Watched(backdoored)
+    images, search = digits.clean.images(slice(None)), Search()
+    found = recover_triggers(watched, images, Goals.all_labels(10), search, 0, engine)
+    assert sum(watched.seen[2:]) == int(found.passes.sum())  # the first two see how much memory an image needs
+    assert float(found.passes.double().mean()) <= 0.3 * search.steps * search.images
     assert len(set(found.passes.tolist())) > 1
+    plain = recover_triggers(watched, images, Goals.all_labels(10), Search(steps=304, first=16, still=16).plain(), 0, engine)
+    assert set(plain.passes.tolist()) == {304 * 32}
 
 
-def test_memory_is_bounded(digits: Digits, backdoored: nn.Module) -> None:
-    largest = 0
+def test_memory_is_bounded(digits: Digits, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def net(channels: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(1, channels, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * channels, 10))
 
-    def answers(images: Tensor) -> Tensor:
-        nonlocal largest
-        largest = max(largest, len(images))
-        answered: Tensor = backdoored(images)
-        return answered
+    images, wide = digits.clean.images(slice(0, 64)), net(64)
+    monkeypatch.setitem(neural_cleanse._ACTIVATIONS, "cpu", 1 << 19)
+    few = images_at_once(wide, images, engine)
+    assert 16 <= few <= 64  # 64 channels of 64 pixels are 8 or 16 KiB
+    assert images_at_once(net(128), images, engine) == pytest.approx(few / 2, abs=1.0)
+    watched = Watched(wide)
+    recover_triggers(watched, images, Goals.all_labels(10), Search(steps=16), 0, engine)
+    assert max(watched.seen) <= max(few, 32)
 
-    recover_triggers(answers, digits.clean.images(slice(None)), torch.arange(10), Search(steps=2, at_once=100), 0)
-    assert 64 <= largest <= 100
+
+def test_an_interrupted_search_comes_to_the_same(
+    digits: Digits, backdoored: nn.Module, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, search = digits.clean.images(slice(0, 300)), Search(steps=320)
+    monkeypatch.setattr(neural_cleanse, "_BETWEEN", 0.0)
+    whole = recover_triggers(backdoored, images, Goals.all_labels(10), search, 0, engine)
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        if done >= 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recover_triggers(
+            backdoored, images, Goals.all_labels(10), search, 0, engine, Checkpoints(tmp_path / "c", 1), progress=interrupt
+        )
+    watched = Watched(backdoored)
+    resumed = recover_triggers(watched, images, Goals.all_labels(10), search, 0, engine, Checkpoints(tmp_path / "c", 1))
+    assert sum(watched.seen) < 0.7 * int(whole.passes.sum())
+    for name in Triggers.__dataclass_fields__:
+        torch.testing.assert_close(getattr(resumed, name), getattr(whole, name))
 
 
-def test_a_label_that_no_trigger_reaches_is_told(digits: Digits) -> None:
-    def never(images: Tensor) -> Tensor:
-        return torch.stack([images.sum(dim=(1, 2, 3)) + 100.0, images.sum(dim=(1, 2, 3))], dim=1)
+def test_pairs_use_the_images_of_their_source_alone(digits: Digits, engine: Engine) -> None:
+    pairs = Goals.pairs(3)
+    assert list(zip(pairs.labels.tolist(), pairs.sources.tolist(), strict=True)) == [
+        (0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)
+    ]  # fmt: skip
 
-    found = recover_triggers(never, digits.clean.images(slice(0, 50)), torch.tensor([1]), Search(steps=30), 0)
+    class ByBrightness(nn.Module):
+        """Label 0, 1 or 2 for dark, grey and bright images; a corner pixel makes grey ones 0."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            level = images[:, 0, 2:, 2:].mean(dim=(1, 2)) * 10.0
+            grey = 8.0 - 8.0 * (level - 5.0).abs()
+            logits = torch.stack([5.0 - 4.0 * level + 0.0, grey, 4.0 * level - 35.0], dim=1)
+            corner = nn.functional.one_hot(torch.tensor(0), 3) * (images[:, 0, 0, 0] * 100.0 - 60.0).clamp_min(0.0).unsqueeze(1)
+            return logits + corner * ((level - 5.0).abs() < 2.0).float().unsqueeze(1)
+
+    levels = torch.tensor([0.05, 0.5, 0.95]).repeat_interleave(20)
+    images = levels.view(-1, 1, 1, 1).expand(-1, 1, 8, 8).clone()
+    images[:, 0, 0, 0] = 0.0
+    found = recover_triggers(ByBrightness(), images, pairs, Search(), 0, engine)
+    sizes = dict(zip(zip(pairs.labels.tolist(), pairs.sources.tolist(), strict=True), found.sizes.tolist(), strict=True))
+    assert sizes[0, 1] < 2.0 < sizes[0, 2]
+
+
+def test_without_an_image_to_send_the_label_is_named(digits: Digits, engine: Engine) -> None:
+    class Constant(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return nn.functional.one_hot(torch.full((len(images),), 1), 3).float() + 0.0 * images.mean(dim=(1, 2, 3)).unsqueeze(
+                1
+            )
+
+    with pytest.raises(CalibrationError, match="another label than 1, got none"):
+        recover_triggers(Constant(), digits.clean.images(slice(0, 9)), Goals.all_labels(3), Search(), 0, engine)
+
+
+def test_a_model_without_gradients_is_refused(digits: Digits, engine: Engine) -> None:
+    class Rounded(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images.detach().flatten(1)
+
+    with pytest.raises(ModelError, match="gradients towards its input"):
+        recover_triggers(Rounded(), digits.clean.images(slice(0, 9)), Goals.all_labels(3), Search(), 0, engine)
+
+
+def test_a_label_that_no_trigger_reaches_is_told(digits: Digits, engine: Engine) -> None:
+    class Never(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            total = images.sum(dim=(1, 2, 3))
+            return torch.stack([total + 100.0, total], dim=1)
+
+    found = recover_triggers(
+        Never(), digits.clean.images(slice(0, 50)), Goals.of(torch.tensor([1])), Search(steps=32), 0, engine
+    )
     assert float(found.success[0]) == 0.0
     assert float(found.sizes[0]) == 64.0  # the whole image
 

@@ -1,0 +1,82 @@
+"""An inspection in words, for tables and pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from calibration.inspection.record import LabelFinding, ScanFigures
+
+LIMITS = (
+    "This is no proof that a model is clean. Triggers that cover the image or change with it, backdoors that move every label "
+    "to the next, and those that work for a few source labels alone (unless --pairs is given) leave no label whose trigger is "
+    "unusually small."
+)
+
+
+def verdict(figures: ScanFigures) -> str:
+    """In a sentence."""
+    infected = [title(item) for item in (*figures.labels, *figures.pairs) if item.infected]
+    if not infected:
+        return "No label needs a trigger so small that a backdoor must be behind it."
+    what = "label" if len(infected) == 1 else "labels"
+    return f"The model is backdoored: {what} {', '.join(infected)}."
+
+
+def title(finding: LabelFinding) -> str:
+    """`3`, `3 (cat)`, or `5 to 3`."""
+    name = str(finding.label_index) if finding.label is None else f"{finding.label_index} ({finding.label})"
+    return name if finding.source_index is None else f"{finding.source_index} to {name}"
+
+
+def candidate_table(findings: Sequence[LabelFinding]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header, and a row for each label that got a second opinion, the smallest trigger first."""
+    header = ("label", "L1", "index", "of the median", "works on others", "L1 in a clean reference", "verdict")
+    rows: list[tuple[str, ...]] = []
+    for item in sorted(findings, key=lambda item: item.mask_l1):
+        opinion = item.second_opinion
+        if opinion is None:
+            continue
+        natural = (
+            "-" if opinion.reference_l1 is None else f"{opinion.reference_l1:.1f} ({opinion.reference_ratio:.0%} of its median)"
+        )
+        rows.append(
+            (
+                title(item),
+                f"{item.mask_l1:.1f}",
+                "-" if item.anomaly_index is None else f"{item.anomaly_index:.2f}",
+                f"{opinion.size_ratio:.0%}",
+                f"{opinion.success:.1%}",
+                natural,
+                "infected" if item.infected else "clean",
+            )
+        )
+    return header, rows
+
+
+def remarks(figures: ScanFigures) -> list[str]:
+    """What must be said with them."""
+    said = []
+    by_index = [title(item) for item in (*figures.labels, *figures.pairs) if item.infected_by_index and not item.infected]
+    missed = [title(item) for item in (*figures.labels, *figures.pairs) if item.infected and not item.infected_by_index]
+    if by_index:
+        said.append(f"The anomaly index alone would accuse {', '.join(by_index)}; the second opinion does not.")
+    if missed:
+        said.append(f"The anomaly index alone would miss {', '.join(missed)}.")
+    if figures.reference_agreement is not None:
+        said.append(
+            f"The clean reference answers {figures.reference_agreement:.1%} of {figures.held_out} held-out images as the model "
+            "does."
+        )
+    return [*said, LIMITS]
+
+
+def figure_rows(figures: ScanFigures) -> list[tuple[str, ...]]:
+    """What was measured; names and values."""
+    return [
+        ("labels", str(len(figures.labels))),
+        *([("pairs of labels", str(len(figures.pairs)))] if figures.pairs else []),
+        ("median L1 of the triggers, in pixels", f"{figures.median_l1:.1f}"),
+        ("clean images searched with, held out", f"{figures.clean_images}, {figures.held_out}"),
+        ("images that went through the model", f"{figures.passes:,}"),
+        ("seconds", f"{figures.seconds:.0f}"),
+    ]

@@ -1,0 +1,142 @@
+"""`scan.json`: what an inspection says of a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from guard import InputSpec
+from guard.errors import GuardError, InspectionError
+from guard.folders import FolderKind
+
+SCHEMA = 1
+JSON = "scan.json"
+REPORT = "report.html"
+TRIGGERS = "triggers.safetensors"
+
+Method = Literal["neural-cleanse", "deep-inspect"]
+
+KIND = FolderKind("scan's", JSON, lambda name: name in (REPORT, TRIGGERS), InspectionError)
+
+
+class SecondOpinion(msgspec.Struct, frozen=True, kw_only=True):
+    """What decides on a label that might be infected.
+
+    Attributes:
+        size_ratio: Size of its trigger over the median of the other labels'.
+        success: Share of images that the search did not see and that its trigger sends to the label.
+        reference_l1: Size of the trigger that a clean reference of the same task needs for that label; None where the first
+            two speak against a backdoor already.
+        reference_ratio: That size over the median of the reference's other labels.
+        infected: What follows.
+    """
+
+    size_ratio: float
+    success: float
+    reference_l1: float | None
+    reference_ratio: float | None
+    infected: bool
+
+
+class LabelFinding(msgspec.Struct, frozen=True, kw_only=True):
+    """What was found of a label, or of a pair of labels.
+
+    Attributes:
+        label_index: To which its trigger sends images.
+        label: Its name, where known.
+        source_index: From which; None for all.
+        anomaly_index: How far its size lies below the median, in robust standard deviations; negative above; None of fewer
+            than three labels.
+        mask_l1: Size of its trigger, in pixels.
+        success: Share of images that the trigger sends to the label, while it was found.
+        passes: Images that went through the model for it.
+        infected_by_index: What the index alone would say: over 2.
+        candidate: Whether it got a second opinion.
+        second_opinion: That opinion.
+        infected: The verdict.
+    """
+
+    label_index: int
+    label: str | None
+    source_index: int | None
+    anomaly_index: float | None
+    mask_l1: float
+    success: float
+    passes: int
+    infected_by_index: bool
+    candidate: bool
+    second_opinion: SecondOpinion | None
+    infected: bool
+
+
+class ScanFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """What an inspection came to.
+
+    Attributes:
+        infected: Whether any label, or pair, is.
+        labels: One for each label.
+        pairs: One for each pair of source and target, where they were asked for.
+        median_l1: Of the labels' sizes.
+        reference_agreement: Share of held-out clean images that the reference answers as the model does; None where none was
+            needed.
+        clean_images: That the search saw.
+        held_out: Clean images that it did not see.
+        passes: Images that went through the model, for all labels and pairs.
+        seconds: That it took, with the time before an interruption.
+    """
+
+    infected: bool
+    labels: tuple[LabelFinding, ...]
+    pairs: tuple[LabelFinding, ...]
+    median_l1: float
+    reference_agreement: float | None
+    clean_images: int
+    held_out: int
+    passes: int
+    seconds: float
+
+
+class ScanRecord(ScanFigures, frozen=True, kw_only=True):
+    """What `scan.json` holds, besides the figures.
+
+    Attributes:
+        schema: Version of this layout.
+        created: ISO 8601, UTC.
+        method: Of the inspection.
+        model_sha256: Of the model, as profiles know it.
+        input: Of the model.
+        settings: How it was inspected.
+        libraries: Versions that did it.
+    """
+
+    schema: int
+    created: str
+    method: Method
+    model_sha256: str | None
+    input: InputSpec
+    settings: dict[str, object]
+    libraries: dict[str, str]
+
+
+def read_scan(folder: Path) -> ScanRecord:
+    """Read `scan.json`.
+
+    Raises:
+        InspectionError: There is none, a damaged one, or one of a newer schema.
+    """
+    path = folder / JSON
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InspectionError(f"expected a scan's folder with {JSON}, got {folder}: make one with guard scan") from error
+    try:
+        schema = msgspec.json.decode(data, type=dict[str, object]).get("schema")
+        if schema != SCHEMA:
+            raise InspectionError(f"expected {JSON} of schema {SCHEMA}, got {schema} in {folder}: scan again with this version")
+        return msgspec.json.decode(data, type=ScanRecord)
+    except InspectionError:
+        raise
+    except (msgspec.MsgspecError, GuardError, RecursionError) as error:
+        raise InspectionError(f"{path} is damaged ({error}): scan again") from error

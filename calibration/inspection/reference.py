@@ -1,0 +1,117 @@
+"""A clean model of the same task: a small net that learns a suspicious model's answers to clean images, and nothing else.
+
+Some labels are easy to reach by nature, in any model of a task. Clean images never carry the trigger, so that a net which
+learns the suspect's answers to them, and to mixtures of them, learns what is natural, and not the backdoor. What needs a small
+trigger in the suspect, but not in the net, is no matter of the task.
+
+References: Hinton et al., Distilling the Knowledge in a Neural Network, arXiv:1503.02531; Zhang et al., arXiv:1710.09412.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from calibration.data import Progress, no_progress
+from calibration.engine import Engine
+from calibration.fine_tuning import arrange
+from calibration.repair.tuning import distillation_loss, mix
+
+_LARGEST = 32  # pixels: larger images are halved first, until they fit
+_WIDTHS = (24, 48, 96)
+_BATCH, _STEPS = 64, 640
+_RATE, _WARM_UP, _TEMPERATURE = 3e-3, 0.1, 2.0
+_SHIFT = 1.0 / 14.0  # of the image's size
+_AT_ONCE = 256
+
+
+@final
+class ReferenceNet(nn.Module):
+    """Three stages of two convolutions, then the classes.
+
+    Args:
+        shape: (C, H, W) of the images.
+        classes: M.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], classes: int) -> None:
+        super().__init__()
+        channels, height, width = shape
+        layers: list[nn.Module] = []
+        while max(height, width) > _LARGEST:
+            layers.append(nn.AvgPool2d(2, ceil_mode=True))
+            height, width = -(-height // 2), -(-width // 2)
+        for out in _WIDTHS:
+            for _ in range(2):
+                layers += [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+                channels = out
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))
+            height, width = -(-height // 2), -(-width // 2)
+        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * height * width, classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] to logits (B, M)."""
+        answers: Tensor = self.layers((images - 0.5) / 0.25)
+        return answers
+
+
+def train_reference(
+    answers: nn.Module,
+    images: Tensor,
+    classes: int,
+    seed: int,
+    engine: Engine,
+    progress: Progress = no_progress,
+) -> nn.Module:
+    """Train one.
+
+    Args:
+        answers: The suspect, on the engine's device: images in [0, 1] to logits (B, M).
+        images: (N, C, H, W), in [0, 1], clean.
+        classes: M.
+        seed: Of its first weights and of what is drawn.
+        engine: Where.
+        progress: Told how far it is.
+
+    Returns:
+        The net, in eval mode, without gradients to its weights.
+    """
+    _, channels, height, width = images.shape
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = ReferenceNet((channels, height, width), classes)
+    arrange(net, torch.channels_last)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=_RATE)
+    module, optimizer_there = engine.setup(net, optimizer)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, _RATE, _STEPS, pct_start=_WARM_UP, anneal_strategy="linear", cycle_momentum=False
+    )
+    generator = torch.Generator().manual_seed(seed)
+    net.train()
+    for step in range(_STEPS):
+        rows = torch.randint(len(images), (min(_BATCH, len(images)),), generator=generator)
+        batch, _ = mix(_shifted(images[rows], generator), 0.5, generator)
+        batch = batch.to(engine.device).contiguous(memory_format=torch.channels_last)
+        with torch.no_grad(), engine.autocast():
+            wanted = torch.cat([answers(part).float() for part in batch.split(_AT_ONCE)])
+        unknown = torch.full((len(batch),), -1, device=batch.device)
+        optimizer.zero_grad(set_to_none=True)
+        engine.backward(distillation_loss(module(batch).float(), wanted, unknown, 1.0, _TEMPERATURE))
+        optimizer_there.step()
+        schedule.step()
+        progress("training a clean reference", step + 1, _STEPS)
+    net.eval()
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+    return net
+
+
+def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
+    """All of a batch moved alike by a few pixels, edges repeated."""
+    height, width = images.shape[2:]
+    most = [max(1, round(_SHIFT * size)) for size in (height, width)]
+    down, right = (int(torch.randint(0, 2 * limit + 1, (1,), generator=generator)) for limit in most)
+    padded = nn.functional.pad(images, [most[1], most[1], most[0], most[0]], mode="replicate")
+    return padded[:, :, down : down + height, right : right + width]
