@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from guard.detectors import Blend, Detector, Strip
+from guard.detectors import ActivationFilter, Blend, Detector, FeatureSqueezing, Strip
 from guard.images import Container, DType, InputSpec, Layout
 from guard.predictors import OutputKind, Predictor, load_backend
 from guard.preprocessors import (
@@ -26,7 +26,7 @@ from guard.preprocessors import (
     ThreeMedians,
 )
 from tests.guard.models import CLASSES, predict_function, predictor, save_onnx
-from tests.toy import ENTROPY_THRESHOLD, SIDE, SPEC, ToyNet, toy_images, toy_trigger
+from tests.toy import ENTROPY_THRESHOLD, SIDE, SPEC, LearningToy, ToyNet, toy_images, toy_trigger
 
 FILES = ("torchscript", "torch-export", "torch-export-3", "onnx", "onnx-3")
 CALLABLES = [
@@ -131,6 +131,21 @@ def strip_of(blend: Blend, alpha: float, output: OutputKind = "logits") -> Calla
     return make
 
 
+def squeezing(output: OutputKind = "logits") -> Callable[[int | None], FeatureSqueezing]:
+    def make(rows: int | None) -> FeatureSqueezing:
+        model = predictor() if output == "logits" else predictor(predict_function(SPEC, output), SPEC, output)
+        return FeatureSqueezing(model if rows is None else limited(model, rows))
+
+    return make
+
+
+def corner_filter(rows: int | None) -> ActivationFilter:
+    """The filter over a toy whose penultimate neurons are white pixels: it looks at the trigger's four."""
+    with torch.random.fork_rng(devices=[]):
+        model = predictor(LearningToy())
+    return ActivationFilter(model if rows is None else limited(model, rows), torch.tensor([54, 55, 62, 63]))
+
+
 DETECTORS: dict[str, Callable[[int | None], Detector]] = {
     "strip-add": strip_of("add", 1.0),
     "strip-mix": strip_of("mix", 0.5),
@@ -139,6 +154,9 @@ DETECTORS: dict[str, Callable[[int | None], Detector]] = {
     "strip-logit": strip_of("logit", 2.0),
     "strip-probabilities": strip_of("add", 1.0, "probabilities"),
     "strip-labels": strip_of("add", 1.0, "labels"),
+    "feature-squeezing": squeezing(),
+    "feature-squeezing-labels": squeezing("labels"),
+    "activation-filter": corner_filter,
 }
 
 
@@ -177,7 +195,7 @@ def test_memory_limits_change_no_score(name: str, rows: int) -> None:
 @pytest.mark.parametrize("name", DETECTORS)
 def test_detectors_leave_the_model_in_its_mode(name: str) -> None:
     detector = DETECTORS[name](None)
-    assert isinstance(detector, Strip)
+    assert isinstance(detector, Strip | FeatureSqueezing | ActivationFilter)
     detector.score(mixed(2))
     module = getattr(detector.predictor.backend, "module", None)
     assert module is None or not module.training
