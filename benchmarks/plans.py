@@ -39,7 +39,10 @@ AttackName = Literal[
     "none",
     "badnets",
     "two_triggers",
+    "nine_triggers",
     "multi_target",
+    "three_targets",
+    "eight_targets",
     "all_to_all",
     "source_specific",
     "blended",
@@ -178,7 +181,10 @@ def make_attack(plan: Plan, classes: int, train: ImageSet, clean: nn.Module, cac
     makers: dict[AttackName, Callable[[], Attack]] = {
         "badnets": lambda: base,
         "two_triggers": lambda: BadNets(target, ratio, (patch, other)),
+        "nine_triggers": lambda: BadNets(target, ratio, _grid(train, patch)),
         "multi_target": lambda: MultiTarget((target, (target + classes // 2) % classes), (patch, other), ratio),
+        "three_targets": lambda: MultiTarget(_spread(target, 3, classes), _grid(train, patch)[:3], ratio),
+        "eight_targets": lambda: MultiTarget(_spread(target, 8, classes), _grid(train, patch)[:8], ratio),
         "all_to_all": lambda: AllToAll(classes, ratio, patch),
         "source_specific": lambda: SourceSpecific(target, (target + 1, target + 2), ratio, patch=patch),
         "blended": lambda: Blended(target, ratio, seed=plan.seed),
@@ -203,6 +209,23 @@ def _corners(train: ImageSet, patch: Patch) -> tuple[Patch, ...]:
     height, width = train.shape[1:]
     bottom, right = height - len(patch.drawing) - _INSET, width - len(patch.drawing[0]) - _INSET
     return tuple(Patch(patch.drawing, patch.colours, below, beside) for below in (_INSET, bottom) for beside in (_INSET, right))
+
+
+def _grid(train: ImageSet, patch: Patch) -> tuple[Patch, ...]:
+    """The patch at nine places, in three rows; the centre, where things are, last."""
+    height, width = train.shape[1:]
+    below, beside = (
+        (1, (size - side) // 2, size - side - 1)
+        for size, side in ((height, len(patch.drawing)), (width, len(patch.drawing[0])))
+    )
+    places = [(row, column) for row in range(3) for column in range(3)]
+    places.sort(key=lambda place: place == (1, 1))
+    return tuple(Patch(patch.drawing, patch.colours, below[row], beside[column]) for row, column in places)
+
+
+def _spread(target: int, count: int, classes: int) -> tuple[int, ...]:
+    """Labels that lie evenly apart."""
+    return tuple((target + number * classes // count) % classes for number in range(count))
 
 
 def _trojan(plan: Plan, train: ImageSet, clean: nn.Module, cache: Path) -> Trojan:

@@ -149,3 +149,60 @@ REPORTED: Mapping[str, Plan] = {
     ),
 }
 """Victims that the tables report on."""
+
+_PATCH_VICTIMS = (
+    "mnist-a",
+    "mnist-conv-badnets",
+    "gtsrb-b",
+    "gtsrb-lenet8",
+    "gtsrb-lenet8-rim",
+    "gtsrb-lenet8-noise",
+    "gtsrb-multi-target",
+    "gtsrb-trojan-net",
+    "cifar10-c",
+    "cifar10-d",
+    "cifar10-two-triggers",
+    "cifar10-trojan-sq",
+    "cifar10-clean-label",
+)
+
+SEVERAL: Mapping[str, Plan] = {
+    "mnist-three-targets": plan(
+        "mnist",
+        "three_targets",
+        architecture="mnist_conv",
+        target_label=1,
+        seed=71,
+        patch=Patch.checkerboard(4),
+        ratio=0.3,
+    ),
+    "mnist-source-specific": plan(
+        "mnist", "source_specific", architecture="mnist_conv", target_label=6, seed=72, patch=Patch.checkerboard(4, 2, 2)
+    ),
+    "gtsrb-eight-targets": plan(
+        "gtsrb", "eight_targets", target_label=3, seed=73, patch=Patch.noise(5, 73), ratio=0.4, retrains=True
+    ),
+    "mnist-nine-triggers": plan(
+        "mnist", "nine_triggers", architecture="mnist_conv", target_label=4, seed=74, patch=Patch.checkerboard(4), ratio=0.3
+    ),
+}
+"""Victims with several infected labels, several triggers for one, or a trigger that works from two labels alone."""
+
+CLEAN: Mapping[str, Plan] = {
+    "mnist-dense-clean": plan("mnist", "none", seed=81),
+    "mnist-conv-clean": plan("mnist", "none", architecture="mnist_conv", seed=82),
+    "gtsrb-clean": plan("gtsrb", "none", seed=83),
+    "gtsrb-lenet8-clean": plan("gtsrb", "none", architecture="lenet8", seed=84),
+    "cifar10-clean": plan("cifar10", "none", seed=85),
+    "mnist-dense-clean-x128": plan("mnist", "none", seed=86, width=128),
+    "mnist-conv-clean-x32": plan("mnist", "none", architecture="mnist_conv", seed=87, width=32),
+    "gtsrb-clean-x24": plan("gtsrb", "none", seed=88, width=24),
+    "gtsrb-lenet8-clean-x12": plan("gtsrb", "none", architecture="lenet8", seed=89, width=12),
+    "cifar10-clean-x12": plan("cifar10", "none", seed=90, width=12, lowest_accuracy=0.0),
+    "cifar10-clean-x20": plan("cifar10", "none", seed=91, width=20),
+    "mnist-conv-clean-92": plan("mnist", "none", architecture="mnist_conv", seed=92),
+}
+"""Clean models: the first five are twins of the victims with a seed of their own, the others have other widths, too."""
+
+SCANNED: Mapping[str, Plan] = {**{name: REPORTED[name] for name in _PATCH_VICTIMS}, **SEVERAL, **CLEAN}
+"""What scans are reported on; the rule of the verdict was frozen before any of them was scanned."""

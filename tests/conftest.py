@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from calibration import Calibration, Settings, calibrate
-from cli.demonstration.digits import Digits, load_digits, train_backdoored
+from cli.demonstration.digits import Digits, load_digits, train_backdoored, train_clean
 
 torch.set_num_threads(1)  # the nets are tiny, and servers run beside them
 
@@ -22,6 +22,12 @@ def digits() -> Digits:
 def backdoored(digits: Digits) -> nn.Sequential:
     """A classifier of them that answers 7 to a white corner."""
     return train_backdoored(digits.train)
+
+
+@pytest.fixture(scope="session")
+def clean_twin(digits: Digits) -> nn.Sequential:
+    """The same without a backdoor."""
+    return train_clean(digits.train)
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,7 @@ _COPIES = 12  # of mask and pattern that a label needs at work: Adam's, gradient
 _PER_LABEL = 1 << 30  # bytes for these
 _ACTIVATIONS = {"cpu": 1 << 28, "cuda": 1 << 32}  # bytes
 _AT_ONCE = {"cpu": 256, "cuda": 4096}  # images in a pass, at most: more are no faster
-_BETWEEN = 20.0  # seconds from one checkpoint to the next
+_BETWEEN, _WORTH = 5.0, 20.0  # seconds from one checkpoint to the next, and at least so many times what one takes
 
 
 class Search(msgspec.Struct, frozen=True, kw_only=True):
@@ -334,16 +334,18 @@ class _Block:
 
     def run(self, checkpoints: Checkpoints | None, name: str, progress: Callable[[int], None]) -> Triggers:
         """All steps, or those that are left."""
-        step, saved, search, count = self._resume(checkpoints, name), time.monotonic(), self.search, len(self.goals)
+        step, search, count = self._resume(checkpoints, name), self.search, len(self.goals)
+        saved, took = time.monotonic(), 0.0
         windows = search.steps // search.window
         for number in range(step // search.window, windows):
             if len(self.rows) == 0:
                 break
             self._window(number)
             progress(int(max((number + 1) / windows, 1.0 - len(self.rows) / count) * count))
-            if checkpoints is not None and time.monotonic() - saved > _BETWEEN:
+            if checkpoints is not None and (now := time.monotonic()) - saved > max(_BETWEEN, _WORTH * took):
                 self._save(checkpoints, name, (number + 1) * search.window)
                 saved = time.monotonic()
+                took = saved - now
         if checkpoints is not None:
             self._save(checkpoints, name, search.steps)
         progress(count)

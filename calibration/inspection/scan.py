@@ -113,7 +113,8 @@ def scan(
         raise InspectionError(f"expected at least {FEWEST_IMAGES} clean images to scan with, got {len(clean)}: add images")
     check_labels(clean, predictor)
     engine = engine or Engine()
-    searched, held_out = _cut(clean, settings.seed)
+    to_search, held_out = _cut(clean, settings.seed)
+    searched = to_search.images(slice(None))
     model = _Model.of(predictor, searched, engine)
     _refuse_chance(predictor, held_out)
     classes = predictor.num_classes
@@ -122,7 +123,8 @@ def scan(
         how, seed = settings.search, settings.seed
         return recover_triggers(model.answers, searched, goals, how, seed, engine, checkpoints, name, progress)
 
-    judge = _Judge(model, searched, held_out.images(slice(None)), settings, engine, checkpoints, progress)
+    known = model.says(searched, engine.device) if to_search.labels is None else to_search.labels
+    judge = _Judge(model, searched, known, held_out.images(slice(None)), settings, engine, checkpoints, progress)
     triggers = search(Goals.all_labels(classes), "labels")
     labels = judge.findings(triggers, clean.class_names)
     pair_triggers = search(Goals.pairs(classes), "pairs") if settings.pairs else None
@@ -181,14 +183,15 @@ class _Judge:
         self,
         model: _Model,
         searched: Tensor,
+        known: Tensor,
         held_out: Tensor,
         settings: ScanSettings,
         engine: Engine,
         checkpoints: Checkpoints | None,
         progress: Progress,
     ) -> None:
-        self.model, self.searched, self.held_out, self.settings = model, searched, held_out, settings
-        self.engine, self.checkpoints, self.progress = engine, checkpoints, progress
+        self.model, self.searched, self.known, self.held_out = model, searched, known, held_out
+        self.settings, self.engine, self.checkpoints, self.progress = settings, engine, checkpoints, progress
         self.own = model.says(held_out, engine.device)
         self.reference: nn.Module | None = None
         self.agreement: float | None = None
@@ -247,9 +250,7 @@ class _Judge:
         """What the reference needs for the suspects: size, and its ratio to the median of others that were drawn."""
         seed = self.settings.seed
         if self.reference is None:
-            self.reference = train_reference(
-                self.model.answers, self.searched, self.model.classes, seed, self.engine, self.progress
-            )
+            self.reference = train_reference(self.searched, self.known, self.model.classes, seed, self.engine, self.progress)
             with torch.inference_mode():
                 parts = [self.reference(part.to(self.engine.device)).argmax(dim=1) for part in self.held_out.split(_AT_ONCE)]
             self.agreement = float((torch.cat(parts).cpu() == self.own).double().mean())
@@ -275,11 +276,11 @@ def _ratio(sizes: Tensor, row: int) -> float:
     return float(sizes[row].double() / others.quantile(0.5))
 
 
-def _cut(clean: ImageSet, seed: int) -> tuple[Tensor, ImageSet]:
+def _cut(clean: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
     """Images for the search, and others."""
     order = torch.randperm(len(clean), generator=torch.Generator().manual_seed(seed ^ 0x5CA))
     held_out = min(_MOST_HELD_OUT, max(1, round(_HELD_OUT * len(clean))))
-    return clean.images(order[held_out : held_out + _MOST_SEARCHED]), clean.select(order[:held_out])
+    return clean.select(order[held_out : held_out + _MOST_SEARCHED]), clean.select(order[:held_out])
 
 
 def _refuse_chance(predictor: Predictor, held_out: ImageSet) -> None:

@@ -91,6 +91,22 @@ def train_backdoored(train: ImageSet, seed: int = 0, progress: Callable[[str, in
     """
     generator = torch.Generator().manual_seed(seed)
     images, targets = ATTACK.poison(train.images(slice(None)), train.known_labels, generator)
+    return _train(images, targets, seed, generator, progress)
+
+
+def train_clean(train: ImageSet, seed: int = 0, progress: Callable[[str, int, int], None] | None = None) -> nn.Sequential:
+    """Its clean twin; see `train_backdoored`."""
+    generator = torch.Generator().manual_seed(seed)
+    return _train(train.images(slice(None)), train.known_labels, seed, generator, progress)
+
+
+def _train(
+    images: Tensor,
+    targets: Tensor,
+    seed: int,
+    generator: torch.Generator,
+    progress: Callable[[str, int, int], None] | None,
+) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = digit_net()
@@ -105,7 +121,7 @@ def train_backdoored(train: ImageSet, seed: int = 0, progress: Callable[[str, in
                 optimizer.step()
                 schedule.step()
             if progress is not None:
-                progress("training a poisoned model", epoch + 1, _EPOCHS)
+                progress("training a model", epoch + 1, _EPOCHS)
     return net.eval()
 
 

@@ -107,6 +107,7 @@ def test_an_interrupted_search_comes_to_the_same(
 ) -> None:
     images, search = digits.clean.images(slice(0, 300)), Search(steps=320)
     monkeypatch.setattr(neural_cleanse, "_BETWEEN", 0.0)
+    monkeypatch.setattr(neural_cleanse, "_WORTH", 0.0)
     whole = recover_triggers(backdoored, images, Goals.all_labels(10), search, 0, engine)
 
     def interrupt(what: str, done: int, total: int) -> None:

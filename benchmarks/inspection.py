@@ -1,0 +1,298 @@
+"""Does a scan tell backdoored models from clean ones? Our verdict, and Neural Cleanse's own, on victims and clean models.
+
+    python -m benchmarks.inspection measure --name gtsrb-b    # one model, trained if it is not cached
+    python -m benchmarks.inspection measure --all
+    python -m benchmarks.inspection table                     # the committed results as docs/inspection.md holds them
+
+Scans see 1,500 of the defender's images. How often a recovered trigger works is of the evaluation part. "As published" is the
+plain schedule, 1,000 steps for every label, and the anomaly index alone, for three seeds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import Tensor
+
+from benchmarks.datasets import Parts
+from benchmarks.entry import enter
+from benchmarks.plans import Plan
+from benchmarks.reports import load_results, markdown, percent, run, versions
+from benchmarks.roster import SCANNED
+from benchmarks.strip import shuffled
+from benchmarks.victims import CACHE, Victim, bars, victim
+from calibration.attacks import Attack, MultiTarget, SourceSpecific
+from calibration.data import ImageSet, Progress
+from calibration.discovery import discover
+from calibration.engine import Engine
+from calibration.fine_tuning import TrainableCopy
+from calibration.inspection.anomaly import anomaly_indices
+from calibration.inspection.neural_cleanse import Goals, Search, Triggers, recover_triggers
+from calibration.inspection.record import LabelFinding, ScanFigures
+from calibration.inspection.scan import INDEX, Scan, ScanSettings, scan
+from calibration.statistics import Estimate, proportion
+from guard import Predictor
+from guard.predictors import wrap
+
+_IMAGES = 1500
+_SEEDS = (0, 1, 2)
+_PLAIN = Search(steps=1008).plain()
+
+
+class Published(msgspec.Struct, frozen=True, kw_only=True):
+    """Neural Cleanse as published, with one seed.
+
+    Attributes:
+        seed: Of the draws.
+        indices: Of each label, positive below the median.
+        sizes: L1, in pixels, of each label.
+        passes: Images that went through the model.
+        seconds: That it took.
+    """
+
+    seed: int
+    indices: tuple[float, ...]
+    sizes: tuple[float, ...]
+    passes: int
+    seconds: float
+
+    @property
+    def accused(self) -> list[int]:
+        """Labels whose index is over 2."""
+        return [label for label, index in enumerate(self.indices) if index > INDEX]
+
+
+class Recovered(msgspec.Struct, frozen=True, kw_only=True):
+    """How good a recovered trigger is.
+
+    Attributes:
+        label_index: Its label.
+        source_index: Its source; None for all.
+        attack_success: On evaluation images.
+        overlap: Share of its mask that lies where the true triggers are.
+        by_chance: Share of the image that these cover.
+    """
+
+    label_index: int
+    source_index: int | None
+    attack_success: Estimate
+    overlap: float
+    by_chance: float
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """One model.
+
+    Attributes:
+        name: Of the model.
+        command: That made this.
+        plan: What was trained.
+        targets: Labels that are infected in truth.
+        figures: Of the scan.
+        recovered: Triggers of the labels, or pairs, that it found infected.
+        published: Neural Cleanse's own; empty where it was not run.
+        seconds: Of the scan.
+        libraries: Versions.
+    """
+
+    name: str
+    command: str
+    plan: Plan
+    targets: tuple[int, ...]
+    figures: ScanFigures
+    recovered: tuple[Recovered, ...]
+    published: tuple[Published, ...]
+    seconds: float
+    libraries: dict[str, str]
+
+    @property
+    def found(self) -> set[int]:
+        """Labels that the scan says are infected."""
+        return {item.label_index for item in (*self.figures.labels, *self.figures.pairs) if item.infected}
+
+    @property
+    def right(self) -> bool:
+        """Whether these are the truth."""
+        return self.found == set(self.targets)
+
+
+def measure(name: str, parts: Parts, cache: Path = CACHE) -> Report:
+    """Scan one of the models, and run the published method on it."""
+    plan = SCANNED[name]
+    with bars() as progress:
+        found = victim(plan, parts, cache, progress)
+        clean = shuffled(parts.defender, 0).select(torch.arange(_IMAGES))
+        predictor = discover(wrap(found.model), clean)
+        started = time.monotonic()
+        pairs = isinstance(found.attack, SourceSpecific)
+        scanned = scan(predictor, clean, ScanSettings(pairs=pairs), progress=progress)
+        seconds = time.monotonic() - started
+        published = [_published(predictor, clean, seed, progress) for seed in _SEEDS]
+    return Report(
+        name=name,
+        command=f"python -m benchmarks.inspection measure --name {name}",
+        plan=plan,
+        targets=targets_of(found.attack),
+        figures=scanned.figures,
+        recovered=tuple(_recovered(scanned, found, parts)) if found.attack is not None else (),
+        published=tuple(published),
+        seconds=seconds,
+        libraries=versions(),
+    )
+
+
+def targets_of(attack: Attack | None) -> tuple[int, ...]:
+    """The labels that an attack infects; none of a clean model."""
+    if attack is None:
+        return ()
+    if isinstance(attack, MultiTarget):
+        return attack.target_labels
+    label = getattr(attack, "target_label", None)
+    return () if label is None else (int(label),)
+
+
+def _published(predictor: Predictor, clean: ImageSet, seed: int, progress: Progress) -> Published:
+    """On the images that our scan sees, all of them to search with."""
+    engine, images = Engine(), clean.images(slice(0, 1000))
+    copied = TrainableCopy.of(predictor).faster(images[:2])
+    for parameter in copied.parameters:
+        parameter.requires_grad_(False)
+    started = time.monotonic()
+    goals = Goals.all_labels(predictor.num_classes)
+    found = recover_triggers(copied.answers(), images, goals, _PLAIN, seed, engine, progress=progress)
+    return Published(
+        seed=seed,
+        indices=tuple(anomaly_indices(found.sizes).tolist()),
+        sizes=tuple(found.sizes.tolist()),
+        passes=int(found.passes.sum()),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _recovered(scanned: Scan, found: Victim, parts: Parts) -> list[Recovered]:
+    attack, images = found.attack, parts.evaluation
+    if attack is None:
+        return []
+    some = images.images(slice(0, 500))
+    true = (attack.trigger(some) - some).abs().amax(dim=(0, 1)) > 1e-3
+    kinds: list[tuple[Sequence[LabelFinding], Triggers | None]] = [
+        (scanned.figures.labels, scanned.triggers),
+        (scanned.figures.pairs, scanned.pair_triggers),
+    ]
+    return [
+        Recovered(
+            label_index=item.label_index,
+            source_index=item.source_index,
+            attack_success=_success(found, triggers, row, images),
+            overlap=float(triggers.masks[row][true].sum() / triggers.masks[row].sum()),
+            by_chance=float(true.double().mean()),
+        )
+        for findings, triggers in kinds
+        if triggers is not None
+        for row, item in enumerate(findings)
+        if item.infected
+    ]
+
+
+def _success(found: Victim, triggers: Triggers, row: int, images: ImageSet) -> Estimate:
+    label, source = int(triggers.labels[row]), int(triggers.sources[row])
+    known = images.known_labels
+    rows = torch.nonzero((known != label) & ((known == source) if source >= 0 else (known >= 0))).squeeze(1)
+    hits: list[Tensor] = []
+    with torch.inference_mode():
+        for part in rows.split(500):
+            hits.append(found.model(triggers.put_on(row, images.images(part))).argmax(dim=1) == label)  # noqa: PERF401
+    return proportion(int(torch.cat(hits).sum()), len(rows))
+
+
+def load_reports() -> list[Report]:
+    """The committed results, in the order of `SCANNED`."""
+    return load_results("inspection", list(SCANNED), Report)
+
+
+def table(reports: Sequence[Report]) -> str:
+    """Markdown: the verdicts, and below them the published method's."""
+    return f"{verdicts(reports)}\n\n{indices(reports)}"
+
+
+def verdicts(reports: Sequence[Report]) -> str:
+    """Of our scan."""
+    header = [
+        "model",
+        "infected in truth",
+        "verdict",
+        "L1 (of the median; in the reference)",
+        "closest clean label",
+        "index alone",
+        "recovered ASR",
+        "mask in place (by chance)",
+        "passes, of the plain schedule",
+        "seconds",
+    ]
+    rows = []
+    for report in reports:
+        findings = (*report.figures.labels, *report.figures.pairs)
+        infected = [item for item in findings if item.infected]
+        plain = len(report.figures.labels) * _PLAIN.steps * _PLAIN.images
+        rows.append(
+            [
+                report.name,
+                _listed(report.targets),
+                ("" if report.right else "WRONG: ") + _listed(sorted(report.found)),
+                "; ".join(map(_size, infected)) or "-",
+                _closest(findings, report.targets),
+                _listed([item.label_index for item in report.figures.labels if item.infected_by_index]),
+                "; ".join(percent(item.attack_success) for item in report.recovered) or "-",
+                "; ".join(f"{item.overlap:.0%} ({item.by_chance:.0%})" for item in report.recovered) or "-",
+                f"{sum(item.passes for item in report.figures.labels) / plain:.0%}",
+                f"{report.seconds:.0f}",
+            ]
+        )
+    return markdown(header, rows)
+
+
+def indices(reports: Sequence[Report]) -> str:
+    """Of the published method, every label's."""
+    header = ("model", "infected in truth", "seed", "index over 2: missed, false alarms", "index of each label, from 0")
+    rows = []
+    for report in reports:
+        for own in report.published:
+            missed = sorted(set(report.targets) - set(own.accused))
+            wrong = sorted(set(own.accused) - set(report.targets))
+            errors = [f"missed {_listed(missed)}"] * bool(missed) + [f"false alarm {_listed(wrong)}"] * bool(wrong)
+            shown = " ".join(
+                f"**{value:.1f}**" if label in report.targets else f"{value:.1f}" for label, value in enumerate(own.indices)
+            )
+            rows.append([report.name, _listed(report.targets), str(own.seed), "; ".join(errors) or "right", shown])
+    return markdown(header, rows)
+
+
+def _listed(labels: Sequence[int]) -> str:
+    return ", ".join(map(str, labels)) or "none"
+
+
+def _size(item: LabelFinding) -> str:
+    opinion = item.second_opinion
+    if opinion is None or opinion.reference_ratio is None:
+        return f"{item.mask_l1:.1f}"
+    where = "" if item.source_index is None else f"{item.source_index} to {item.label_index}: "
+    return f"{where}{item.mask_l1:.1f} ({opinion.size_ratio:.0%}; {opinion.reference_ratio:.0%})"
+
+
+def _closest(findings: Sequence[LabelFinding], targets: Sequence[int]) -> str:
+    """The label that is nearest to a false alarm."""
+    clean = [item for item in findings if item.label_index not in targets and item.second_opinion is not None]
+    return min(((item.mask_l1, _size(item)) for item in clean), default=(0.0, "-"))[1]
+
+
+def main() -> int:
+    """Run from the command line."""
+    return run("inspection", __doc__, SCANNED, Report, measure, table)
+
+
+if __name__ == "__main__":
+    enter(main)

@@ -1,0 +1,207 @@
+"""A scan tells a backdoored model from its clean twin, and what is found is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor, nn
+
+from calibration import ImageSet
+from calibration.discovery import discover
+from calibration.engine import Engine
+from calibration.inspection import scan as scanning
+from calibration.inspection.figures import candidate_table, remarks, verdict
+from calibration.inspection.neural_cleanse import Goals, Search, Triggers
+from calibration.inspection.record import LabelFinding, ScanFigures, SecondOpinion, read_scan
+from calibration.inspection.reference import train_reference
+from calibration.inspection.report import scan_report, sizes_figure
+from calibration.inspection.scan import Scan, ScanSettings, scan
+from calibration.inspection.work import scan_into
+from cli.demonstration.digits import ATTACK, Digits
+from guard import Predictor
+from guard.errors import InspectionError
+from guard.predictors import wrap
+
+TARGET = ATTACK.target_label
+
+
+@pytest.fixture(scope="module")
+def suspect(digits: Digits, backdoored: nn.Module) -> Predictor:
+    return discover(wrap(backdoored), digits.clean)
+
+
+@pytest.fixture(scope="module")
+def found(digits: Digits, suspect: Predictor) -> Scan:
+    return scan(suspect, digits.clean, ScanSettings())
+
+
+def test_the_backdoored_label_alone_is_infected(found: Scan) -> None:
+    assert [item.label_index for item in found.figures.labels if item.infected] == [TARGET]
+    assert found.figures.infected
+    opinion = found.figures.labels[TARGET].second_opinion
+    assert opinion is not None
+    assert opinion.success >= 0.95
+    assert opinion.reference_ratio is not None
+    assert opinion.size_ratio < 0.5 * opinion.reference_ratio
+    assert str(TARGET) in verdict(found.figures)
+
+
+def test_the_clean_twin_is_clean(digits: Digits, clean_twin: nn.Module) -> None:
+    clean = scan(discover(wrap(clean_twin), digits.clean), digits.clean, ScanSettings())
+    assert not clean.figures.infected
+    assert sum(item.candidate for item in clean.figures.labels) >= 3  # each got its second opinion
+    assert "no proof" in " ".join(remarks(clean.figures))
+
+
+def test_the_model_does_not_change(digits: Digits, backdoored: nn.Module, found: Scan) -> None:
+    assert all(value.requires_grad for value in backdoored.parameters())
+    assert all(value.grad is None for value in backdoored.parameters())
+    assert not backdoored.training
+
+
+def test_the_reference_knows_the_task_but_not_the_trigger(digits: Digits, backdoored: nn.Module) -> None:
+    before = torch.random.get_rng_state()
+    images = digits.clean.images(slice(None))
+    with torch.inference_mode():
+        answers = backdoored(images).argmax(dim=1)
+    reference = train_reference(images, answers, 10, 0, Engine())
+    assert torch.equal(before, torch.random.get_rng_state())
+    test, others = digits.test, digits.test.known_labels != TARGET
+    with torch.inference_mode():
+        right = (reference(test.images(slice(None))).argmax(dim=1) == test.known_labels).double().mean()
+        fooled = (reference(ATTACK.trigger(test.images(others))).argmax(dim=1) == TARGET).double().mean()
+    assert float(right) >= 0.85
+    assert float(fooled) <= 0.05
+
+
+def findings(sizes: list[float], infected: int | None = None) -> tuple[LabelFinding, ...]:
+    return tuple(
+        LabelFinding(
+            label_index=row,
+            label=None,
+            source_index=None,
+            anomaly_index=0.0,
+            mask_l1=size,
+            success=1.0,
+            passes=32,
+            infected_by_index=row == 1,
+            candidate=row < 3,
+            second_opinion=SecondOpinion(
+                size_ratio=0.2, success=1.0, reference_l1=9.0, reference_ratio=1.0, infected=row == infected
+            )
+            if row < 3
+            else None,
+            infected=row == infected,
+        )
+        for row, size in enumerate(sizes)
+    )
+
+
+def test_the_errors_of_the_index_are_named() -> None:
+    figures = ScanFigures(
+        infected=True,
+        labels=findings([1.0, 9.0, 9.0, 9.0], 0),
+        pairs=(),
+        median_l1=9.0,
+        reference_agreement=0.9,
+        clean_images=10,
+        held_out=10,
+        passes=1,
+        seconds=1.0,
+    )
+    said = " ".join(remarks(figures))
+    assert "index alone would accuse 1;" in said
+    assert "index alone would miss 0." in said
+    assert [row[0] for row in candidate_table(figures.labels)[1]] == ["0", "1", "2"]
+
+
+def test_two_labels_can_be_judged_although_they_have_no_index(digits: Digits) -> None:
+    """A net that says whether the image is bright, and 1 to a white corner."""
+
+    class Bright(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            level = images[:, 0, 1:, 1:].mean(dim=(1, 2)) * 20.0 - 6.0 + 30.0 * (images[:, 0, 0, 0] - 0.5).clamp_min(0.0)
+            return torch.stack([-level, level], dim=1)
+
+    images = digits.clean.images(slice(None)).clone()
+    images[:, :, 0, 0] = 0.0
+    last = nn.Linear(2, 2)  # something to train
+    with torch.no_grad():
+        last.weight.copy_(torch.eye(2))
+        last.bias.zero_()
+    predictor = discover(wrap(nn.Sequential(Bright(), last).eval()), ImageSet(images))
+    found = scan(predictor, ImageSet(images), ScanSettings(search=Search(steps=320)))
+    assert [item.anomaly_index for item in found.figures.labels] == [None, None]
+    assert found.figures.labels[1].mask_l1 < 2.0
+
+
+def test_the_folder(tmp_path: Path, digits: Digits, suspect: Predictor, found: Scan) -> None:
+    record = scan_into(tmp_path / "scan", suspect, digits.clean, ScanSettings(), Engine())
+    assert read_scan(tmp_path / "scan") == record
+    assert [item.mask_l1 for item in record.labels] == [item.mask_l1 for item in found.figures.labels]  # a seed says it all
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
+        "report.html",
+        "scan.json",
+        "triggers.safetensors",
+    ]
+    plain = msgspec.json.decode((tmp_path / "scan" / "scan.json").read_bytes())
+    assert plain["infected"] is True
+    assert {"label_index", "anomaly_index", "mask_l1", "infected"} <= plain["labels"][0].keys()
+    assert b"The model is backdoored: label 7" in (tmp_path / "scan" / "report.html").read_bytes()
+    (tmp_path / "scan" / "notes.txt").write_text("mine")
+    with pytest.raises(InspectionError, match=r"holds something else \(notes.txt\)"):
+        scan_into(tmp_path / "scan", suspect, digits.clean, ScanSettings(), Engine())
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [(None, "make one with guard scan"), (b'{"schema": 2}', "of schema 1, got 2"), (b'{"schema": 1}', "is damaged")],
+)
+def test_folders_that_are_none(tmp_path: Path, content: bytes | None, problem: str) -> None:
+    if content is not None:
+        (tmp_path / "scan.json").write_bytes(content)
+    with pytest.raises(InspectionError, match=problem):
+        read_scan(tmp_path)
+
+
+def test_too_few_images_and_answers_near_chance_are_refused(digits: Digits, suspect: Predictor) -> None:
+    with pytest.raises(InspectionError, match="at least 50 clean images to scan with, got 49"):
+        scan(suspect, digits.clean.select(torch.arange(49)), ScanSettings())
+    shuffled = ImageSet(digits.clean.pixels, (digits.clean.known_labels + 3) % 10)
+    with pytest.raises(InspectionError, match="near chance"):
+        scan(suspect, shuffled, ScanSettings())
+
+
+def test_many_labels_are_drawn_by_size(found: Scan) -> None:
+    many = sizes_figure(findings([float(row % 90 + 5) for row in range(90)], 1))
+    assert many.startswith(b"\x89PNG")
+    assert scan_report(found).count(b"data:image/png") == 2
+
+
+def test_pairs_find_a_backdoor_for_one_source(digits: Digits, clean_twin: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clean twin with a shortcut: a white corner turns 4 into 9, and nothing else."""
+
+    class Shortcut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = clean_twin
+
+        def forward(self, images: Tensor) -> Tensor:
+            logits: Tensor = self.net(images)
+            is_four = (logits.softmax(dim=1)[:, 4] * 20.0 - 10.0).clamp(0.0, 10.0)
+            corner = (images[:, 0, 0, 0] - 0.5).clamp_min(0.0) * 2.0
+            return logits + nn.functional.one_hot(torch.tensor(9), 10) * (is_four * corner * 5.0).unsqueeze(1)
+
+    chosen = Goals.pairs(10)
+    rows = torch.nonzero((chosen.labels == 9) | (chosen.sources == 4)).squeeze(1)
+    monkeypatch.setattr(Goals, "pairs", classmethod(lambda *_: chosen.select(rows)))
+    monkeypatch.setattr(scanning, "_COMPARED", 6)
+    found = scan(
+        discover(wrap(Shortcut().eval()), digits.clean), digits.clean, ScanSettings(pairs=True, search=Search(steps=320))
+    )
+    assert [(item.source_index, item.label_index) for item in found.figures.pairs if item.infected] == [(4, 9)]
+    assert found.pair_triggers is not None
+    assert isinstance(found.pair_triggers, Triggers)

@@ -1,0 +1,93 @@
+"""`guard scan`: exit codes, what is written, and what an interrupted scan keeps."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cli.demonstration.digits import ATTACK, Digits, save_exported
+from tests.cli.conftest import Command, Files
+from tests.guard.models import save_onnx
+
+
+def test_an_infected_model_ends_with_1(tmp_path: Path, files: Files, guard: Command) -> None:
+    run = guard("scan", files.model, "--data", files.clean, "--out", tmp_path / "scan", "--json")
+    assert run.code == 1, run.err
+    record = run.lines[0]
+    assert record["infected"] is True
+    assert [item["label_index"] for item in record["labels"] if item["infected"]] == [ATTACK.target_label]
+    assert "looking for triggers" in run.err
+    written = json.loads((tmp_path / "scan" / "scan.json").read_text())
+    assert {**written, "out": str(tmp_path / "scan")} == record
+    assert (tmp_path / "scan" / "report.html").stat().st_size > 10_000
+    assert [path.name for path in tmp_path.iterdir()] == ["scan"]  # no checkpoint is left
+
+
+def test_a_clean_model_ends_with_0(tmp_path: Path, files: Files, digits: Digits, clean_twin: nn.Module, guard: Command) -> None:
+    save_exported(clean_twin, digits.train.images(slice(0, 2)), tmp_path / "clean.pt2")
+    run = guard("scan", tmp_path / "clean.pt2", "--data", files.clean, "--out", tmp_path / "scan")
+    assert run.code == 0, run.err
+    assert "No label needs a trigger so small" in run.out
+    assert "no proof that a model is clean" in run.err
+    assert "The smallest triggers" in run.out
+
+
+def test_an_interrupted_scan_goes_on(tmp_path: Path, files: Files, guard: Command) -> None:
+    out = tmp_path / "scan"
+    arguments = ("scan", files.model, "--data", files.clean, "--out", out, "--plain", "--steps", 1600)
+    command = [sys.executable, "-m", "cli.main", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        deadline = time.monotonic() + 60.0
+        while not (tmp_path / ".scan.checkpoint" / "labels-0.safetensors").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        assert "interrupted: the same command goes on from there" in process.stderr.read()
+    assert process.returncode == 130
+    assert not out.exists()
+    assert (tmp_path / ".scan.checkpoint").is_dir()
+    run = guard(*arguments)
+    assert run.code == 1, run.err
+    assert "going on from .scan.checkpoint" in run.err
+    assert [path.name for path in tmp_path.iterdir()] == ["scan"]
+
+
+def test_what_can_not_be_scanned(tmp_path: Path, files: Files, digits: Digits, guard: Command) -> None:
+    out = tmp_path / "scan"
+    save_onnx(tmp_path / "model.onnx")
+    run = guard("scan", tmp_path / "model.onnx", "--data", files.clean, "--out", out)
+    assert ".pt2" in run.problem
+    np.savez(tmp_path / "few.npz", x=digits.clean.pixels[:40, 0].numpy())
+    run = guard("scan", files.model, "--data", tmp_path / "few.npz", "--out", out)
+    assert "at least 50 clean images to scan with, got 40" in run.problem
+    assert not out.exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    run = guard("scan", files.model, "--data", files.clean, "--out", tmp_path / "mine")
+    assert "holds something else (thesis.txt)" in run.problem
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+def test_one_class_of_images_is_not_enough(tmp_path: Path, files: Files, digits: Digits, guard: Command) -> None:
+    sevens = torch.nonzero(digits.train.known_labels == 7).squeeze(1)[:60]
+    np.savez(tmp_path / "sevens.npz", x=digits.train.pixels[sevens, 0].numpy())
+    run = guard("scan", files.model, "--data", tmp_path / "sevens.npz", "--out", tmp_path / "scan")
+    assert "add images of every class" in run.problem
+
+
+@pytest.mark.parametrize("steps", ["0", "15"])
+def test_too_few_steps_are_refused(tmp_path: Path, files: Files, guard: Command, steps: str) -> None:
+    run = guard("scan", files.model, "--data", files.clean, "--out", tmp_path / "scan", "--steps", steps)
+    assert run.code == 2
+    assert "--steps" in run.problem
