@@ -33,8 +33,9 @@ from calibration import Settings, calibrate
 from calibration.data import ImageSet, Progress
 from calibration.discovery import discover
 from calibration.repair.record import RepairFigures
-from calibration.repair.repair import Repaired, RepairSettings, repair
+from calibration.repair.repair import Repaired, repair
 from calibration.repair.report import learnt_figure
+from calibration.repair.settings import RepairSettings
 from guard.errors import InputError
 from guard.predictors import wrap
 

@@ -29,7 +29,8 @@ from calibration.data import ImageSet, Progress
 from calibration.discovery import discover
 from calibration.repair.gym import Recipe
 from calibration.repair.record import RepairFigures
-from calibration.repair.repair import RepairSettings, repair
+from calibration.repair.repair import repair
+from calibration.repair.settings import RepairSettings
 from guard import Predictor
 from guard.errors import InputError
 from guard.predictors import wrap

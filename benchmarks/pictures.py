@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from benchmarks.datasets import DEFAULT_FOLDER, Parts, SetName, load_parts
 from benchmarks.entry import enter
 from benchmarks.plans import AttackName, Plan, make_attack
-from benchmarks.roster import REPORTED
+from benchmarks.roster import REPORTED, SEVERAL
 from benchmarks.victims import CACHE, name_of, victim
 from calibration.attacks import Adaptive, Attack, CleanLabel
 from calibration.attacks.clean_label import pgd
@@ -65,6 +65,9 @@ class Picture:
 PICTURES: dict[AttackName, Picture] = {
     "badnets": Picture(REPORTED["cifar10-c"]),
     "two_triggers": Picture(REPORTED["cifar10-two-triggers"]),
+    "nine_triggers": Picture(SEVERAL["mnist-nine-triggers"]),
+    "three_targets": Picture(SEVERAL["mnist-three-targets"]),
+    "eight_targets": Picture(SEVERAL["gtsrb-eight-targets"]),
     "multi_target": Picture(REPORTED["gtsrb-multi-target"], rows=(36, 45, 119)),
     "all_to_all": Picture(REPORTED["cifar10-all-to-all"]),
     "source_specific": Picture(REPORTED["gtsrb-source-specific"], rows=(747, 722, 119)),

@@ -233,10 +233,7 @@ def far_where_it_shows(triggered: Judged, probe: Probe) -> Estimate | None:
 def _at(calibration: Calibration, asked: float, clean: Judged, triggered: Judged, targets: torch.Tensor) -> AtPaperRate:
     """The same detectors with thresholds for another rate."""
     limits = np.array(
-        [
-            [np.float32(set_threshold(-bits, asked, detectors=len(calibration.strips)).value)]
-            for bits in calibration.clean_entropies
-        ]
+        [[np.float32(set_threshold(part.scores, asked, detectors=len(calibration.parts)).value)] for part in calibration.parts]
     )
     success = (triggered.answers == targets).numpy()
     accepted = int((triggered.by_detector[:, success] < limits).all(axis=0).sum())

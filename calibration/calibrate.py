@@ -1,7 +1,8 @@
 """Calibration: from a model and clean images to a profile.
 
-The clean set is cut in two by a seed: STRIP's overlays, and the images that set the threshold and measure accuracy. A pair of
-blends is two detectors: overlays are dealt to them in turn, all the other images set each threshold, and the rate is shared.
+The clean set is cut in two by a seed: images that are set aside, STRIP's overlays, which also choose the neurons of activation
+filters; and the images that set the thresholds and measure accuracy. Where there are several detectors (a pair of blends is
+two), all the latter images set each threshold, and the rate is shared.
 """
 
 from __future__ import annotations
@@ -13,35 +14,26 @@ from pathlib import Path
 from typing import TypeGuard, final
 
 import msgspec
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from calibration.accuracy import accuracies, answers, check_drop
 from calibration.data import ImageSet, Progress, no_progress
+from calibration.detectors import DetectorCalibration, calibrate_detector, compose, recorded, refuse_blind
 from calibration.discovery import Hints, discover
+from calibration.filters import FoundTrigger
 from calibration.overlays import choose_overlays
-from calibration.settings import Settings, check_settings, strips
-from calibration.strip import CalibratedStrip, calibrate_strip, refuse_blind
+from calibration.settings import Settings, check_settings, set_aside
+from calibration.strip import calibrate_strip
 from calibration.versions import versions
 from guard import CalibratedDetector, Guard, Policy, Predictor
-from guard.detectors import Strip
+from guard.detectors import Detector, Strip
 from guard.errors import CalibrationError, ModelError, TooFewImagesError
-from guard.loading import PROBE, PROBES, TRIPWIRE_PROBE
+from guard.loading import PROBE, PROBE_IMAGES, PROBES, TRIPWIRE_PROBE
 from guard.predictors import Backend, wrap
 from guard.preprocessors import AnyPreprocessor, Flip, Gym, GymIntensive, ShrinkPad
-from guard.profile import (
-    OVERLAYS,
-    SCHEMA,
-    ModelRecord,
-    Profile,
-    StripRecord,
-    ThresholdRecord,
-    TripwireRecord,
-    overlays_to_array,
-    save_profile,
-)
+from guard.profile import SCHEMA, ModelRecord, Profile, TripwireRecord, overlays_to_array, save_profile
+from guard.records import ThresholdRecord
 
 
 @final
@@ -53,8 +45,7 @@ class Calibration:
         profile: The profile.
         arrays: Its arrays.
         predictor: The model as found.
-        strips: The detectors.
-        clean_entropies: For each, (n,), float32, bits, of the threshold-setting images, all passes.
+        parts: Each detector's, in the order in which they run.
         measured: Images that measured accuracy.
         learnt: Images that a repair had learnt from, and that were not used for what they would have flattered.
     """
@@ -62,21 +53,33 @@ class Calibration:
     profile: Profile
     arrays: dict[str, Tensor]
     predictor: Predictor
-    strips: tuple[Strip, ...]
-    clean_entropies: tuple[NDArray[np.float32], ...]
+    parts: tuple[DetectorCalibration, ...]
     measured: int = 0
     learnt: int = 0
 
     @property
+    def strips(self) -> tuple[Strip, ...]:
+        """The detectors that are STRIP."""
+        return tuple(part.detector for part in self.parts if isinstance(part.detector, Strip))
+
+    @property
     def thresholds(self) -> tuple[ThresholdRecord, ...]:
-        """Each detector's, on minus the entropy."""
-        return tuple(record.threshold for record in self.profile.detectors)
+        """Each detector's, on its score."""
+        return tuple(part.threshold for part in self.parts)
+
+    @property
+    def mean_passes(self) -> float:
+        """Of all detectors, for a clean image on its own."""
+        return sum(part.mean_passes for part in self.parts)
+
+    @property
+    def most_passes(self) -> int:
+        """Of all detectors, for an input, at most."""
+        return sum(part.most_passes for part in self.parts)
 
     def guard(self, policy: Policy | None = None, seed: int | None = None) -> Guard:
         """A guard from this calibration, without going through a file."""
-        detectors = [
-            CalibratedDetector(strip, threshold.value) for strip, threshold in zip(self.strips, self.thresholds, strict=True)
-        ]
+        detectors = [CalibratedDetector(part.detector, part.threshold.value) for part in self.parts]
         return Guard(
             self.predictor,
             detectors,
@@ -122,6 +125,7 @@ def calibrate(
     preprocessor: AnyPreprocessor | None = None,
     tripwire: Tripwire | None = None,
     learnt: Collection[str] = (),
+    triggers: Sequence[FoundTrigger] = (),
     progress: Progress = no_progress,
 ) -> Calibration:
     """Calibrate a guard for a model from clean images alone.
@@ -136,17 +140,18 @@ def calibrate(
         tripwire: The original of a repaired model: detectors look at it, the repaired model answers.
         learnt: `digests` of images that a repair has learnt from. They measure no accuracy, and set no threshold unless the
             detectors look at a tripwire, which has learnt nothing from them.
+        triggers: That a scan found in the model, or in the tripwire: each gets an activation filter. See `infected_triggers`.
         progress: Told how far it is.
 
     Returns:
         The calibration; `save` writes it.
 
     Raises:
-        CalibrationError: No threshold can be set, or the preprocessor costs too much accuracy.
+        CalibrationError: No threshold can be set, a trigger does not work, or the preprocessor costs too much accuracy.
         TooFewImagesError: It says how many images are needed.
-        ModelError: The model's answers can't be used.
+        ModelError: The model's answers can't be used, or its activations not be looked at.
     """
-    settings = settings or Settings()
+    settings = msgspec.structs.replace(settings or Settings(), triggers=len(triggers))
     given = len(clean)
     clean = clean if tripwire is not None else without(clean, learnt, settings)
     check_settings(settings, len(clean))
@@ -161,8 +166,8 @@ def calibrate(
         )
     before = preprocessor or chosen_preprocessor(settings)
     seen = clean.among(learnt)
-    overlay_rows, rest = divide(clean, watched, settings, seen)
-    detectors = _compose(watched, clean.images(overlay_rows), settings)
+    aside, rest = divide(clean, watched, settings, seen)
+    detectors = compose(watched, clean.images(aside), settings, triggers)
     measuring = rest[~seen[rest]]
     accuracy, raw_accuracy = accuracies(predictor, clean.select(measuring), settings.seed, progress, before)
     if preprocessor is None and before is not None:
@@ -171,9 +176,9 @@ def calibrate(
                 "expected clean images that the repair has not learnt from, to measure what the preprocessor costs: add some"
             )
         check_drop(accuracy, raw_accuracy, settings.max_accuracy_drop)
-    found = [calibrate_strip(strip, clean.select(rest), settings, len(detectors), progress) for strip in detectors]
-    refuse_blind(found)
-    records = _records(found)
+    parts = tuple(_calibrated(item, clean.select(rest), settings, len(detectors), progress) for item in detectors)
+    refuse_blind(parts)
+    records, arrays = recorded(parts)
     profile = Profile(
         schema=SCHEMA,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -188,13 +193,12 @@ def calibrate(
         libraries=versions(),
         tripwire=None if tripwire is None else _tripwire(tripwire, watched),
     )
-    ordered = tuple(item.strip for item in found)
-    arrays = {item.array: overlays_to_array(strip.overlays) for item, strip in zip(records, ordered, strict=True)}
-    arrays[PROBE] = predictor(ordered[0].overlays[:PROBES]).cpu()
+    strips = [part.detector for part in parts if isinstance(part.detector, Strip)]
+    probes = (strips[0].overlays if strips else clean.images(rest))[:PROBES]
+    arrays |= {PROBE_IMAGES: overlays_to_array(probes), PROBE: predictor(probes).cpu()}
     if tripwire is not None:
-        arrays[TRIPWIRE_PROBE] = watched(ordered[0].overlays[:PROBES]).cpu()
-    left_out = given - len(clean) + int(seen.sum())
-    return Calibration(profile, arrays, predictor, ordered, tuple(-item.scores for item in found), len(measuring), left_out)
+        arrays[TRIPWIRE_PROBE] = watched(probes).cpu()
+    return Calibration(profile, arrays, predictor, parts, len(measuring), given - len(clean) + int(seen.sum()))
 
 
 def without(clean: ImageSet, learnt: Collection[str], settings: Settings) -> ImageSet:
@@ -225,27 +229,12 @@ def without(clean: ImageSet, learnt: Collection[str], settings: Settings) -> Ima
     return rest
 
 
-def _compose(predictor: Predictor, overlays: Tensor, settings: Settings) -> list[Strip]:
-    """The detectors that the settings ask for, overlays dealt to them in turn."""
-    asked = strips(settings.blend, settings.alpha)
-    return [
-        Strip(predictor, overlays[number :: len(asked)], blend, alpha, name="strip" if len(asked) == 1 else f"strip-{blend}")
-        for number, (blend, alpha) in enumerate(asked)
-    ]
-
-
-def _records(found: Sequence[CalibratedStrip]) -> tuple[StripRecord, ...]:
-    return tuple(
-        StripRecord(
-            threshold=item.threshold,
-            blend=item.strip.blend,
-            alpha=item.strip.alpha,
-            mean_passes=item.mean_passes,
-            array=OVERLAYS if number == 1 else f"{OVERLAYS}.{number}",
-            title=item.strip.name,
-        )
-        for number, item in enumerate(found, start=1)
-    )
+def _calibrated(
+    detector: Detector, clean: ImageSet, settings: Settings, detectors: int, progress: Progress
+) -> DetectorCalibration:
+    if isinstance(detector, Strip):
+        return calibrate_strip(detector, clean, settings, detectors, progress)
+    return calibrate_detector(detector, clean, settings, detectors, progress)
 
 
 def chosen_preprocessor(settings: Settings) -> AnyPreprocessor | None:
@@ -260,13 +249,13 @@ def chosen_preprocessor(settings: Settings) -> AnyPreprocessor | None:
 
 
 def divide(clean: ImageSet, predictor: Predictor, settings: Settings, preferred: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Indices of the images that become overlays, and of the rest, which sets the threshold.
+    """Indices of the images that are set aside, as overlays, and of the rest, which sets the thresholds.
 
     Args:
         clean: Clean images.
         predictor: That the detectors look at.
-        settings: How many overlays, and the seed.
-        preferred: (N,), bool: those that become overlays first.
+        settings: How many are set aside, and the seed.
+        preferred: (N,), bool: those that are set aside first.
 
     Raises:
         CalibrationError: Labels that are not the model's, or classes of which there is no image.
@@ -275,7 +264,7 @@ def divide(clean: ImageSet, predictor: Predictor, settings: Settings, preferred:
     check_labels(clean, predictor)
     _check_missing(clean, predictor, settings)
     labels = clean.labels if clean.labels is not None else answers(predictor, clean)
-    chosen = choose_overlays(labels, settings.overlays, torch.Generator().manual_seed(settings.seed), preferred)
+    chosen = choose_overlays(labels, set_aside(settings), torch.Generator().manual_seed(settings.seed), preferred)
     left = torch.ones(len(clean), dtype=torch.bool)
     left[chosen] = False
     rest = torch.nonzero(left).squeeze(1)

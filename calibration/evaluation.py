@@ -113,11 +113,11 @@ def judge(guard: Guard, images: ImageSet, what: str, progress: Progress = no_pro
 def joint_scores(by_detector: NDArray[np.float32], thresholds: Sequence[float]) -> NDArray[np.float64]:
     """One score for a guard that rejects what any of its detectors finds, so that an AUROC can be taken of it.
 
-    For several detectors the largest of their 1 - H / sigma: how far the entropy H lies under its threshold sigma, as a share
-    of it. It is >= 0 exactly where one of them fires. (Where sigma is not over 0, sigma - H, which has the same sign.)
+    For several detectors the largest of their (s - t) / |t|: how far the score s lies over its threshold t, as a share of it;
+    of STRIP, how far the entropy lies under its own. It is >= 0 exactly where one of them fires. (Where t is 0, s alone.)
 
     Args:
-        by_detector: (D, n), scores, minus bits.
+        by_detector: (D, n), scores.
         thresholds: D, on them.
 
     Returns:
@@ -127,7 +127,7 @@ def joint_scores(by_detector: NDArray[np.float32], thresholds: Sequence[float]) 
     if len(scores) < 2:
         return scores[0] if len(scores) else np.zeros(0)
     limits = np.array(thresholds)[:, None]
-    joint: NDArray[np.float64] = ((scores - limits) / np.where(limits < 0.0, -limits, 1.0)).max(axis=0)
+    joint: NDArray[np.float64] = ((scores - limits) / np.where(limits == 0.0, 1.0, np.abs(limits))).max(axis=0)
     return joint
 
 

@@ -1,44 +1,23 @@
-"""A page to look at: what was calibrated or measured, and the entropy distributions behind it."""
+"""A page to look at: what was calibrated or measured, and the distributions behind it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import final
 
-import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from torch import Tensor
 
 from calibration.calibrate import Calibration
+from calibration.detectors import DetectorCalibration
 from calibration.evaluation import Evaluation, Judged
+from calibration.histograms import Seen, histogram_sections, judged_scores
 from calibration.page import Section, png, render
 from calibration.repair.figures import preprocessor_words
 from calibration.statistics import Estimate
 from calibration.thresholds import joint_rate
 from guard import Guard
-
-_CLEAN, _TRIGGERED, _LINE = "#3b6ea8", "#c8553d", "#222222"
-
-
-@final
-@dataclass(frozen=True)
-class Entropies:
-    """What one detector saw.
-
-    Attributes:
-        detector: Its name.
-        threshold: Bits.
-        clean: (n,), bits, of clean images, all passes.
-        triggered: (m,), of triggered images.
-    """
-
-    detector: str
-    threshold: float
-    clean: NDArray[np.float32]
-    triggered: NDArray[np.float32] | None = None
-
+from guard.detectors import ActivationFilter, FeatureSqueezing, Strip
+from guard.readings import reading_of
 
 FIGURES = {
     "clean_accuracy": "Clean accuracy, detectors off",
@@ -55,29 +34,23 @@ FIGURES = {
 
 def calibration_report(calibration: Calibration, further: Sequence[Section] = ()) -> bytes:
     """The page that lies beside a profile, HTML in one file; `further` sections come after the pictures."""
-    thresholds = calibration.thresholds
-    pictured = [
-        Entropies(strip.name, -threshold.value, clean)
-        for strip, threshold, clean in zip(calibration.strips, thresholds, calibration.clean_entropies, strict=True)
-    ]
-    limits = " or ".join(
-        f"under {len(strip.overlays)} clean images superimposed by {strip.blend} is at most {-threshold.value:.4f} bits"
-        for strip, threshold in zip(calibration.strips, thresholds, strict=True)
-    )
+    thresholds, strips = calibration.thresholds, calibration.strips
+    seen = [Seen(part.detector.name, part.threshold.value, part.scores) for part in calibration.parts]
+    limits = " or whose ".join(_limit(part) for part in calibration.parts)
     lead = (
-        f"Inputs whose mean entropy {limits} are rejected. That was set for a false rejection rate of "
+        f"Inputs whose {limits} are rejected. That was set for a false rejection rate of "
         f"{joint_rate(thresholds).value:.2%} from {thresholds[0].images} clean images."
     )
-    caption = f"{_left(pictured)}; a trigger pushes entropy towards 0."
     overlays = "The first overlays, in the order in which they are tried"
-    if len(calibration.strips) > 1:
-        overlays += f"; a row for each of {', '.join(strip.name for strip in calibration.strips)}"
+    if len(strips) > 1:
+        overlays += f"; a row for each of {', '.join(strip.name for strip in strips)}"
+    shown = [Section(overlays, picture=_montage([strip.overlays for strip in strips]))] if strips else []
     return render(
         "Calibration",
         lead,
         [
-            Section("Entropy of clean images", picture=entropy_figure(pictured), caption=caption),
-            Section(overlays, picture=_montage([strip.overlays for strip in calibration.strips])),
+            *histogram_sections(seen, "clean images", hints=True),
+            *shown,
             *further,
             Section("Settings", rows=_settings_rows(calibration)),
             _threshold_section(calibration),
@@ -101,56 +74,32 @@ def evaluation_report(evaluation: Evaluation, guard: Guard, clean: Judged, trigg
         lead += (
             f" The attack succeeds on {success.value:.2%} of triggered inputs without the guard, {guarded.value:.2%} with it."
         )
-    pictured = judged_entropies(guard, clean, triggered)
-    caption = f"{_left(pictured)}."
+    seen = judged_scores(guard, clean, triggered)
+    whose = "clean images" if triggered is None else "clean and triggered images"
+    limits = [(item.detector, reading_of(item.detector).text(item.threshold, 6)) for item in seen]
     return render(
         "Evaluation",
         lead,
         [
-            Section("Entropy of clean and triggered images", picture=entropy_figure(pictured), caption=caption),
+            *histogram_sections(seen, whose),
             Section("Figures, with 95% intervals", rows=rows),
-            Section("Entropy thresholds", rows=[(item.detector, f"{item.threshold:.6f} bits") for item in pictured]),
+            Section("Thresholds", rows=limits),
         ],
     )
 
 
-def judged_entropies(guard: Guard, clean: Judged, triggered: Judged | None) -> list[Entropies]:
-    """What each detector of a guard saw, in bits."""
-    return [
-        Entropies(
-            item.detector.name,
-            -item.threshold,
-            -clean.by_detector[number],
-            None if triggered is None else -triggered.by_detector[number],
-        )
-        for number, item in enumerate(guard.detectors)
-    ]
-
-
-def entropy_figure(entropies: Sequence[Entropies]) -> bytes:
-    """Histograms of entropies with the threshold, one for each detector, as PNG."""
-    figure = Figure(figsize=(8, 0.6 + 3.0 * len(entropies)), layout="constrained")
-    for axes, item in zip(figure.subplots(len(entropies), 1, squeeze=False)[:, 0], entropies, strict=True):
-        groups = [(item.clean, "clean", _CLEAN)]
-        if item.triggered is not None:
-            groups.append((item.triggered, "triggered", _TRIGGERED))
-        widest = max([item.threshold, *(float(values.max()) for values, _, _ in groups if len(values))])
-        bins = np.linspace(0.0, widest * 1.02 + 1e-6, 61)
-        for values, name, colour in groups:
-            weights = np.full(len(values), 100.0 / max(1, len(values)))
-            axes.hist(values, bins=list(bins), weights=weights, alpha=0.7, color=colour, label=f"{name} ({len(values)})")
-        axes.axvline(item.threshold, color=_LINE, linestyle="--", linewidth=1.2, label=f"threshold {item.threshold:.4f}")
-        axes.set_ylabel("share of images (%)")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-        if len(entropies) > 1:
-            axes.set_title(item.detector, fontsize=10, loc="left")
-    axes.set_xlabel("mean entropy under superimposed images (bits)")
-    return png(figure)
-
-
-def _left(entropies: Sequence[Entropies]) -> str:
-    return f"Left of the line {'an input is rejected' if len(entropies) == 1 else 'of any detector an input is rejected'}"
+def _limit(part: DetectorCalibration) -> str:
+    """What makes this detector reject, after "inputs whose"."""
+    detector, limit = part.detector, reading_of(part.detector.name).text(part.threshold.value)
+    match detector:
+        case Strip():
+            superimposed = f"{len(detector.overlays)} clean images superimposed by {detector.blend}"
+            return f"mean entropy under {superimposed} is at most {limit}"
+        case FeatureSqueezing():
+            return f"answer changes by at least {limit} (L1 distance) when they are squeezed"
+        case ActivationFilter():
+            return f"mean activation of {len(detector.neurons)} neurons ({detector.name}) is at least {limit}"
+    return f"score ({detector.name}) is at least {limit}"
 
 
 def _montage(overlays: Sequence[Tensor]) -> bytes:
@@ -168,29 +117,33 @@ def _montage(overlays: Sequence[Tensor]) -> bytes:
 
 def _settings_rows(calibration: Calibration) -> list[tuple[str, str]]:
     profile, spec = calibration.profile, calibration.profile.input
-    overlays = sum(len(strip.overlays) for strip in calibration.strips)
+    strips = calibration.strips
     rows = [
         ("Model", f"{profile.model.kind}, {profile.model.num_classes} classes, returns {profile.model.output}"),
         ("Input", f"{'x'.join(map(str, spec.shape))} (C, H, W), {spec.layout}, {spec.dtype}"),
-        ("Blend", " or ".join(f"{strip.blend}, alpha {strip.alpha:g}" for strip in calibration.strips)),
-        ("Overlays", str(overlays)),
+        ("Detectors", ", ".join(part.detector.name for part in calibration.parts)),
+        *([("Blend", " or ".join(f"{strip.blend}, alpha {strip.alpha:g}" for strip in strips))] if strips else []),
+        *([("Overlays", str(sum(len(strip.overlays) for strip in strips)))] if strips else []),
         ("Preprocessor", preprocessor_words(profile.preprocessor)),
         ("Detectors look at", "the model" if profile.tripwire is None else "the original of the repaired model (tripwire)"),
         ("Seed", str(profile.seed)),
     ]
     if profile.clean_accuracy is not None:
         rows.append(("Clean accuracy of the model", f"{profile.clean_accuracy:.2%}"))
-    passes = [record.mean_passes for record in profile.detectors if record.mean_passes is not None]
-    rows.append(("Mean forward passes of a clean input", f"{sum(passes):.1f} of {overlays}"))
+    rows.append(("Mean forward passes of a clean input", f"{calibration.mean_passes:.1f} of {calibration.most_passes}"))
     return rows + [(f"Version of {name}", version) for name, version in profile.libraries.items()]
 
 
 def _threshold_section(calibration: Calibration) -> Section:
     """A column per detector, and one for the guard as a whole where there are several."""
-    records, several = calibration.thresholds, len(calibration.thresholds) > 1
+    records, names = calibration.thresholds, [part.detector.name for part in calibration.parts]
     joint = joint_rate(records)
     rows: list[tuple[str, ...]] = [
-        ("Entropy threshold", *(f"{-item.value:.6f} bits" for item in records), ""),
+        (
+            "Entropy threshold" if len(calibration.strips) == len(names) else "Threshold",
+            *(reading_of(name).text(item.value, 6) for name, item in zip(names, records, strict=True)),
+            "",
+        ),
         ("Method", *(item.method if item.rank is None else f"{item.method}, rank {item.rank}" for item in records), ""),
         ("False rejection rate asked for", *(f"{item.frr:.2%}" for item in records), f"{joint.value:.2%}"),
         (
@@ -204,8 +157,8 @@ def _threshold_section(calibration: Calibration) -> Section:
     if sure:
         together = 1.0 - sum(1.0 - item for item in sure)
         rows.append(("Confidence asked for", *(f"{item:.4g}" for item in sure), f"{together:.4g}"))
-    if several:
-        header = ("", *(strip.name for strip in calibration.strips), "either of them")
+    if len(names) > 1:
+        header = ("", *names, "either of them" if len(names) == 2 else "any of them")
         return Section("Thresholds", header=header, rows=rows)
     return Section("Threshold", rows=[row[:2] for row in rows])
 

@@ -13,6 +13,9 @@ from guard.errors import CalibrationError
 BlendChoice = Literal["logit", "logit+demeaned", "add", "mix", "demeaned", "max"]
 """How overlays are superimposed: by one blend, or by two, each with a detector of its own, either of which may reject."""
 
+DetectorChoice = Literal["strip", "feature-squeezing"]
+"""An online test that needs nothing but the model and clean images."""
+
 PreprocessChoice = Literal["none", "gym", "gym-intensive", "shrink-pad", "flip"]
 """What happens to an image before the model answers it."""
 
@@ -24,11 +27,14 @@ _MIN_OVERLAYS = 2
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """What to calibrate.
 
-    A pair of blends shares what is asked for: half of the overlays and half of the false rejection rate each.
+    Detectors share the false rejection rate equally. A pair of blends is two detectors, and shares the overlays, too.
 
     Attributes:
+        detectors: Which, besides the activation filters.
+        triggers: Activation filters; `calibrate` counts the triggers that it is given.
         frr: False rejection rate asked for, of the guard as a whole.
-        overlays: N, of all detectors together: forward passes that an input takes at most.
+        overlays: N, of all of STRIP's detectors together: forward passes that an input takes at most. The same images choose
+            the neurons of activation filters.
         blend: How overlays are superimposed.
         alpha: Their weight, for a single blend; None for the blend's own default (3.5 for `logit`, 1.5 for `demeaned`,
             .5 for `mix`, 1 for `add` and `max`).
@@ -40,6 +46,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         seed: Of the split and the preprocessor's draws.
     """
 
+    detectors: tuple[DetectorChoice, ...] = ("strip",)
+    triggers: int = 0
     frr: float = 0.01
     overlays: int = 100
     blend: BlendChoice = "logit"
@@ -72,16 +80,38 @@ def named(choice: BlendChoice, alpha: float | None) -> str:
     return choice if alpha is None else f"{choice} {alpha:g}"
 
 
+def asked_strips(settings: Settings) -> tuple[tuple[Blend, float], ...]:
+    """The same for settings; none where STRIP is not among the detectors."""
+    return strips(settings.blend, settings.alpha) if "strip" in settings.detectors else ()
+
+
+def set_aside(settings: Settings) -> int:
+    """Clean images that set no threshold."""
+    return settings.overlays if "strip" in settings.detectors or settings.triggers else 0
+
+
 def check_settings(settings: Settings, images: int) -> None:
     """Refuse, before any work, what can't be calibrated from so many images; see `calibrate`."""
-    detectors = len(strips(settings.blend, settings.alpha))
-    fewest = _MIN_OVERLAYS * detectors
-    if settings.overlays < fewest:
-        of = "" if detectors == 1 else f" for {settings.blend}"
-        raise CalibrationError(f"expected at least {fewest} overlays{of}, got {settings.overlays}: the paper uses 100")
-    if images <= settings.overlays:
+    if len(set(settings.detectors)) < len(settings.detectors):
+        raise CalibrationError(f"expected each detector once, got {', '.join(settings.detectors)}: name it once")
+    blends, others = len(asked_strips(settings)), settings.triggers + ("feature-squeezing" in settings.detectors)
+    if blends + others == 0:
+        raise CalibrationError("expected at least one detector, got none: name one, like --detector strip")
+    aside = set_aside(settings)
+    fewest = _MIN_OVERLAYS * max(1, blends)
+    if aside < fewest and (blends or settings.triggers):
+        of = "" if blends < 2 else f" for {settings.blend}"
+        raise CalibrationError(f"expected at least {fewest} overlays{of}, got {aside}: the paper uses 100")
+    if images <= aside:
         raise CalibrationError(
-            f"expected more clean images than the {settings.overlays} overlays, got {images}: "
-            "add images or use fewer --overlays"
+            f"expected more clean images than the {aside} overlays, got {images}: add images or use fewer --overlays"
         )
-    check_rates(images - settings.overlays, settings.frr, settings.method, settings.confidence, detectors)
+    check_rates(
+        images - aside,
+        settings.frr,
+        settings.method,
+        settings.confidence,
+        blends + others,
+        what="detectors" if others else "blends",
+        overlays=aside > 0,
+    )

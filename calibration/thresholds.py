@@ -25,7 +25,7 @@ from scipy import stats
 
 from calibration.statistics import Estimate, proportion
 from guard.errors import CalibrationError, TooFewImagesError
-from guard.profile import ThresholdRecord
+from guard.records import ThresholdRecord
 
 _SMALLEST_RATE = 1e-9
 
@@ -78,8 +78,27 @@ def joint_rate(thresholds: Sequence[ThresholdRecord]) -> Estimate:
     return Estimate(asked, max(item.frr_low for item in thresholds), min(1.0, sum(item.frr_high for item in thresholds)))
 
 
-def check_rates(n: int, frr: float, method: Method, confidence: float | None, detectors: int = 1) -> None:
-    """Raise unless a threshold for this rate can be set from n clean images; see `set_threshold`."""
+def check_rates(
+    n: int,
+    frr: float,
+    method: Method,
+    confidence: float | None,
+    detectors: int = 1,
+    *,
+    what: Literal["blends", "detectors"] = "blends",
+    overlays: bool = True,
+) -> None:
+    """Raise unless a threshold for this rate can be set from n clean images; see `set_threshold`.
+
+    Args:
+        n: Clean images.
+        frr: See there.
+        method: See there.
+        confidence: See there.
+        detectors: See there.
+        what: That they are, for the message.
+        overlays: Whether other clean images are set aside, likewise.
+    """
     check_rate(frr)
     if confidence is not None and not 0.0 < confidence < 1.0:
         raise CalibrationError(f"expected a confidence between 0 and 1, got {confidence}")
@@ -89,10 +108,12 @@ def check_rates(n: int, frr: float, method: Method, confidence: float | None, de
     if method == "conformal" and rank(n, *own) < 1:
         needed = needed_images(*own)
         sure = "" if confidence is None else f" with confidence {confidence:g}"
-        sure += "" if detectors == 1 else f" for {detectors} blends together"
+        sure += "" if detectors == 1 else f" for {detectors} {what} together"
+        besides, fewer = (" besides the overlays", "use fewer overlays, ") if overlays else ("", "")
+        drop = "" if detectors == 1 else ", or name a single --blend" if what == "blends" else ", or use fewer detectors"
         raise TooFewImagesError(
-            f"a false rejection rate of {frr:g}{sure} needs at least {needed} clean images besides the overlays, got {n}: "
-            "add images, use fewer overlays, allow a higher rate" + (", or name a single --blend" if detectors > 1 else ""),
+            f"a false rejection rate of {frr:g}{sure} needs at least {needed} clean images{besides}, got {n}: "
+            f"add images, {fewer}allow a higher rate{drop}",
             needed=needed,
             available=n,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -26,7 +27,15 @@ if TYPE_CHECKING:
 
 _RATES = "Setting the threshold"
 _REPAIR = "Repairing first"
+_DETECT = "Detectors"
 _Blend = Literal["logit", "logit+demeaned", "add", "mix", "demeaned", "max"]  # calibration.BlendChoice, which needs an extra
+
+
+class _Detector(StrEnum):
+    """`calibration.DetectorChoice`, likewise; repeatable options take no literals."""
+
+    STRIP = "strip"
+    FEATURE_SQUEEZING = "feature-squeezing"
 
 
 def calibrate_command(
@@ -34,8 +43,32 @@ def calibrate_command(
     data: options.CleanOption,
     out: Annotated[Path, typer.Option(metavar="PROFILE", help="Folder to write; a profile that is there is replaced.")],
     weights: options.WeightsOption = None,
+    detector: Annotated[
+        list[_Detector] | None,
+        typer.Option(
+            help="Online test; repeatable, any of them may reject, and they share --frr. strip superimposes clean images. "
+            "feature-squeezing looks whether fewer colours or smoothing change the answer: made for adversarial "
+            "perturbations, it is blind to patches, which survive that and score lower than clean images do.",
+            show_default="strip",
+            rich_help_panel=_DETECT,
+        ),
+    ] = None,
+    scan: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="What guard scan wrote of the model, or of ORIGINAL: adds a filter for the neurons that the trigger of each "
+            "infected label excites. Needs a .pt2 file or a factory.",
+            rich_help_panel=_DETECT,
+        ),
+    ] = None,
     frr: Annotated[float, typer.Option(help="Share of clean inputs that may be rejected.", rich_help_panel=_RATES)] = 0.01,
-    overlays: Annotated[int, typer.Option(help="Clean images that STRIP superimposes.", rich_help_panel=_RATES)] = 100,
+    overlays: Annotated[
+        int,
+        typer.Option(
+            help="Clean images that STRIP superimposes, and that choose the neurons for --scan.", rich_help_panel=_RATES
+        ),
+    ] = 100,
     blend: Annotated[
         _Blend | None,
         typer.Option(
@@ -124,15 +157,21 @@ def calibrate_command(
     the threshold.
     """
     with needs("calibration"):
-        from calibration import Settings, calibrate, load_images
+        from calibration import DetectorChoice, Settings, calibrate, load_images
         from calibration.calibrate import without
         from calibration.discovery import declared_shape, discover
+        from calibration.filters import infected_triggers
         from calibration.fine_tuning import trainable
         from calibration.red_team_report import red_team_sections
         from calibration.report import calibration_report
         from calibration.settings import check_settings
         from calibration.sources import open_model, open_tripwire
 
+    detectors = msgspec.convert([item.value for item in detector or [_Detector.STRIP]], tuple[DetectorChoice, ...])
+    if "strip" not in detectors and (blend is not None or alpha is not None):
+        raise InputError("expected --blend and --alpha with --detector strip, got them without: add it, or drop them")
+    if red_team and (scan is not None or detectors != ("strip",)):
+        raise InputError("expected --red-team with STRIP alone, whose setting it chooses, got other detectors: drop one")
     if red_team and (blend is not None or alpha is not None):
         given = " and ".join(name for name, value in (("--blend", blend), ("--alpha", alpha)) if value is not None)
         raise InputError(f"expected --red-team or {given}, got both: --red-team chooses them, so drop one")
@@ -142,6 +181,7 @@ def calibrate_command(
         )
     check_repair(repair, quarantine)
     settings = Settings(
+        detectors=detectors,
         frr=frr,
         overlays=overlays,
         blend=blend or "logit",
@@ -160,18 +200,21 @@ def calibrate_command(
         source = open_model(model, weights, Path(scratch))
         hints = source.hints(hints)
         watched = None if tripwire is None else open_tripwire(tripwire, tripwire_weights, Path(scratch), hints, source)
+        looked_at = source.backend if watched is None else watched[0].backend
+        triggers = () if scan is None else infected_triggers(scan, looked_at)
+        settings = msgspec.structs.replace(settings, triggers=len(triggers))
         size = options.shape(shape) or (declared_shape(source.backend) if data.is_dir() else None)
         clean = load_images(data, size, skip_unreadable=skip_unreadable, progress=progress)
         skipped = clean.skipped
         if red_team:
-            trainable(source.backend if watched is None else watched[0].backend)
+            trainable(looked_at)
             before = len(clean)
             clean = clean if watched is not None else without(clean, source.learnt, settings)
             left_out = before - len(clean)
         check_settings(settings, len(clean))
         if red_team:
-            looked_at = (source.backend, hints) if watched is None else (watched[0].backend, watched[0].hints)
-            clean, settings, found = _red_team(*looked_at, clean, settings, progress)
+            known = hints if watched is None else watched[0].hints
+            clean, settings, found = _red_team(looked_at, known, clean, settings, progress)
             extra, sections = {"red_team.json": msgspec.json.encode(found)}, red_team_sections(found)
         elif repair is not None:
             asked = Repairing(repair, quarantine, max_accuracy_drop, seed % 2**31, skip_unreadable)
@@ -190,6 +233,7 @@ def calibrate_command(
             preprocessor=source.preprocessor if preprocess is None else None,
             tripwire=None if watched is None else watched[0],
             learnt=source.learnt,
+            triggers=triggers,
             progress=progress,
         )
         pages = {"report.html": calibration_report(calibration, sections), **extra}

@@ -12,9 +12,13 @@ import typer
 from cli.display import show_rows
 from cli.red_team import show_red_team
 from cli.repaired import show_repaired
+from guard.detectors import ActivationFilter, Strip
+from guard.readings import reading_of
+from guard.verdict import method_of
 
 if TYPE_CHECKING:
     from calibration import Calibration, RedTeam
+    from calibration.detectors import DetectorCalibration
     from calibration.repair.record import RepairRecord
 
 
@@ -64,9 +68,9 @@ def _rows(made: Calibrated) -> list[tuple[str, str]]:
     from calibration.thresholds import joint_rate
 
     calibration, profile = made.calibration, made.calibration.profile
-    spec, model, records = profile.input, profile.model, profile.detectors
+    spec, model = profile.input, profile.model
     rate = joint_rate(calibration.thresholds)
-    interval = "95% interval" if len(records) == 1 else "bounds"
+    interval = "95% interval" if len(calibration.parts) == 1 else "bounds"
     rows = [
         (
             "model",
@@ -80,19 +84,20 @@ def _rows(made: Calibrated) -> list[tuple[str, str]]:
         rows.append(("tripwire", "the original detects, the repaired model answers"))
     if profile.preprocessor is not None:
         rows.append(("answers through", preprocessor_words(profile.preprocessor)))
-    rows += [
-        (
-            "entropy threshold" if len(records) == 1 else f"entropy threshold, {record.blend}",
-            f"{-record.threshold.value:.4f} bits ({record.threshold.method}, {record.threshold.images} clean images)",
-        )
-        for record in records
-    ]
     return [
         *rows,
+        *(_threshold_row(part) for part in calibration.parts),
         ("false rejections", f"{rate.value:.2%} asked for; {interval} {rate.low:.2%} to {rate.high:.2%}"),
-        ("passes, clean input", f"{_mean_passes(calibration):.1f} of {_overlays(calibration)} on average"),
+        ("passes, clean input", f"{calibration.mean_passes:.1f} of {calibration.most_passes} on average"),
         ("report", str(made.out / "report.html")),
     ]
+
+
+def _threshold_row(part: DetectorCalibration) -> tuple[str, str]:
+    """`entropy threshold, logit` of several blends; `mean activation threshold, 7` of the filter for label 7."""
+    name, limit, reading = part.detector.name, part.threshold, reading_of(part.detector.name)
+    which = name.removeprefix(method_of(name)).replace("-", ", ")
+    return f"{reading.quantity} threshold{which}", f"{reading.text(limit.value)} ({limit.method}, {limit.images} clean images)"
 
 
 def _accuracy(made: Calibrated) -> str:
@@ -125,35 +130,24 @@ def _show_remarks(made: Calibrated) -> None:
 def _summary(made: Calibrated) -> dict[str, object]:
     """What `--json` prints.
 
-    `entropy_threshold` is the first detector's, `detectors` has each one's. `frr`, `overlays` and `mean_passes` are of all
+    `entropy_threshold` is the first STRIP's, `detectors` has each detector's. `frr`, `overlays` and `mean_passes` are of all
     together; `frr_low` and `frr_high` are the 95% interval for one detector, and bounds for several, see `joint_rate`.
     """
     from calibration.thresholds import joint_rate
 
     calibration, found = made.calibration, made.red_team
     rate = joint_rate(calibration.thresholds)
+    detectors = [_detector(part) for part in calibration.parts]
     return {
         "profile": str(made.out),
-        "entropy_threshold": -calibration.thresholds[0].value,
-        "detectors": [
-            {
-                "name": strip.name,
-                "blend": strip.blend,
-                "alpha": strip.alpha,
-                "entropy_threshold": -threshold.value,
-                "overlays": len(strip.overlays),
-                "frr": threshold.frr,
-                "frr_low": threshold.frr_low,
-                "frr_high": threshold.frr_high,
-            }
-            for strip, threshold in zip(calibration.strips, calibration.thresholds, strict=True)
-        ],
+        "entropy_threshold": next((item["entropy_threshold"] for item in detectors if "entropy_threshold" in item), None),
+        "detectors": detectors,
         "frr": rate.value,
         "frr_low": rate.low,
         "frr_high": rate.high,
         "images": calibration.thresholds[0].images,
-        "overlays": _overlays(calibration),
-        "mean_passes": _mean_passes(calibration),
+        "overlays": sum(len(strip.overlays) for strip in calibration.strips),
+        "mean_passes": calibration.mean_passes,
         "clean_accuracy": calibration.profile.clean_accuracy,
         "tripwire": calibration.profile.tripwire is not None,
         "learnt_images": made.learnt,
@@ -163,12 +157,19 @@ def _summary(made: Calibrated) -> dict[str, object]:
     }
 
 
-def _overlays(calibration: Calibration) -> int:
-    return sum(len(strip.overlays) for strip in calibration.strips)
-
-
-def _mean_passes(calibration: Calibration) -> float:
-    return sum(record.mean_passes or 0.0 for record in calibration.profile.detectors)
+def _detector(part: DetectorCalibration) -> dict[str, object]:
+    """STRIP's threshold is on an entropy in bits, the others' are on their scores."""
+    detector, limit = part.detector, part.threshold
+    rate = {"frr": limit.frr, "frr_low": limit.frr_low, "frr_high": limit.frr_high}
+    own: dict[str, object]
+    match detector:
+        case Strip(blend=blend, alpha=alpha, overlays=overlays):
+            own = {"blend": blend, "alpha": alpha, "entropy_threshold": -limit.value, "overlays": len(overlays)}
+        case ActivationFilter(neurons=neurons):
+            own = {"threshold": limit.value, "neurons": neurons.tolist()}
+        case _:
+            own = {"threshold": limit.value}
+    return {"name": detector.name, **own, **rate}
 
 
 def _red_teamed(found: RedTeam) -> dict[str, object]:

@@ -14,26 +14,30 @@ from torch import Tensor
 from cli import options
 from cli.inputs import read_images
 from cli.threads import settle_threads
-from guard import Guard, GuardError, Limits, Policy, Quarantine, Verdict
+from guard import Finding, Guard, GuardError, Limits, Policy, Quarantine, Verdict
+from guard.readings import reading_of
+from guard.verdict import method_of
 
 _BATCH = 32
 
 
-class Entropy(msgspec.Struct, frozen=True, kw_only=True):
-    """What one STRIP detector found."""
+class Found(msgspec.Struct, frozen=True, kw_only=True):
+    """What one detector found: STRIP an entropy in bits, the others a `score`."""
 
     detector: str
-    entropy: float
+    entropy: float | None
     exact: bool
     threshold: float
     suspicious: bool
     passes: int
+    score: float | msgspec.UnsetType = msgspec.UNSET
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
     """One image's verdict, as `--json` prints it; `reason` and `message` tell why there is none.
 
     `detector`, `entropy` and `threshold` are those of the finding that decided, the first suspicious one, else the first.
+    `entropy` is null where that is not STRIP's.
     """
 
     image: str
@@ -49,7 +53,7 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     reason: str | None = None
     message: str | None = None
     quarantined: str | None = None
-    findings: tuple[Entropy, ...] = ()
+    findings: tuple[Found, ...] = ()
 
 
 def check(
@@ -96,32 +100,35 @@ def _judge(guard: Guard, batch: list[tuple[str, Tensor | GuardError]]) -> list[L
 
 
 def _line(name: str, verdict: Verdict) -> Line:
-    findings = tuple(
-        Entropy(
-            detector=item.detector,
-            entropy=-item.score + 0.0,
-            exact=item.exact,
-            threshold=-item.threshold,
-            suspicious=item.suspicious,
-            passes=item.passes,
-        )
-        for item in verdict.findings_of("strip")
-    )
-    strip = next((item for item in findings if item.suspicious), findings[0] if findings else None)
+    findings = tuple(_found(item) for item in verdict.findings)
+    first = next((item for item in findings if item.suspicious), findings[0] if findings else None)
     return Line(
         image=name,
         verdict=verdict.verdict,
         label=verdict.label,
         label_index=verdict.label_index,
         probability=verdict.probability,
-        detector=None if strip is None else strip.detector,
-        entropy=None if strip is None else strip.entropy,
-        entropy_exact=None if strip is None else strip.exact,
-        threshold=None if strip is None else strip.threshold,
+        detector=None if first is None else first.detector,
+        entropy=None if first is None else first.entropy,
+        entropy_exact=None if first is None or first.entropy is None else first.exact,
+        threshold=None if first is None else first.threshold,
         passes=verdict.passes,
         reason="backdoor-suspected" if verdict.suspicious else verdict.reason,
         quarantined=verdict.quarantined,
         findings=findings,
+    )
+
+
+def _found(item: Finding) -> Found:
+    reading, strip = reading_of(item.detector), method_of(item.detector) == "strip"
+    return Found(
+        detector=item.detector,
+        entropy=reading.value(item.score) if strip else None,
+        exact=item.exact,
+        threshold=reading.value(item.threshold),
+        suspicious=item.suspicious,
+        passes=item.passes,
+        score=msgspec.UNSET if strip else item.score,
     )
 
 
@@ -134,11 +141,13 @@ def _for_people(line: Line) -> str:
     if line.message is not None:
         return f"{line.image}: {line.verdict}, {line.message}"
     sure = "" if line.probability is None else f" ({line.probability:.3f})"
-    found = "".join(f", {_entropy(item, len(line.findings) > 1)}" for item in line.findings)
+    found = "".join(f", {_in_words(item, len(line.findings) > 1)}" for item in line.findings)
     return f"{line.image}: {line.verdict}, {line.label}{sure}{found}, {line.passes} passes"
 
 
-def _entropy(item: Entropy, several: bool) -> str:
+def _in_words(item: Found, several: bool) -> str:
     """`entropy at least 0.0814 bits`; of several, `strip-logit 0.0103 bits (suspicious)`."""
-    bits = f"{'' if item.exact else 'at least '}{item.entropy:.4f} bits"
-    return f"{item.detector} {bits}{' (suspicious)' if item.suspicious else ''}" if several else f"entropy {bits}"
+    reading = reading_of(item.detector)
+    value = reading.value(item.score) if isinstance(item.score, float) else item.entropy
+    text = f"{'' if item.exact else 'at least '}{value:.4f}{reading.unit}"
+    return f"{item.detector} {text}{' (suspicious)' if item.suspicious else ''}" if several else f"{reading.quantity} {text}"

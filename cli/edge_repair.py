@@ -21,6 +21,8 @@ from cli.repaired import calibrate_with_tripwire, show_next, show_repaired
 from guard import Guard, load_profile
 from guard.errors import EdgeError
 from guard.loading import load_profile_backend
+from guard.readings import reading_of
+from guard.records import DetectorRecord
 from handlers.edge_protocol import CLEAN, QUARANTINE, FileInfo, JobRequest, JobStatus, Manifest, RepairOptions, check_job_id
 
 if TYPE_CHECKING:
@@ -290,10 +292,9 @@ def _profile_rows(folder: Path | None) -> list[tuple[str, str]]:
         return []
     profile, _ = load_profile(folder)
     accuracy = "unknown" if profile.clean_accuracy is None else f"{profile.clean_accuracy:.2%}"
-    thresholds = ", ".join(f"{-item.threshold.value:.4f} bits" for item in profile.detectors)
-    rates = sum(item.threshold.frr for item in profile.detectors)
-    return [
-        ("profile", str(folder)),
-        ("its clean accuracy", accuracy),
-        ("its entropy threshold", f"{thresholds}, for {rates:.2%} false rejections"),
-    ]
+    return [("profile", str(folder)), ("its clean accuracy", accuracy), *map(_threshold_row, profile.detectors)]
+
+
+def _threshold_row(record: DetectorRecord) -> tuple[str, str]:
+    reading, limit = reading_of(record.title), record.threshold
+    return (f"its {reading.quantity} threshold", f"{reading.text(limit.value)}, for {limit.frr:.2%} false rejections")

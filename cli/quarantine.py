@@ -14,7 +14,7 @@ from cli.display import show_rows
 from guard import Quarantine
 from guard.errors import QuarantineError
 from guard.quarantine import Item
-from guard.verdict import method_of
+from guard.readings import reading_of
 
 app = typer.Typer(no_args_is_help=True, help="Look through what was rejected: list, show, release, delete.")
 
@@ -52,7 +52,7 @@ def show_item(
             ("time", _time(item)),
             ("the model would have answered", f"{item.label} (index {item.label_index})"),
             ("detector", item.detector),
-            ("entropy" if method_of(item.detector) == "strip" else "score", _score(item)),
+            (reading_of(item.detector).quantity, _score(item)),
             ("picture", picture),
         ],
     )
@@ -99,10 +99,9 @@ def _time(item: Item) -> str:
 
 
 def _score(item: Item) -> str:
-    """STRIP's score is minus the entropy; people read entropies."""
-    if method_of(item.detector) == "strip":
-        return f"{-item.score:.4f} <= {-item.threshold:.4f} bits"
-    return f"{item.score:.4f} >= {item.threshold:.4f}"
+    """What was found, against the threshold."""
+    reading = reading_of(item.detector)
+    return f"{reading.value(item.score):.4f} {reading.rejects} {reading.text(item.threshold)}"
 
 
 def _safe(name: str) -> str:

@@ -24,14 +24,17 @@ from handlers.edge_protocol import RepairOptions
 
 _HOW = "How it is repaired"
 
+RepairMethod = Literal["gym", "codefend", "unlearn", "prune", "fine-prune", "fine-tune", "nad", "mcr"]
+
 
 def repair_command(
     model: options.ModelArgument,
     method: Annotated[
-        Literal["gym", "codefend"],
+        RepairMethod,
         typer.Option(
             help="gym tunes the model for a preprocessor that breaks triggers; codefend learns the trigger from "
-            "--quarantine and unlearns it."
+            "--quarantine and unlearns it; unlearn and prune remove the trigger that a scan recovers; fine-prune, fine-tune, "
+            "nad and mcr work on clean images alone."
         ),
     ],
     data: options.CleanOption,
@@ -39,12 +42,18 @@ def repair_command(
     quarantine: Annotated[
         Path | None, typer.Option(metavar="DIR", help="What the guard rejected: a quarantine, images, or an .npz with x.")
     ] = None,
+    scan: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Of unlearn and prune: what guard scan wrote; without, the model is scanned with --data."
+        ),
+    ] = None,
     weights: options.WeightsOption = None,
     max_accuracy_drop: Annotated[
         float | None,
         typer.Option(
             help="Points of clean accuracy that it may cost, through its preprocessor.",
-            show_default="3; 12 for gym",
+            show_default="the method's own, 3 to 12",
             rich_help_panel=_HOW,
         ),
     ] = None,
@@ -60,9 +69,13 @@ def repair_command(
             rich_help_panel=_HOW,
         ),
     ] = 1,
+    rounds: Annotated[
+        int,
+        typer.Option(min=1, help="Of unlearn: times that the copy is scanned for what is left.", rich_help_panel=_HOW),
+    ] = 3,
     epochs: Annotated[
         int | None,
-        typer.Option(min=1, help="Of fine-tuning.", show_default="60", rich_help_panel=_HOW),
+        typer.Option(min=1, help="Of fine-tuning.", show_default="the method's own", rich_help_panel=_HOW),
     ] = None,
     gan_epochs: Annotated[int, typer.Option(min=2, help="Of codefend's CycleGAN, at most.", rich_help_panel=_HOW)] = 200,
     devices: Annotated[
@@ -100,11 +113,15 @@ def repair_command(
     """
     if method == "codefend" and quarantine is None and edge_job is None:
         raise InputError("expected --quarantine DIR with --method codefend, which learns the trigger from it, got none")
+    if scan is not None and method not in ("unlearn", "prune"):
+        raise InputError(f"expected --scan with --method unlearn or prune, which work by its triggers, got {method}: drop it")
     if edge is None and (edge_job is not None or edge_token_file is not None or insecure_edge):
         raise InputError("expected --edge URL with --edge-job, --edge-token-file and --insecure-edge, got none: name it")
     if edge is not None and devices > 1:
         raise InputError(f"expected --devices without --edge, whose server has its own, got --devices {devices}: drop it")
     if edge is not None:
+        if method != "gym" and method != "codefend":
+            raise InputError(f"expected --method gym or codefend with --edge, got {method}: repair here, without --edge")
         repair_on_edge(
             EdgeChoice(edge, edge_token_file, edge_job, insecure_edge),
             model,
@@ -132,10 +149,11 @@ def repair_command(
         from calibration.discovery import declared_shape, discover
         from calibration.engine import Engine
         from calibration.fine_tuning import trainable
+        from calibration.inspection.work import infected_triggers
         from calibration.repair.cases import check_enough, load_quarantined
         from calibration.repair.cyclegan import Training
         from calibration.repair.record import KIND
-        from calibration.repair.repair import RepairSettings
+        from calibration.repair.settings import RepairSettings
         from calibration.repair.work import repair_into
         from calibration.sources import open_model
 
@@ -146,6 +164,7 @@ def repair_command(
         views=views,
         epochs=epochs,
         gan=Training(epochs=gan_epochs),
+        rounds=rounds,
         seed=seed,
     )
     KIND.check_target(out)
@@ -166,8 +185,9 @@ def repair_command(
             )
             check_enough(clean, suspects)
             rejected = None if suspects is None else suspects.images(slice(None))
+            triggers = None if scan is None else infected_triggers(scan, predictor)
             try:
-                record = repair_into(out, source, predictor, clean, settings, rejected, engine, progress)
+                record = repair_into(out, source, predictor, clean, settings, rejected, engine, progress, triggers=triggers)
             except KeyboardInterrupt:
                 typer.echo("interrupted: the same command goes on after the last whole epoch", err=True)
                 raise

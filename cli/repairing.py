@@ -91,7 +91,7 @@ def repair_first(
         from calibration.engine import Engine
         from calibration.repair.cases import FEWEST_CLEAN, check_enough, load_quarantined
         from calibration.repair.record import JSON, REPORT
-        from calibration.repair.repair import RepairSettings
+        from calibration.repair.settings import RepairSettings
         from calibration.repair.work import checkpoints_beside, repair_into
         from calibration.settings import check_settings
         from calibration.sources import open_model

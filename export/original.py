@@ -15,7 +15,7 @@ from torch import Tensor
 
 from guard import Predictor, Profile, load_profile
 from guard.errors import ExportError, GuardError
-from guard.loading import load_predictor, profile_overlays
+from guard.loading import load_predictor, probe_images, profile_overlays
 from guard.predictors import Backend
 
 TOLERANCE = 1e-4
@@ -49,7 +49,8 @@ class Original:
         profile: What `guard.json` holds.
         arrays: What `arrays.safetensors` holds.
         predictor: Runs the model.
-        overlays: (N, C, H, W), all detectors', the clean images that exports are compared on.
+        overlays: (N, C, H, W), the clean images that exports are compared on: all detectors', or those that a profile without
+            overlays remembers.
     """
 
     folder: Path
@@ -74,7 +75,8 @@ class Original:
                 "or TorchScript, calibrate that file, and export its profile"
             )
         predictor = load_predictor(folder, record, profile.input)
-        return cls(folder, profile, arrays, predictor, torch.cat(profile_overlays(profile, arrays)))
+        overlays = torch.cat(profile_overlays(profile, arrays) or (probe_images(profile, arrays),))
+        return cls(folder, profile, arrays, predictor, overlays)
 
     def tripwire(self) -> Original | None:
         """The same for the model that the detectors look at, where that is another one.

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from guard.detectors import Strip
+from guard.detectors import ActivationFilter, Detector, FeatureSqueezing, Strip
 from guard.errors import ModelError, ProfileError
 from guard.guard import CalibratedDetector, Guard
 from guard.images import InputSpec
 from guard.predictors import Backend, Predictor, wrap
 from guard.predictors.loading import load_backend
 from guard.predictors.screening import file_sha256
-from guard.profile import OVERLAYS, ModelRecord, Profile, array_to_overlays, load_profile
+from guard.profile import ModelRecord, Profile, array_to_overlays, load_profile
 from guard.quarantine import Quarantine
+from guard.records import OVERLAYS, ActivationFilterRecord, DetectorRecord, FeatureSqueezingRecord, StripRecord
 from guard.verdict import Policy
 
 PROBES = 8
 """Clean images whose answers a profile remembers, to recognise its model by behaviour."""
+
+PROBE_IMAGES = "probe.images"
+"""Array of these images; profiles from before there was one have their first overlays for it."""
 
 PROBE, TRIPWIRE_PROBE = "probe.probabilities", "probe.tripwire"
 """Arrays of the answers of the model, and of the tripwire."""
@@ -42,16 +47,16 @@ def load_guard(
         raise ModelError(f"expected the device cpu or cuda, got {device}{where}: use one that is there")
     profile, arrays = load_profile(folder)
     predictor = load_predictor(folder, profile.model, profile.input, model, device)
-    overlays = profile_overlays(profile, arrays)
-    _check_probe(predictor, overlays[0], arrays, PROBE, folder)
+    images = probe_images(profile, arrays)
+    _check_probe(predictor, images, arrays, PROBE, folder)
     watched = predictor
     if profile.tripwire is not None:
         watched = load_predictor(folder, profile.tripwire.model, profile.tripwire.input, device=device)
-        _check_probe(watched, overlays[0], arrays, TRIPWIRE_PROBE, folder)
+        _check_probe(watched, images, arrays, TRIPWIRE_PROBE, folder)
     detectors = [
-        CalibratedDetector(Strip(watched, own, record.blend, record.alpha, name=record.title), record.threshold.value)
-        for record, own in zip(profile.detectors, overlays, strict=bool(profile.detectors))
+        CalibratedDetector(_detector(record, watched, profile, arrays), record.threshold.value) for record in profile.detectors
     ]
+    _check_filters(detectors, images, folder)
     return Guard(
         predictor,
         detectors,
@@ -97,31 +102,50 @@ def load_profile_backend(folder: Path, record: ModelRecord, model: object | None
     return backend
 
 
+def probe_images(profile: Profile, arrays: dict[str, Tensor]) -> Tensor:
+    """Clean images, (N, C, H, W), whose first `PROBES` the profile remembers answers to.
+
+    Raises:
+        ProfileError: There are none, or not of such images.
+    """
+    return _images(profile, arrays, PROBE_IMAGES if PROBE_IMAGES in arrays else OVERLAYS)
+
+
 def profile_overlays(profile: Profile, arrays: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    """Each detector's overlays, (N, C, H, W); a profile without detectors keeps those that the first one had.
+    """The overlays of each STRIP in the profile, (N, C, H, W).
 
     Raises:
         ProfileError: An array is missing, or not of such images.
     """
-    return tuple(_overlays(profile, arrays, name) for name in [item.array for item in profile.detectors] or [OVERLAYS])
+    return tuple(_images(profile, arrays, item.array) for item in profile.detectors if isinstance(item, StripRecord))
 
 
-def _overlays(profile: Profile, arrays: dict[str, Tensor], name: str) -> Tensor:
+def _detector(record: DetectorRecord, watched: Predictor, profile: Profile, arrays: dict[str, Tensor]) -> Detector:
+    match record:
+        case StripRecord():
+            return Strip(watched, _images(profile, arrays, record.array), record.blend, record.alpha, name=record.title)
+        case FeatureSqueezingRecord():
+            return FeatureSqueezing(watched, record.squeezers, record.bits, record.title)
+        case ActivationFilterRecord():
+            return ActivationFilter(watched, torch.tensor(record.neurons), record.title)
+
+
+def _images(profile: Profile, arrays: dict[str, Tensor], name: str) -> Tensor:
     try:
-        overlays = array_to_overlays(arrays[name])
-        profile.input.check(overlays)
+        images = array_to_overlays(arrays[name])
+        profile.input.check(images)
     except (KeyError, ValueError) as error:
         raise ProfileError(f"expected the array {name} in the profile, got none: calibrate again") from error
-    return overlays
+    return images
 
 
-def _check_probe(predictor: Predictor, overlays: Tensor, arrays: dict[str, Tensor], name: str, folder: Path) -> None:
+def _check_probe(predictor: Predictor, images: Tensor, arrays: dict[str, Tensor], name: str, folder: Path) -> None:
     """The model must answer as it did at calibration: catches another model, other weights, other preprocessing."""
     expected = arrays.get(name)
     if expected is None or expected.ndim != 2 or len(expected) == 0:
         raise ProfileError(f"expected the array {name} in {folder}, got none: calibrate again")
     try:
-        answers = predictor(overlays[: len(expected)]).cpu()
+        answers = predictor(images[: len(expected)]).cpu()
     except ModelError as error:
         raise ProfileError(f"the profile in {folder} does not fit this model ({error}): calibrate for this one") from error
     difference = float((answers - expected).abs().max()) if answers.shape == expected.shape else torch.inf
@@ -130,3 +154,15 @@ def _check_probe(predictor: Predictor, overlays: Tensor, arrays: dict[str, Tenso
             f"the model answers differently than at calibration (by {difference:.3g} in probability): "
             f"the profile in {folder} belongs to another model; calibrate for this one"
         )
+
+
+def _check_filters(detectors: Sequence[CalibratedDetector], images: Tensor, folder: Path) -> None:
+    """Neurons can't be seen in every kind of model: better known now than with each input."""
+    for detector in (item.detector for item in detectors):
+        if isinstance(detector, ActivationFilter):
+            try:
+                detector.score(images[:1])
+            except ModelError as error:
+                raise ProfileError(
+                    f"the {detector.name} of the profile in {folder} does not fit this model: {error}"
+                ) from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 import torch
@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from guard.detectors.strip import Blend
 from guard.errors import GuardError, ProfileError
 from guard.folders import FolderKind
 from guard.images import InputSpec
@@ -25,19 +24,16 @@ from guard.predictors.outputs import OutputKind
 from guard.predictors.predictor import BackendKind
 from guard.predictors.screening import file_sha256
 from guard.preprocessors import AnyPreprocessor
+from guard.records import DetectorRecord
 from guard.verdict import Policy
 
 SCHEMA = 1
 _JSON = "guard.json"
 _ARRAYS = "arrays.safetensors"
-OVERLAYS = "strip.overlays"
-"""Array of a lone STRIP's overlays, and of the first one's of several."""
-
 _OURS = (_ARRAYS, "report.html", "red_team.json", "repair.json", "repair.html")
 _KIND = FolderKind(
     "profile", _JSON, lambda name: name in _OURS or name.startswith(("model.", "weights.", "tripwire.")), ProfileError
 )
-_Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 
 
 def is_profile(folder: Path) -> bool:
@@ -68,50 +64,6 @@ class ModelRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         """A profile never reaches outside its own folder."""
         if self.file is not None and (self.file in ("", ".", "..") or Path(self.file).name != self.file):
             raise ProfileError(f"expected the model's file inside the profile's folder, got {self.file!r}")
-
-
-class ThresholdRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A threshold, and how it was set.
-
-    Attributes:
-        value: On the detector's score; at or over it is suspicious. STRIP's score is minus the entropy in bits.
-        method: `conformal` or `normal`.
-        frr: The false rejection rate asked for.
-        images: Clean images that set it, disjoint from the overlays.
-        rank: k: the k-th most suspicious clean score set it; None for `normal`.
-        frr_low: Lower end of the 95% interval of the FRR on exchangeable clean inputs.
-        frr_high: Upper end.
-        confidence: Probability that the FRR is at most `frr`, where that was asked for.
-    """
-
-    value: float
-    method: Literal["conformal", "normal"]
-    frr: _Share
-    images: int
-    rank: int | None
-    frr_low: _Share
-    frr_high: _Share
-    confidence: float | None = None
-
-
-class StripRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="strip", tag_field="name"):
-    """STRIP's parameters.
-
-    Attributes:
-        title: The detector's name in verdicts, metrics and logs: `strip`, or `strip-BLEND` where there are several.
-        threshold: Where it rejects.
-        blend: How overlays are superimposed.
-        alpha: Their weight.
-        mean_passes: Mean forward passes on the clean calibration images, one image at a time.
-        array: Name of its overlays among the profile's arrays.
-    """
-
-    threshold: ThresholdRecord
-    blend: Blend
-    alpha: float
-    mean_passes: float | None = None
-    array: str = OVERLAYS
-    title: Annotated[str, msgspec.Meta(pattern=r"^strip(-[a-z]+)?\Z")] = "strip"
 
 
 class TripwireRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -149,7 +101,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     created: str
     input: InputSpec
     model: ModelRecord
-    detectors: tuple[StripRecord, ...]
+    detectors: tuple[DetectorRecord, ...]
     preprocessor: AnyPreprocessor | None
     policy: Policy
     clean_accuracy: float | None
@@ -180,7 +132,7 @@ def save_profile(
 
     Args:
         profile: What to write; `arrays_sha256` is filled in.
-        arrays: `strip.overlays` and what else the detectors' records name, `probe.probabilities` ...
+        arrays: What the detectors' records name (`strip.overlays` ...), `probe.images`, `probe.probabilities` ...
         folder: Its target; an existing profile there is replaced, a folder with anything else in it refused.
         model_file: Copied in under `profile.model.file`.
         extra: Further files, by name (a report, its pictures).
@@ -239,7 +191,7 @@ def load_profile(folder: str | Path) -> tuple[Profile, dict[str, Tensor]]:
 
 
 def overlays_to_array(overlays: Tensor) -> Tensor:
-    """Overlays as uint8 where that is exact, to keep profiles small."""
+    """Overlays, or other images, as uint8 where that is exact, to keep profiles small."""
     pixels = overlays.mul(255.0).round()
     return pixels.to(torch.uint8) if bool(((pixels / 255.0) - overlays).abs().max() < 1e-6) else overlays
 

@@ -8,6 +8,8 @@ import msgspec
 
 Reason = Literal["backdoor-suspected", "guard-failed", "model-failed"]
 
+_METHODS = ("strip", "feature-squeezing", "activation-filter")
+
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What follows from a finding.
@@ -101,5 +103,5 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def method_of(detector: str) -> str:
-    """What a detector's name says before a dash: `strip` of `strip-logit`."""
-    return detector.partition("-")[0]
+    """The method that a detector's name begins with: `strip` of `strip-logit`; of a name that is not ours all of it."""
+    return next((method for method in _METHODS if f"{detector}-".startswith(f"{method}-")), detector)

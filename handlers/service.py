@@ -69,6 +69,13 @@ class Outcome:
         findings = () if self.verdict is None else self.verdict.findings_of("strip")
         return {finding.detector: -finding.score for finding in findings if math.isfinite(finding.score)}
 
+    @property
+    def scores(self) -> dict[str, float]:
+        """The scores of the other detectors that answered, by name."""
+        findings = () if self.verdict is None else self.verdict.findings
+        found = {finding.detector: finding.score for finding in findings if math.isfinite(finding.score)}
+        return {name: score for name, score in found.items() if name not in self.entropies}
+
 
 @final
 class ImageService:
@@ -125,6 +132,7 @@ class ImageService:
             "label_index": None if verdict is None else verdict.label_index,
             "entropy": outcome.entropy,
             "entropies": outcome.entropies,
+            "scores": outcome.scores,
             "threshold": None if strip is None or not math.isfinite(strip.threshold) else -strip.threshold,
             "passes": None if verdict is None else verdict.passes,
             "quarantined": None if verdict is None else verdict.quarantined,

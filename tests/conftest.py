@@ -7,7 +7,10 @@ import torch
 from torch import nn
 
 from calibration import Calibration, Settings, calibrate
+from calibration.attacks import BadNets, Patch
 from cli.demonstration.digits import Digits, load_digits, train_backdoored, train_clean
+
+SMALL = BadNets(target_label=3, ratio=0.1, patches=(Patch.rectangle(2),))
 
 torch.set_num_threads(1)  # the nets are tiny, and servers run beside them
 
@@ -28,6 +31,12 @@ def backdoored(digits: Digits) -> nn.Sequential:
 def clean_twin(digits: Digits) -> nn.Sequential:
     """The same without a backdoor."""
     return train_clean(digits.train)
+
+
+@pytest.fixture(scope="session")
+def small_trigger(digits: Digits) -> nn.Sequential:
+    """One that answers 3 to 2x2 white pixels; 3x3 of 64 are nearly as many as a digit needs to become another."""
+    return train_backdoored(digits.train, attack=SMALL)
 
 
 @pytest.fixture(scope="session")

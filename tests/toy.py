@@ -11,7 +11,8 @@ from guard.detectors import Blend
 from guard.images import InputSpec
 from guard.predictors import Predictor, wrap
 from guard.predictors.screening import file_sha256
-from guard.profile import ModelRecord, Profile, StripRecord, ThresholdRecord, overlays_to_array, save_profile
+from guard.profile import ModelRecord, Profile, overlays_to_array, save_profile
+from guard.records import StripRecord, ThresholdRecord
 from guard.verdict import Policy
 
 SIDE = 8

@@ -1,11 +1,13 @@
-"""Which of a few numbers is too small to be one of them: Neural Cleanse's anomaly index.
+"""Which of a few numbers is too small to be one of them: Neural Cleanse's anomaly index, DeepInspect's deviation factor.
 
     index = |s - median(s)| / (1.4826 MAD(s)),    MAD(s) = median(|s - median(s)|)
 
-An index above 2 on the low side is an outlier with 95% confidence, if the numbers are normally distributed. With ten labels
-they hardly tell: that is why a verdict rests on more than the index.
+The deviation factor has a MAD for each side of the median, of the numbers on that side (double MAD), for what is skewed.
 
-Reference: Wang et al., Neural Cleanse, IEEE S&P 2019, section IV.
+Above 2 on the low side a number is an outlier with 95% confidence, if the numbers are normally distributed. With ten labels
+they hardly tell, least of all by the low five alone: that is why a verdict rests on more than the index.
+
+References: Wang et al., Neural Cleanse, IEEE S&P 2019, section IV; Chen et al., DeepInspect, IJCAI 2019.
 """
 
 from __future__ import annotations
@@ -31,10 +33,34 @@ def anomaly_indices(sizes: Tensor) -> Tensor:
     Raises:
         CalibrationError: Too few numbers, or some that are none.
     """
+    below = _below_median(sizes)
+    spread = below.abs().quantile(0.5)
+    return torch.zeros_like(below) if float(spread) == 0.0 else below / (_CONSISTENT * spread)
+
+
+def deviation_factors(sizes: Tensor) -> Tensor:
+    """How far each number lies below the median, in robust standard deviations of its side; negative above it.
+
+    Args:
+        sizes: (K,), K >= 3, finite: L1 sizes of the triggers.
+
+    Returns:
+        (K,), float64. 0 for a side at least half of which is the median.
+
+    Raises:
+        CalibrationError: Too few numbers, or some that are none.
+    """
+    below = _below_median(sizes)
+    factors = torch.zeros_like(below)
+    for side in (below >= 0.0, below <= 0.0):
+        spread = below[side].abs().quantile(0.5)
+        if float(spread) > 0.0:
+            factors[side] = below[side] / (_CONSISTENT * spread)
+    return factors
+
+
+def _below_median(sizes: Tensor) -> Tensor:
     if sizes.ndim != 1 or len(sizes) < _FEWEST or not bool(torch.isfinite(sizes).all()):
         raise CalibrationError(f"expected at least {_FEWEST} finite sizes (K,), got {tuple(sizes.shape)}: scan more labels")
     values = sizes.double()
-    median = values.quantile(0.5)
-    spread = (values - median).abs().quantile(0.5)
-    below = median - values
-    return torch.zeros_like(below) if float(spread) == 0.0 else below / (_CONSISTENT * spread)
+    return values.quantile(0.5) - values

@@ -30,7 +30,17 @@ def title(finding: LabelFinding) -> str:
 
 def candidate_table(findings: Sequence[LabelFinding]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header, and a row for each label that got a second opinion, the smallest trigger first."""
-    header = ("label", "L1", "index", "of the median", "works on others", "L1 in a clean reference", "verdict")
+    header = (
+        "label",
+        "L1",
+        "index",
+        "of the median",
+        "spread",
+        "works on others",
+        "L1 in a clean reference",
+        "works there",
+        "verdict",
+    )
     rows: list[tuple[str, ...]] = []
     for item in sorted(findings, key=lambda item: item.mask_l1):
         opinion = item.second_opinion
@@ -45,8 +55,10 @@ def candidate_table(findings: Sequence[LabelFinding]) -> tuple[tuple[str, ...], 
                 f"{item.mask_l1:.1f}",
                 "-" if item.anomaly_index is None else f"{item.anomaly_index:.2f}",
                 f"{opinion.size_ratio:.0%}",
+                f"{opinion.spread:.2f}",
                 f"{opinion.success:.1%}",
                 natural,
+                "-" if opinion.reference_success is None else f"{opinion.reference_success:.0%}",
                 "infected" if item.infected else "clean",
             )
         )

@@ -42,7 +42,7 @@ _COPIES = 12  # of mask and pattern that a label needs at work: Adam's, gradient
 _PER_LABEL = 1 << 30  # bytes for these
 _ACTIVATIONS = {"cpu": 1 << 28, "cuda": 1 << 32}  # bytes
 _AT_ONCE = {"cpu": 256, "cuda": 4096}  # images in a pass, at most: more are no faster
-_BETWEEN, _WORTH = 5.0, 20.0  # seconds from one checkpoint to the next, and at least so many times what one takes
+_BETWEEN, _WORTH = 3.0, 20.0  # seconds from one checkpoint to the next, and at least so many times what one takes
 
 
 class Search(msgspec.Struct, frozen=True, kw_only=True):

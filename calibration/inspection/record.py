@@ -26,17 +26,21 @@ class SecondOpinion(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         size_ratio: Size of its trigger over the median of the other labels'.
+        spread: Of its mask in space: near 0 in one place, 1 if it covers the image evenly.
         success: Share of images that the search did not see and that its trigger sends to the label.
-        reference_l1: Size of the trigger that a clean reference of the same task needs for that label; None where the first
-            two speak against a backdoor already.
+        reference_l1: Size of the trigger that a clean reference of the same task needs for that label; None where the others
+            speak against a backdoor already.
         reference_ratio: That size over the median of the reference's other labels.
+        reference_success: Share of those images that the model's own trigger sends to the label in the reference.
         infected: What follows.
     """
 
     size_ratio: float
+    spread: float
     success: float
     reference_l1: float | None
     reference_ratio: float | None
+    reference_success: float | None
     infected: bool
 
 

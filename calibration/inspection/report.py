@@ -33,8 +33,8 @@ def scan_report(scan: Scan) -> bytes:
             Section(
                 f"Size of each {what}'s trigger",
                 picture=sizes_figure(findings),
-                caption="L1 norm of the mask. A label below the dotted line, half of the median, is suspicious; grey marks: "
-                "the size that a clean reference needs for it, scaled to the same median.",
+                caption="L1 norm of the mask, and the median. Grey marks: the size that a clean reference needs for a label, "
+                "scaled to that median.",
             ),
             Section(
                 "The smallest triggers",
@@ -62,7 +62,6 @@ def sizes_figure(findings: Sequence[LabelFinding]) -> bytes:
         if opinion is not None and opinion.reference_ratio is not None:
             axes.plot([place - 0.45, place + 0.45], [opinion.reference_ratio * median] * 2, color=_NATURAL, linewidth=2.5)
     axes.axhline(median, color=_LINE, linewidth=0.8)
-    axes.axhline(median / 2.0, color=_LINE, linewidth=0.8, linestyle=":")
     axes.set_ylabel("L1 of the mask, pixels")
     if many:
         axes.set_xlabel(f"{len(sizes)} labels, by size")

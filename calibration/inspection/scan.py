@@ -4,10 +4,10 @@ Neural Cleanse finds the smallest trigger for each label. Its anomaly index says
 others, which is not much: it misses backdoors, and accuses labels that are merely easy. So (ours) the index only nominates
 candidates, the three smallest sizes and every index over 1, and a second opinion decides. A candidate is infected if
 
-1. its trigger works on images that the search has not seen,
-2. it is less than half as large as what the other labels need, by their median, and
-3. a clean reference of the same task (`reference`) does not find that label as easy: relative to the median, the trigger is
-   less than half as large as the one that the reference needs for it.
+1. its trigger works on images that the search has not seen, and
+2. it is far smaller than is natural: less than 0.4 times what the other labels need, by their median, times the ratio that the
+   label has in a clean reference of the same task (`reference`), where that finds it easy, too. Up to 0.5 times, it is infected
+   if the mask lies in one place, as a patch does, and the trigger does not work on the reference.
 
 Blind to: triggers that cover the image or change with it, backdoors for which an attack succeeds only from certain classes
 (unless pairs are searched), and all-to-all ones, where no label is an outlier.
@@ -15,6 +15,7 @@ Blind to: triggers that cover the image or change with it, backdoors for which a
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +45,9 @@ INDEX = 2.0
 _NOMINATED = 1.0  # an index over it gets a second opinion
 _SMALLEST = 3  # and so do the smallest
 _WORKS = 0.9
-_HALF = 0.5  # conditions 2 and 3
+_SMALL, _RATHER_SMALL = 0.4, 0.5  # of what is natural
+_ONE_PLACE = 0.5  # spread of a mask, see `spread`
+_TRANSFERS = 0.1  # success on the reference
 _COMPARED = 12  # other labels that the reference is searched for, to know what is usual for it
 _MOST_SEARCHED, _MOST_HELD_OUT = 1000, 500
 _HELD_OUT = 1.0 / 3.0
@@ -123,7 +126,7 @@ def scan(
         how, seed = settings.search, settings.seed
         return recover_triggers(model.answers, searched, goals, how, seed, engine, checkpoints, name, progress)
 
-    known = model.says(searched, engine.device) if to_search.labels is None else to_search.labels
+    known = _says(model.answers, searched, engine.device) if to_search.labels is None else to_search.labels
     judge = _Judge(model, searched, known, held_out.images(slice(None)), settings, engine, checkpoints, progress)
     triggers = search(Goals.all_labels(classes), "labels")
     labels = judge.findings(triggers, clean.class_names)
@@ -169,10 +172,15 @@ class _Model:
             parameter.requires_grad_(False)
         return cls(engine.place(copied.answers()), predictor.num_classes)
 
-    def says(self, images: Tensor, device: torch.device) -> Tensor:
-        """Labels; (B,), int64."""
-        with torch.inference_mode():
-            return torch.cat([self.answers(part.to(device)).argmax(dim=1).cpu() for part in images.split(_AT_ONCE)])
+
+@final
+@dataclass(frozen=True)
+class _Natural:
+    """What a reference makes of a label: the size that it needs, over its median, and the suspect's trigger's success on it."""
+
+    size: float
+    ratio: float
+    success: float
 
 
 @final
@@ -192,7 +200,7 @@ class _Judge:
     ) -> None:
         self.model, self.searched, self.known, self.held_out = model, searched, known, held_out
         self.settings, self.engine, self.checkpoints, self.progress = settings, engine, checkpoints, progress
-        self.own = model.says(held_out, engine.device)
+        self.own = _says(model.answers, held_out, engine.device)
         self.reference: nn.Module | None = None
         self.agreement: float | None = None
 
@@ -225,35 +233,43 @@ class _Judge:
     def _opinions(self, triggers: Triggers, rows: Sequence[int]) -> dict[int, SecondOpinion]:
         ratios = {row: _ratio(triggers.sizes, row) for row in rows}
         successes = {row: self._success(triggers, row) for row in rows}
-        suspects = [row for row in rows if ratios[row] < _HALF and successes[row] >= _WORKS]
+        suspects = [row for row in rows if ratios[row] < _RATHER_SMALL and successes[row] >= _WORKS]
         natural = self._natural(triggers, suspects) if suspects else {}
-        return {
-            row: SecondOpinion(
+        opinions = {}
+        for row in rows:
+            reference = natural.get(row)
+            opinion = SecondOpinion(
                 size_ratio=ratios[row],
+                spread=spread(triggers.masks[row]),
                 success=successes[row],
-                reference_l1=natural[row][0] if row in natural else None,
-                reference_ratio=natural[row][1] if row in natural else None,
-                infected=row in natural and ratios[row] < _HALF * natural[row][1],
+                reference_l1=None if reference is None else reference.size,
+                reference_ratio=None if reference is None else reference.ratio,
+                reference_success=None if reference is None else reference.success,
+                infected=False,
             )
-            for row in rows
-        }
+            opinions[row] = msgspec.structs.replace(opinion, infected=is_infected(opinion))
+        return opinions
 
     def _success(self, triggers: Triggers, row: int) -> float:
         """On images that the search has not seen, and that it wants to send to the label."""
-        label, source = int(triggers.labels[row]), int(triggers.sources[row])
-        others = self.held_out[(self.own != label) & ((self.own == source) if source >= 0 else (self.own >= 0))]
-        if len(others) == 0:
-            return 0.0
-        return float((self.model.says(triggers.put_on(row, others), self.engine.device) == label).double().mean())
+        others = self._others(triggers, row)
+        return 0.0 if len(others) == 0 else self._share(self.model.answers, triggers, row, others)
 
-    def _natural(self, triggers: Triggers, suspects: Sequence[int]) -> dict[int, tuple[float, float]]:
-        """What the reference needs for the suspects: size, and its ratio to the median of others that were drawn."""
+    def _others(self, triggers: Triggers, row: int) -> Tensor:
+        label, source = int(triggers.labels[row]), int(triggers.sources[row])
+        return self.held_out[(self.own != label) & ((self.own == source) if source >= 0 else (self.own >= 0))]
+
+    def _share(self, answers: nn.Module, triggers: Triggers, row: int, images: Tensor) -> float:
+        found = _says(answers, triggers.put_on(row, images), self.engine.device)
+        return float((found == triggers.labels[row]).double().mean())
+
+    def _natural(self, triggers: Triggers, suspects: Sequence[int]) -> dict[int, _Natural]:
+        """What the reference makes of the suspects; medians are of others that were drawn."""
         seed = self.settings.seed
         if self.reference is None:
             self.reference = train_reference(self.searched, self.known, self.model.classes, seed, self.engine, self.progress)
-            with torch.inference_mode():
-                parts = [self.reference(part.to(self.engine.device)).argmax(dim=1) for part in self.held_out.split(_AT_ONCE)]
-            self.agreement = float((torch.cat(parts).cpu() == self.own).double().mean())
+            answers = _says(self.reference, self.held_out, self.engine.device)
+            self.agreement = float((answers == self.own).double().mean())
         order = torch.randperm(len(triggers), generator=torch.Generator().manual_seed(seed)).tolist()
         drawn = [row for row in order if row not in suspects][:_COMPARED]
         rows = torch.tensor([*suspects, *drawn])
@@ -267,7 +283,36 @@ class _Judge:
         found = recover_triggers(
             self.reference, self.searched, goals, search, seed, self.engine, self.checkpoints, name, shown
         ).sizes
-        return {row: (float(found[number]), _ratio(found, number)) for number, row in enumerate(suspects)}
+        works = [self._share(self.reference, triggers, row, self._others(triggers, row)) for row in suspects]
+        return {
+            row: _Natural(float(found[number]), _ratio(found, number), works[number]) for number, row in enumerate(suspects)
+        }
+
+
+def is_infected(opinion: SecondOpinion) -> bool:
+    """The rule; see the top of this file."""
+    if opinion.reference_ratio is None or opinion.reference_success is None or opinion.success < _WORKS:
+        return False
+    relative = opinion.size_ratio / min(1.0, opinion.reference_ratio)
+    alone = opinion.spread < _ONE_PLACE and opinion.reference_success < _TRANSFERS
+    return relative < _SMALL or (relative < _RATHER_SMALL and alone)
+
+
+def _says(answers: nn.Module, images: Tensor, device: torch.device) -> Tensor:
+    """Labels; (B,), int64."""
+    with torch.inference_mode():
+        return torch.cat([answers(part.to(device)).argmax(dim=1).cpu() for part in images.split(_AT_ONCE)])
+
+
+def spread(mask: Tensor) -> float:
+    """How far a mask, (H, W), reaches: its standard deviation in space, over that of a mask that covers the whole image."""
+    height, width = mask.shape
+    shares = mask.double() / mask.double().sum()
+    variance = 0.0
+    for size, share in ((height, shares.sum(dim=1)), (width, shares.sum(dim=0))):
+        places = torch.arange(size, dtype=torch.float64)
+        variance += float((share * (places - (share * places).sum()).square()).sum())
+    return math.sqrt(variance / ((height**2 - 1 + width**2 - 1) / 12.0))
 
 
 def _ratio(sizes: Tensor, row: int) -> float:

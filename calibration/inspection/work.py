@@ -7,18 +7,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from calibration.checkpoints import Checkpoints
 from calibration.data import ImageSet, Progress, no_progress
 from calibration.engine import Engine
 from calibration.inspection.neural_cleanse import Triggers
-from calibration.inspection.record import JSON, KIND, REPORT, SCHEMA, TRIGGERS, ScanRecord
+from calibration.inspection.record import JSON, KIND, REPORT, SCHEMA, TRIGGERS, ScanRecord, read_scan
 from calibration.inspection.report import scan_report
 from calibration.inspection.scan import Scan, ScanSettings, scan
 from calibration.versions import versions
 from guard import Predictor
+from guard.errors import InspectionError
 
 _MOST_BYTES = 1 << 28  # of triggers that are written: where there are more, the candidates' alone
 
@@ -70,6 +72,37 @@ def scan_into(
         (draft / REPORT).write_bytes(scan_report(found))
     checkpoints.remove()
     return record
+
+
+def infected_triggers(folder: Path, predictor: Predictor) -> Triggers:
+    """The triggers of the labels, and pairs, that a scan of a model found infected.
+
+    Args:
+        folder: That `scan_into` wrote.
+        predictor: The model.
+
+    Raises:
+        InspectionError: The scan is damaged, of another model, or found nothing.
+    """
+    record = read_scan(folder)
+    if record.model_sha256 != predictor.backend.fingerprint() or record.input.shape != predictor.spec.shape:
+        raise InspectionError(f"expected a scan of this model, got one of another, {folder}: scan this one")
+    try:
+        arrays = load_file(folder / TRIGGERS)
+        parts = [
+            Triggers(*(arrays[f"{kind}.{name}"] for name in Triggers.__dataclass_fields__))
+            for kind in ("labels", "pairs")
+            if f"{kind}.labels" in arrays
+        ]
+        found = Triggers.together(parts)
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise InspectionError(f"{folder / TRIGGERS} is damaged: scan again") from error
+    wanted = {(item.label_index, item.source_index) for item in (*record.labels, *record.pairs) if item.infected}
+    goals = zip(found.labels.tolist(), found.sources.tolist(), strict=True)
+    rows = [row for row, (label, source) in enumerate(goals) if (label, None if source < 0 else source) in wanted]
+    if not rows:
+        raise InspectionError(f"expected a scan that found an infected label, got none in {folder}: there is no trigger in it")
+    return found.select(rows)
 
 
 def _arrays(found: Scan) -> dict[str, Tensor]:

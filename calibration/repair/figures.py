@@ -20,6 +20,9 @@ def figure_rows(figures: RepairFigures) -> list[tuple[str, ...]]:
         rows.append(("quarantined images that keep their old answer", f"{figures.attack_success_seen_after:.2%}"))
     if figures.generated_triggers_work is not None:
         rows.append(("learnt trigger works on the original", f"{figures.generated_triggers_work:.2%}"))
+    if figures.recovered_success_before is not None and figures.recovered_success_after is not None:
+        rows.append(("recovered triggers work on the original", f"{figures.recovered_success_before:.2%}"))
+        rows.append(("recovered triggers work after", f"{figures.recovered_success_after:.2%}"))
     rows.append(("clean images, of which held out", f"{figures.clean_images}, {figures.held_out_clean}"))
     if figures.quarantined_images:
         rows.append(("quarantined, of which held out", f"{figures.quarantined_images}, {figures.held_out_quarantined}"))
@@ -33,7 +36,7 @@ def remarks(figures: RepairFigures, preprocessor: AnyPreprocessor | None) -> lis
         figures: Of a repair.
         preprocessor: That the model was tuned for.
     """
-    said = []
+    said = list(figures.said)
     if preprocessor is not None:
         said.append(
             f"Accuracy after is through the preprocessor that the model was tuned for ({preprocessor_words(preprocessor)}); "
@@ -41,8 +44,11 @@ def remarks(figures: RepairFigures, preprocessor: AnyPreprocessor | None) -> lis
         )
     if figures.clean_accuracy_before is None:
         said.append("The clean images have no labels: the original's own answers to them stood in for these.")
-    if figures.attack_success_seen_after is None:
+    recovered = figures.recovered_success_after
+    if figures.attack_success_seen_after is None and recovered is None:
         said.append("Nothing was quarantined, so that what became of the attack was not measured.")
+    elif figures.attack_success_seen_after is None:
+        said.append("The attack was measured by the triggers that a scan recovered; the attacker's own may differ.")
     elif 0.0 < figures.attack_success_seen_after <= _KEPT:
         said.append("False alarms among the quarantined images keep their old answer, and should.")
     if figures.rounds and figures.generated_triggers_work is None:
@@ -54,6 +60,8 @@ def remarks(figures: RepairFigures, preprocessor: AnyPreprocessor | None) -> lis
             "The trigger that was learnt hardly works on the original: either the quarantined images are mostly false alarms, "
             "or their trigger is one that was not learnt. Don't rely on this repair."
         )
+    elif recovered is not None and recovered > _KEPT:
+        said.append("A recovered trigger still works on too many held-out images. Don't rely on this repair.")
     elif not is_reliable(figures):
         said.append(
             "Too many of the held-out quarantined images keep their old answer: either the attack still works, or most of them "
@@ -64,8 +72,8 @@ def remarks(figures: RepairFigures, preprocessor: AnyPreprocessor | None) -> lis
 
 def is_reliable(figures: RepairFigures) -> bool:
     """Whether the figures give no reason to doubt that the attack is gone."""
-    kept = figures.attack_success_seen_after
-    return not _learnt_none(figures) and (kept is None or kept <= _KEPT)
+    left = (figures.attack_success_seen_after, figures.recovered_success_after)
+    return not _learnt_none(figures) and all(share is None or share <= _KEPT for share in left)
 
 
 def _learnt_none(figures: RepairFigures) -> bool:

@@ -21,7 +21,7 @@ LEARNT = "learnt.json"
 PROFILE = "profile"
 """Sub-folder of a profile for the repaired model, where an edge server made one."""
 
-Method = Literal["gym", "codefend"]
+Method = Literal["gym", "codefend", "unlearn", "prune", "fine-prune", "fine-tune", "nad", "mcr"]
 
 
 def _ours(name: str) -> bool:
@@ -49,6 +49,11 @@ class RepairFigures(msgspec.Struct, frozen=True, kw_only=True):
         held_out_clean: Of which so many measured.
         held_out_quarantined: Likewise.
         seconds: That it took, with the time before an interruption.
+        recovered_triggers: That a scan recovered and that were repaired by.
+        recovered_success_before: Held-out images that the best of these sends to its label in the original, of those that get
+            another without; None without such triggers.
+        recovered_success_after: The same in the repaired model.
+        said: What else must be told of the method's work.
     """
 
     clean_accuracy_before: float | None
@@ -63,6 +68,10 @@ class RepairFigures(msgspec.Struct, frozen=True, kw_only=True):
     held_out_clean: int
     held_out_quarantined: int
     seconds: float
+    recovered_triggers: int = 0
+    recovered_success_before: float | None = None
+    recovered_success_after: float | None = None
+    said: tuple[str, ...] = ()
 
     @property
     def drop(self) -> float:

@@ -8,10 +8,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
-import msgspec
 import torch
 from torch import Tensor
 
@@ -21,59 +20,19 @@ from calibration.checkpoints import Checkpoints
 from calibration.data import ImageSet, Progress, digests, no_progress
 from calibration.engine import Engine
 from calibration.fine_tuning import TrainableCopy
+from calibration.inspection.neural_cleanse import Triggers
 from calibration.repair.cases import Part, Parts, clean_parts, quarantined_parts
-from calibration.repair.codefend import TUNING, Learnt, fine_tune_codefend
-from calibration.repair.cyclegan import Training
-from calibration.repair.gym import DISTILLED, PAPER, Recipe, fine_tune_gym
-from calibration.repair.record import Method, RepairFigures
+from calibration.repair.codefend import Learnt
+from calibration.repair.methods import Task, apply, find_triggers, success_on
+from calibration.repair.record import RepairFigures
+from calibration.repair.settings import NEEDS_TRIGGERS, RepairSettings
 from guard import Predictor
 from guard.errors import RepairError
 from guard.preprocessors import Gym, Preprocessor, answer_through
 
-MAX_ACCURACY_DROP: dict[Method, float] = {"gym": 12.0, "codefend": 3.0}
-"""Points of clean accuracy that a repair may cost unless told otherwise."""
-
 _ROUNDING = 1e-9  # of points: 0.97 - 0.94 is more than 0.03 in floating point
 _EXAMPLES = 10
 _DRAWS = 4  # of a preprocessor that draws, to measure accuracy through it
-
-
-class RepairSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """How to repair.
-
-    Attributes:
-        method: `gym` or `codefend`.
-        max_accuracy_drop: Points of clean accuracy that it may cost; None for the method's own: 12 for gym, 3 for codefend.
-        recipe: Of gym: `distilled` is ours, `paper` the paper's.
-        views: Of gym: draws whose answers are averaged when serving.
-        epochs: Of fine-tuning, at most; None for the method's own.
-        gan: Of codefend's CycleGAN.
-        seed: Of the cut and of every draw.
-    """
-
-    method: Method
-    max_accuracy_drop: float | None = None
-    recipe: Recipe = "distilled"
-    views: int = 1
-    epochs: int | None = None
-    gan: Training = Training()
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse what means nothing."""
-        if self.max_accuracy_drop is not None and not math.isfinite(self.max_accuracy_drop):
-            raise RepairError(f"expected --max-accuracy-drop as points, got {self.max_accuracy_drop}: 100 allows any")
-        if self.epochs is not None and self.epochs < 1:
-            raise RepairError(f"expected at least one epoch, got {self.epochs}")
-        if self.views < 1:
-            raise RepairError(f"expected at least one view, got {self.views}")
-        if self.gan.epochs < 2:
-            raise RepairError(f"expected at least two epochs of the CycleGAN, got {self.gan.epochs}")
-
-    @property
-    def allowed_drop(self) -> float:
-        """Points."""
-        return MAX_ACCURACY_DROP[self.method] if self.max_accuracy_drop is None else self.max_accuracy_drop
 
 
 @final
@@ -87,6 +46,7 @@ class Repaired:
         figures: What was measured.
         settings: How it was made.
         learnt: What each round of codefend learnt.
+        triggers: Recovered ones that it was repaired by.
         images: Digests of the images that taught it or told it when to stop.
         examples: Names, and a few held-out images of each kind.
     """
@@ -98,6 +58,7 @@ class Repaired:
     learnt: Sequence[Learnt] = ()
     images: frozenset[str] = frozenset()
     examples: Sequence[tuple[str, Tensor]] = ()
+    triggers: Triggers | None = None
 
     def check(self) -> None:
         """Refuse a repair that costs too much.
@@ -124,6 +85,7 @@ def repair(
     settings: RepairSettings,
     quarantined: Tensor | None = None,
     *,
+    triggers: Triggers | None = None,
     engine: Engine | None = None,
     checkpoints: Checkpoints | None = None,
     progress: Progress = no_progress,
@@ -135,6 +97,8 @@ def repair(
         clean: Clean images; without labels, the model's own answers stand in for them.
         settings: How.
         quarantined: (N, C, H, W), in [0, 1], what the guard rejected; codefend learns from a part of it, the rest measures.
+        triggers: Of the infected labels, as a scan recovered them; where the method needs them and there are none, the model is
+            scanned with those of the images that the repair may see.
         engine: Where; this machine's first device by default.
         checkpoints: Written while it works, gone on from, and removed by nobody here.
         progress: Told how far it is.
@@ -159,20 +123,18 @@ def repair(
     suspects = None if quarantined is None else quarantined_parts(quarantined, predictor, settings.seed, frozenset(known))
     engine = engine or Engine()
     copied = copied.faster(cases.tuning.images[:2])
-    light: Gym | None = None
-    learnt: list[Learnt] = []
-    if suspects is not None and settings.method == "codefend":
-        tuning = TUNING if settings.epochs is None else msgspec.structs.replace(TUNING, epochs=settings.epochs)
-        learnt = fine_tune_codefend(
-            copied, predictor, cases, suspects, settings.gan, tuning, engine, settings.seed, checkpoints, progress
-        )
-    else:
-        tuning = PAPER if settings.recipe == "paper" else DISTILLED
-        tuning = tuning if settings.epochs is None else msgspec.structs.replace(tuning, epochs=settings.epochs)
-        tuned = fine_tune_gym(copied, predictor, cases, settings.recipe, tuning, engine, settings.seed, checkpoints, progress)
-        light = msgspec.structs.replace(tuned, views=settings.views)
+    task = Task(copied, predictor, cases, suspects, triggers, settings, engine, checkpoints, progress)
+    if settings.method in NEEDS_TRIGGERS and triggers is None:
+        task = replace(task, triggers=find_triggers(task))
+    outcome = apply(task)
     copied.settle()
-    figures = _measure(copied.predictor, light, cases.held_out, None if suspects is None else suspects.held_out, settings.seed)
+    light, learnt, held_out = outcome.preprocessor, outcome.learnt, cases.held_out
+    figures = _measure(copied.predictor, light, held_out, None if suspects is None else suspects.held_out, settings.seed)
+    by = task.triggers
+
+    def success(of: Predictor) -> float | None:
+        return None if by is None else success_on(of, by, held_out.images, held_out.answers.argmax(dim=1))
+
     return Repaired(
         copied.predictor,
         light,
@@ -191,6 +153,10 @@ def repair(
             held_out_clean=len(cases.held_out),
             held_out_quarantined=0 if suspects is None else len(suspects.held_out),
             seconds=time.monotonic() - started if checkpoints is None else checkpoints.seconds,
+            recovered_triggers=0 if outcome.triggers is None else len(outcome.triggers),
+            recovered_success_before=success(predictor),
+            recovered_success_after=success(copied.predictor),
+            said=outcome.said,
         ),
         settings,
         learnt,
@@ -200,6 +166,7 @@ def repair(
             for name, item in (("clean", cases), ("quarantined", suspects))
             if item is not None
         ],
+        outcome.triggers,
     )
 
 

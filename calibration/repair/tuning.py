@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, final
 
 import msgspec
@@ -30,6 +31,7 @@ from guard import Predictor
 from guard.errors import ModelError, one_line
 
 _AT_ONCE = 256
+_MOMENTUM = 0.9
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -49,6 +51,10 @@ class Lesson:
     labels: Tensor
 
 
+Loss = Callable[[nn.Module, Lesson], Tensor]
+"""Of a module, images to logits, on a batch."""
+
+
 class Tuning(msgspec.Struct, frozen=True, kw_only=True):
     """How to fine-tune.
 
@@ -61,7 +67,7 @@ class Tuning(msgspec.Struct, frozen=True, kw_only=True):
         weight: w, of the original's answers against the labels.
         temperature: T.
         mixed: Share of the images that are mixtures of two.
-        optimizer: `adamw`, or `adadelta` (GYM's) at a constant rate.
+        optimizer: `adamw`; `sgd`, with Nesterov's momentum of 0.9; or `adadelta` (GYM's) at a constant rate.
         patience: Epochs without a better score after which to stop.
         batch_statistics: Let batch norm take its statistics from the batches, where the model has any.
     """
@@ -74,7 +80,7 @@ class Tuning(msgspec.Struct, frozen=True, kw_only=True):
     weight: float = 0.9
     temperature: float = 4.0
     mixed: float = 0.7
-    optimizer: Literal["adamw", "adadelta"] = "adamw"
+    optimizer: Literal["adamw", "adadelta", "sgd"] = "adamw"
     patience: int = 1_000_000
     batch_statistics: bool = False
 
@@ -106,6 +112,8 @@ def tune(
     checkpoints: Checkpoints | None = None,
     name: str = "tuning",
     progress: Progress = no_progress,
+    loss: Loss | None = None,
+    after_step: Callable[[], None] | None = None,
 ) -> None:
     """Train a copy in place; it ends with the weights that scored best.
 
@@ -119,16 +127,15 @@ def tune(
         checkpoints: Written after each epoch, and gone on from.
         name: Of the checkpoint.
         progress: Told how far it is.
+        loss: Of a batch; `distillation_loss` by default. It runs the module that it is given once, and has its images, answers
+            and labels on the engine's device.
+        after_step: Called after each step: what must hold of the weights, whatever the optimizer makes of them.
 
     Raises:
         ModelError: The model can't be trained.
     """
-    answers = copied.answers()
-    own: torch.optim.Optimizer = (
-        torch.optim.AdamW(copied.parameters, lr=tuning.rate, weight_decay=tuning.decay)
-        if tuning.optimizer == "adamw"
-        else torch.optim.Adadelta(copied.parameters, lr=tuning.rate)
-    )
+    loss = loss or partial(_lesson_loss, tuning)
+    answers, own = copied.answers(), _optimizer(copied.parameters, tuning)
     module, optimizer = engine.setup(answers, own)  # first: a checkpoint's state goes where the weights are then
     best = {key: value.detach().clone() for key, value in answers.state_dict().items()}
     epoch, best_score, since = 0, float("-inf"), 0
@@ -143,8 +150,10 @@ def tune(
     while epoch < tuning.epochs and since < tuning.patience:
         with _batch_statistics(answers, tuning.batch_statistics):
             for number, lesson in enumerate(lessons(epoch)):
-                _step(module, optimizer, lesson, tuning, engine, first=number == 0)
+                _step(module, optimizer, lesson, loss, engine, first=number == 0)
                 schedule.step()
+                if after_step is not None:
+                    after_step()
         epoch += 1
         reached = engine.agree(score())
         since += 1
@@ -163,22 +172,28 @@ def tune(
     answers.load_state_dict(best)
 
 
+def _optimizer(parameters: Iterable[nn.Parameter], tuning: Tuning) -> torch.optim.Optimizer:
+    if tuning.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=tuning.rate, weight_decay=tuning.decay)
+    if tuning.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=tuning.rate, momentum=_MOMENTUM, nesterov=True, weight_decay=tuning.decay)
+    return torch.optim.Adadelta(parameters, lr=tuning.rate)
+
+
 def _share_of_rate(done: float, tuning: Tuning) -> float:
     """Of the highest rate, when so much of the work is done."""
-    if tuning.optimizer != "adamw":
+    if tuning.optimizer == "adadelta":
         return 1.0
     if done < tuning.warm_up:
         return 0.04 + 0.96 * done / tuning.warm_up
     return max(0.0, (1.0 - done) / (1.0 - tuning.warm_up))
 
 
-def _step(
-    module: nn.Module, optimizer: torch.optim.Optimizer, lesson: Lesson, tuning: Tuning, engine: Engine, first: bool
-) -> None:
+def _step(module: nn.Module, optimizer: torch.optim.Optimizer, lesson: Lesson, loss: Loss, engine: Engine, first: bool) -> None:
     optimizer.zero_grad(set_to_none=True)
-    images, wanted, labels = (engine.share(part).to(engine.device) for part in (lesson.images, lesson.answers, lesson.labels))
+    lesson = Lesson(*(engine.share(part).to(engine.device) for part in (lesson.images, lesson.answers, lesson.labels)))
     try:
-        engine.backward(distillation_loss(module(images), wanted, labels, tuning.weight, tuning.temperature))
+        engine.backward(loss(module, lesson))
     except ModelError:
         raise
     except Exception as error:  # foreign code
@@ -186,6 +201,10 @@ def _step(
     if first and not any(value.grad is not None and bool(value.grad.any()) for value in module.parameters()):
         raise ModelError("expected a model that can be fine-tuned, got one whose weights get no gradients: pass its factory")
     optimizer.step()
+
+
+def _lesson_loss(tuning: Tuning, module: nn.Module, lesson: Lesson) -> Tensor:
+    return distillation_loss(module(lesson.images), lesson.answers, lesson.labels, tuning.weight, tuning.temperature)
 
 
 def distillation_loss(logits: Tensor, wanted: Tensor, labels: Tensor, weight: float, temperature: float) -> Tensor:

@@ -11,10 +11,12 @@ from torch import Tensor
 from calibration.checkpoints import Checkpoints
 from calibration.data import ImageSet, Progress, no_progress
 from calibration.engine import Engine
+from calibration.inspection.neural_cleanse import Triggers
 from calibration.repair.folder import save_repaired
 from calibration.repair.record import RepairRecord
-from calibration.repair.repair import RepairSettings, repair
+from calibration.repair.repair import repair
 from calibration.repair.report import repair_report
+from calibration.repair.settings import RepairSettings
 from calibration.sources import ModelSource
 from guard import Predictor
 from guard.errors import RepairError
@@ -32,6 +34,7 @@ def repair_into(
     engine: Engine,
     progress: Progress = no_progress,
     work: Path | None = None,
+    triggers: Triggers | None = None,
 ) -> RepairRecord | None:
     """Repair a model, refuse a repair that costs too much, and write the folder.
 
@@ -45,6 +48,7 @@ def repair_into(
         engine: Where.
         progress: Told how far it is.
         work: Folder of the checkpoints, which stays; None for one beside `out` that goes once `out` is written.
+        triggers: See `repair`.
 
     Returns:
         What the folder says of it; None in the processes that don't lead.
@@ -66,11 +70,21 @@ def repair_into(
         _digest(clean.pixels),
         None if clean.labels is None else _digest(clean.labels),
         None if quarantined is None else _digest(quarantined),
+        None if triggers is None else [_digest(triggers.masks), _digest(triggers.patterns)],
     ]
     checkpoints = Checkpoints(work or checkpoints_beside(out), key, writes=engine.leads)
     if checkpoints.found():
         progress(f"going on from {checkpoints.folder.name}", 1, 1)
-    repaired = repair(predictor, clean, settings, quarantined, engine=engine, checkpoints=checkpoints, progress=progress)
+    repaired = repair(
+        predictor,
+        clean,
+        settings,
+        quarantined,
+        triggers=triggers,
+        engine=engine,
+        checkpoints=checkpoints,
+        progress=progress,
+    )
     if not engine.leads:
         return None
     repaired.check()

@@ -11,7 +11,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from calibration.attacks import BadNets, Patch
+from calibration.attacks import Attack, BadNets, Patch
 from calibration.data import ImageSet
 
 ATTACK = BadNets(target_label=7, ratio=0.2, patches=(Patch.rectangle(3),))
@@ -78,19 +78,25 @@ def digit_net(width: int = 16) -> nn.Sequential:
     )
 
 
-def train_backdoored(train: ImageSet, seed: int = 0, progress: Callable[[str, int, int], None] | None = None) -> nn.Sequential:
+def train_backdoored(
+    train: ImageSet,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+    attack: Attack = ATTACK,
+) -> nn.Sequential:
     """Train the classifier on poisoned images; takes a few seconds.
 
     Args:
         train: The attacker's images, with labels.
         seed: Of weights, poisoning and batches; the global generator is left alone.
         progress: Told about each epoch.
+        attack: Whose backdoor.
 
     Returns:
         The backdoored model, in eval mode.
     """
     generator = torch.Generator().manual_seed(seed)
-    images, targets = ATTACK.poison(train.images(slice(None)), train.known_labels, generator)
+    images, targets = attack.poison(train.images(slice(None)), train.known_labels, generator)
     return _train(images, targets, seed, generator, progress)
 
 

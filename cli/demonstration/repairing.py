@@ -56,7 +56,7 @@ def repair_digits(digits: Digits, out: Path, rejected: Path, seed: int, progress
         from calibration.engine import Engine
         from calibration.repair.cases import load_quarantined
         from calibration.repair.record import read_record
-        from calibration.repair.repair import RepairSettings
+        from calibration.repair.settings import RepairSettings
         from calibration.repair.work import repair_into
 
     model, repaired, profile = out / "model.pt2", out / "repaired", out / "repaired-profile"

@@ -16,7 +16,8 @@ import typer
 
 from calibration import ImageSet, Settings, calibrate
 from calibration.evaluation import Judged, judge, summarise
-from calibration.report import calibration_report, entropy_figure, evaluation_report, judged_entropies
+from calibration.histograms import histograms, judged_scores
+from calibration.report import calibration_report, evaluation_report
 from calibration.sources import open_model
 from cli.demonstration.client import Replies, send
 from cli.demonstration.digits import ATTACK, Digits, load_digits, save_exported, train_backdoored
@@ -115,7 +116,7 @@ def _evaluate(digits: Digits, profile: Path, out: Path, progress: Callable[[str,
     evaluation = summarise(clean, digits.test.labels, triggered, digits.triggered.labels, ATTACK.target_label)
     report, picture = out / "report.html", out / "entropy.png"
     report.write_bytes(evaluation_report(evaluation, guard, clean, triggered))
-    picture.write_bytes(entropy_figure(judged_entropies(guard, clean, triggered)))
+    picture.write_bytes(histograms(judged_scores(guard, clean, triggered)))
     return report, picture
 
 

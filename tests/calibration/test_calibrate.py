@@ -71,8 +71,8 @@ def test_overlays_and_threshold_images_are_disjoint_and_all_classes_are_overlaid
 
 def test_ordering_saves_passes_and_changes_no_verdict(digits: Digits, calibration: Calibration) -> None:
     images = torch.cat([digits.test.images(slice(0, 300)), digits.triggered.images(slice(0, 100))])
-    for strip, record in zip(calibration.strips, calibration.profile.detectors, strict=True):
-        threshold = record.threshold.value
+    for strip, part in zip(calibration.strips, calibration.parts, strict=True):
+        threshold = part.threshold.value
         found = strip.inspect(images, threshold)
         assert torch.equal(found.exceeds, strip.score(images) >= threshold)
         clean = found.passes[:300].double().mean()
@@ -80,7 +80,7 @@ def test_ordering_saves_passes_and_changes_no_verdict(digits: Digits, calibratio
         plain = dataclasses.replace(strip, overlays=strip.overlays[shuffled])
         assert clean < plain.inspect(images[:300], threshold).passes.double().mean()
         singles = [int(strip.inspect(images[row : row + 1], threshold).passes[0]) for row in range(100)]
-        assert record.mean_passes == pytest.approx(np.mean(singles), rel=0.35)
+        assert part.mean_passes == pytest.approx(np.mean(singles), rel=0.35)
 
 
 def test_global_generator_and_mode_are_left_alone(digits: Digits, backdoored: nn.Module) -> None:

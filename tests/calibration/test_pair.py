@@ -101,9 +101,9 @@ def test_overlays_and_rate_are_shared_and_passes_are_no_more(pair: Calibration) 
         ("strip-logit", "logit", 3.5),
         ("strip-demeaned", "demeaned", 1.5),
     ]
-    for threshold, entropies in zip(pair.thresholds, pair.clean_entropies, strict=True):
-        assert (threshold.frr, threshold.images, threshold.rank) == (0.01, 200, 2)  # floor(.01 * 201)
-        assert (entropies <= np.float32(-threshold.value)).sum() == 1
+    for part in pair.parts:
+        assert (part.threshold.frr, part.threshold.images, part.threshold.rank) == (0.01, 200, 2)  # floor(.01 * 201)
+        assert (part.scores >= np.float32(part.threshold.value)).sum() == 1
     odd = calibrate(TwoTriggers(), clean_set(), msgspec.structs.replace(SETTINGS, overlays=41))
     assert [len(strip.overlays) for strip in odd.strips] == [21, 20]
     both = {image.numpy().tobytes() for strip in pair.strips for image in strip.overlays}

@@ -18,15 +18,18 @@ from safetensors.torch import save_file
 from torch import nn
 
 import calibration
-from calibration import BlendChoice, Settings
+from calibration import BlendChoice, DetectorChoice, Settings
 from calibration.settings import strips
-from cli.calibrate import _Blend
-from cli.demonstration.digits import Digits
+from cli.calibrate import _Blend, _Detector
+from cli.demonstration.digits import Digits, save_exported
 from guard import Guard
 from guard.detectors import Blend
 from guard.errors import CalibrationError
+from guard.predictors import load_backend
 from guard.profile import load_profile
+from guard.records import StripRecord
 from tests.cli.conftest import Command, Files
+from tests.scans import corner, write_scan
 from tests.toy import toy_images
 
 
@@ -85,6 +88,107 @@ def test_another_blend_is_one_detector_too(tmp_path: Path, guard: Command, files
     assert [summary[key] for key in ("frr_low", "frr_high")] == [only[key] for key in ("frr_low", "frr_high")]
     page = (tmp_path / "p" / "report.html").read_text()
     assert "strip-" not in page
+
+
+MIX = ["--detector", "strip", "--detector", "feature-squeezing", "--overlays", 20, "--frr", 0.06]
+
+
+@pytest.fixture(scope="session")
+def scan(tmp_path_factory: pytest.TempPathFactory, files: Files) -> Path:
+    """Of the backdoored model, with its true trigger."""
+    return write_scan(tmp_path_factory.mktemp("scans") / "scan", load_backend(files.model), {7: corner()})
+
+
+def test_a_mix_of_detectors_from_calibration_to_verdict(
+    tmp_path: Path, guard: Command, files: Files, scan: Path, digits: Digits
+) -> None:
+    given = ["calibrate", files.model, "--data", files.clean, "--out", tmp_path / "p", *MIX, "--scan", scan]
+    (summary,) = guard(*given, "--json").lines
+    strip, squeezing, filtering = summary["detectors"]
+    assert [item["name"] for item in (strip, squeezing, filtering)] == ["strip", "feature-squeezing", "activation-filter-7"]
+    assert [item["frr"] for item in (strip, squeezing, filtering)] == pytest.approx([0.02] * 3)
+    assert (summary["overlays"], summary["images"], summary["frr"]) == (20, 577, pytest.approx(0.06))
+    assert summary["entropy_threshold"] == strip["entropy_threshold"]
+    assert 0.0 < squeezing["threshold"] <= 2.0
+    assert len(filtering["neurons"]) == 10
+    shown = guard(*given).out
+    for said in ("entropy threshold ", "change of the answer threshold ", "mean activation threshold, 7 ", " of 25 on average"):
+        assert said in shown
+    page = (tmp_path / "p" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
+    for said in ("Entropy of clean images", "when they are squeezed", "Activation of the trigger", "any of them", "of 25"):
+        assert said in page
+
+    Image.fromarray(digits.triggered.pixels[0, 0].numpy()).save(tmp_path / "triggered.png")
+    (line,) = guard("check", tmp_path / "p", tmp_path / "triggered.png", "--json").lines
+    assert (line["verdict"], line["reason"]) == ("rejected", "backdoor-suspected")
+    entropy, change, activation = line["findings"]
+    assert "score" not in entropy
+    assert (change["entropy"], change["suspicious"], activation["entropy"], activation["suspicious"]) == (
+        None,
+        False,
+        None,
+        True,
+    )
+    assert activation["score"] >= activation["threshold"] == filtering["threshold"]
+    words = guard("check", tmp_path / "p", tmp_path / "triggered.png").out
+    assert f"activation-filter-7 {activation['score']:.4f} (suspicious), 25 passes" in words
+
+    judging = ["evaluate", tmp_path / "p", "--data", files.test, "--triggered", files.triggered, "--target", 7]
+    run = guard(*judging, "--json", "--report", tmp_path / "r.html")
+    assert run.code == 0, run.err
+    (figures,) = run.lines
+    assert figures["guarded_attack_success_rate"]["value"] <= 0.02
+    assert figures["frr"]["low"] <= 0.06
+    assert figures["auroc"]["value"] >= 0.95
+    page = (tmp_path / "r.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    for said in ("Entropy of clean and triggered images", "activation-filter-7", f"{squeezing['threshold']:.6f}"):
+        assert said in page
+
+
+def test_feature_squeezing_alone(tmp_path: Path, guard: Command, files: Files) -> None:
+    options = ["--detector", "feature-squeezing", "--frr", 0.04, "--json"]
+    (summary,) = guard("calibrate", files.model, "--data", files.clean, "--out", tmp_path / "p", *options).lines
+    assert (summary["entropy_threshold"], summary["overlays"], summary["images"]) == (None, 0, 597)
+    assert summary["mean_passes"] == 4.0
+    page = (tmp_path / "p" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 1
+    assert "verlay" not in page
+    run = guard("evaluate", tmp_path / "p", "--data", files.test, "--report", tmp_path / "r.html")
+    assert run.code == 0
+
+
+def test_detectors_that_can_not_be_calibrated(
+    tmp_path: Path, guard: Command, files: Files, scan: Path, clean_twin: nn.Module, digits: Digits
+) -> None:
+    save_exported(clean_twin, digits.train.images(slice(0, 2)), tmp_path / "twin.pt2")
+    nothing = write_scan(tmp_path / "nothing", load_backend(files.model), {})
+    cases: list[tuple[Path, list[object], str]] = [
+        (tmp_path / "twin.pt2", ["--scan", scan], "is of another model (SHA-256 differs)"),
+        (files.model, ["--scan", nothing], "found no infected label"),
+        (files.model, ["--scan", tmp_path], "expected a scan's folder with scan.json"),
+        (files.model, ["--scan", scan, "--frr", 0.003], "0.003 for 2 detectors together needs at least 666 clean images"),
+        (files.model, ["--scan", scan, "--red-team"], "expected --red-team with STRIP alone"),
+        (files.model, ["--detector", "feature-squeezing", "--red-team"], "expected --red-team with STRIP alone"),
+        (
+            files.model,
+            ["--detector", "feature-squeezing", "--blend", "add"],
+            "expected --blend and --alpha with --detector strip",
+        ),
+        (files.model, ["--detector", "strip", "--detector", "strip"], "expected each detector once"),
+        (files.model, ["--detector", "magic"], "magic"),
+    ]
+    for model, options, message in cases:
+        run = guard("calibrate", model, "--data", files.clean, "--out", tmp_path / "p", *options)
+        assert message in run.problem
+        assert not (tmp_path / "p").exists()
+
+
+def test_the_detectors_are_those_of_the_settings(guard: Command) -> None:
+    assert tuple(item.value for item in _Detector) == get_args(DetectorChoice)
+    told = " ".join(guard("calibrate", "--help").out.replace("│", " ").split())
+    assert "blind to patches" in told
 
 
 def test_the_blends_are_those_of_the_settings(guard: Command) -> None:
@@ -236,12 +340,13 @@ def test_with_a_red_team_the_threshold_is_set_on_images_that_it_never_saw(
     chose, thresholds = (contents(given[name].pixels) for name in ("red team", "calibrate"))
     assert (len(chose), len(thresholds), len(chose | thresholds)) == (220, 220, 440)
     profile, arrays = load_profile(tmp_path / "p")
-    overlays = set().union(*(contents(arrays[record.array]) for record in profile.detectors))
+    records = [record for record in profile.detectors if isinstance(record, StripRecord)]
+    overlays = set().union(*(contents(arrays[record.array]) for record in records))
     assert overlays <= thresholds
 
     found = msgspec.json.decode((tmp_path / "p" / "red_team.json").read_bytes(), type=calibration.RedTeam)
     chosen = found.chosen
-    assert tuple((record.blend, record.alpha) for record in profile.detectors) == strips(chosen.blend, chosen.alpha)
+    assert tuple((record.blend, record.alpha) for record in records) == strips(chosen.blend, chosen.alpha)
     assert len(overlays) == chosen.overlays
     assert {record.threshold.images for record in profile.detectors} == {220 - chosen.overlays}
     summary = run.lines[0]["red_team"]

@@ -15,17 +15,25 @@ import pytest
 import torch
 from torch import nn
 
-from cli.demonstration.digits import ATTACK, Digits, save_exported
+from cli.demonstration.digits import Digits, save_exported
 from tests.cli.conftest import Command, Files
+from tests.conftest import SMALL
 from tests.guard.models import save_onnx
 
 
-def test_an_infected_model_ends_with_1(tmp_path: Path, files: Files, guard: Command) -> None:
-    run = guard("scan", files.model, "--data", files.clean, "--out", tmp_path / "scan", "--json")
+@pytest.fixture(scope="module")
+def infected(tmp_path_factory: pytest.TempPathFactory, digits: Digits, small_trigger: nn.Module) -> Path:
+    path = tmp_path_factory.mktemp("infected") / "model.pt2"
+    save_exported(small_trigger, digits.train.images(slice(0, 2)), path)
+    return path
+
+
+def test_an_infected_model_ends_with_1(tmp_path: Path, files: Files, infected: Path, guard: Command) -> None:
+    run = guard("scan", infected, "--data", files.clean, "--out", tmp_path / "scan", "--json")
     assert run.code == 1, run.err
     record = run.lines[0]
     assert record["infected"] is True
-    assert [item["label_index"] for item in record["labels"] if item["infected"]] == [ATTACK.target_label]
+    assert [item["label_index"] for item in record["labels"] if item["infected"]] == [SMALL.target_label]
     assert "looking for triggers" in run.err
     written = json.loads((tmp_path / "scan" / "scan.json").read_text())
     assert {**written, "out": str(tmp_path / "scan")} == record
@@ -42,9 +50,9 @@ def test_a_clean_model_ends_with_0(tmp_path: Path, files: Files, digits: Digits,
     assert "The smallest triggers" in run.out
 
 
-def test_an_interrupted_scan_goes_on(tmp_path: Path, files: Files, guard: Command) -> None:
+def test_an_interrupted_scan_goes_on(tmp_path: Path, files: Files, infected: Path, guard: Command) -> None:
     out = tmp_path / "scan"
-    arguments = ("scan", files.model, "--data", files.clean, "--out", out, "--plain", "--steps", 1600)
+    arguments = ("scan", infected, "--data", files.clean, "--out", out, "--plain", "--steps", 640)
     command = [sys.executable, "-m", "cli.main", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:

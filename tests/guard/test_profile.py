@@ -21,6 +21,7 @@ from guard.predictors.module import state_sha256
 from guard.predictors.screening import file_sha256
 from guard.preprocessors import Gym
 from guard.profile import ModelRecord, array_to_overlays, overlays_to_array, save_profile
+from guard.records import DetectorRecord
 from guard.verdict import Policy
 from tests.guard.models import predictor, save_exported
 from tests.guard.predictors.test_loading import Louder
@@ -205,6 +206,67 @@ def test_a_profile_of_one_detector_from_before_there_were_several(profile: Path,
         Guard.load(profile)
 
 
+def test_the_layout_from_before_there_were_other_detectors(profile: Path, clean: Tensor, triggered: Tensor) -> None:
+    """Its `guard.json` word for word; clean images are remembered as overlays alone."""
+    expected = Guard.load(profile)(torch.cat([clean, triggered]))
+    body = {
+        "schema": 1,
+        "created": "2026-01-01T00:00:00Z",
+        "input": {
+            "channels": 1, "height": 8, "width": 8, "layout": "NCHW", "dtype": "float32", "container": "torch",
+            "mean": [], "std": [], "class_names": ["north-west", "north-east", "south-west", "south-east"], "resize": False,
+        },
+        "model": {
+            "kind": "torch-export", "output": "logits", "num_classes": 4, "file": "model.pt2", "factory": None,
+            "sha256": file_sha256(profile / "model.pt2"),
+        },
+        "detectors": [
+            {
+                "name": "strip",
+                "threshold": {
+                    "value": -0.05, "method": "conformal", "frr": 0.01, "images": 100, "rank": 1, "frr_low": 0.0,
+                    "frr_high": 0.05, "confidence": None,
+                },
+                "blend": "add", "alpha": 1.0, "mean_passes": None, "array": "strip.overlays", "title": "strip",
+            }
+        ],
+        "preprocessor": None,
+        "policy": {"mode": "enforce", "on_error": "reject"},
+        "clean_accuracy": 1.0,
+        "clean_accuracy_raw": 1.0,
+        "seed": 0,
+        "libraries": {"torch": "2.6.0"},
+        "arrays_sha256": file_sha256(profile / "arrays.safetensors"),
+        "tripwire": None,
+    }  # fmt: skip
+    checksum = hashlib.sha256(msgspec.json.encode(body, order="sorted")).hexdigest()
+    (profile / "guard.json").write_text(json.dumps({**body, "checksum": checksum}))
+    assert set(load_profile(profile)[1]) == {"strip.overlays", "probe.probabilities"}
+    assert Guard.load(profile)(torch.cat([clean, triggered])) == expected
+
+
+OTHERS: list[dict[str, object]] = [
+    {"name": "feature-squeezing", "squeezers": ["median"]},
+    {"name": "activation-filter", "neurons": [0, 3], "title": "activation-filter-2"},
+]
+
+
+@pytest.mark.parametrize("record", OTHERS)
+def test_a_detector_of_another_kind(record: dict[str, object], profile: Path, clean: Tensor) -> None:
+    before, arrays = load_profile(profile)
+    threshold = msgspec.to_builtins(before.detectors[0].threshold)
+    other = msgspec.convert({**record, "threshold": threshold}, DetectorRecord)
+    save_profile(msgspec.structs.replace(before, detectors=(*before.detectors, other)), arrays, profile, profile / "model.pt2")
+    if record["name"] == "activation-filter":  # the toy has neither linear layer nor convolution
+        with pytest.raises(
+            ProfileError, match=r"activation-filter-2 .* does not fit this model: expected a model with a linear"
+        ):
+            Guard.load(profile)
+        return
+    (verdict,) = Guard.load(profile)(clean[:1])
+    assert [finding.detector for finding in verdict.findings] == ["strip", "feature-squeezing"]
+
+
 def test_two_detectors_have_overlays_and_names_of_their_own(profile: Path, clean: Tensor, triggered: Tensor) -> None:
     before, arrays = load_profile(profile)
     (first,) = before.detectors
@@ -249,6 +311,11 @@ def test_edits_by_hand_are_noticed(name: str, profile: Path) -> None:
         Guard.load(profile)
 
 
+def filter_of(body: dict[str, Any], neurons: list[int], title: str = "activation-filter-2") -> dict[str, Any]:
+    threshold = body["detectors"][0]["threshold"]
+    return {"name": "activation-filter", "threshold": threshold, "neurons": neurons, "title": title}
+
+
 INVALID: dict[str, Callable[[dict[str, Any]], object]] = {
     "a field too many": lambda body: body.update(pickle="yes"),
     "a field too few": lambda body: body.pop("policy"),
@@ -256,6 +323,10 @@ INVALID: dict[str, Callable[[dict[str, Any]], object]] = {
     "a threshold that is none": lambda body: body["detectors"][0]["threshold"].update(value=None),
     "a threshold in words": lambda body: body["detectors"][0]["threshold"].update(value="NaN"),
     "a rate over one": lambda body: body["detectors"][0]["threshold"].update(frr=1.5),
+    "squeezers that are unknown": lambda body: body["detectors"][0].update(name="feature-squeezing", squeezers=["blur"]),
+    "no neurons": lambda body: body.update(detectors=[filter_of(body, [])]),
+    "a neuron before the first": lambda body: body.update(detectors=[filter_of(body, [-1])]),
+    "a filter for no label": lambda body: body.update(detectors=[filter_of(body, [1], "activation-filter-x")]),
     "a shape of nothing": lambda body: body["input"].update(channels=0),
     "an unknown layout": lambda body: body["input"].update(layout="HWC"),
     "a detector's name with a line break": lambda body: body["detectors"][0].update(title="strip\n"),

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from guard import Guard, GuardError, InputError, Limits, Policy, Quarantine
+from guard import CalibratedDetector, Guard, GuardError, InputError, Limits, Policy, Quarantine
+from guard.detectors import FeatureSqueezing
 from guard.errors import TooLargeError
 from handlers.answers import PHRASES, error_answer
 from handlers.service import ImageService, Outcome
+from tests.guard.models import predictor
 from tests.handlers.toy_service import black, bomb, clean, nan_when_dark, toy_guard, toy_service, triggered
 from tests.toy import NAMES
 
@@ -140,6 +142,19 @@ def test_the_log_says_what_happened(caplog: pytest.LogCaptureFixture) -> None:
     assert second["threshold"] == pytest.approx(0.05)
     assert isinstance(second["entropy"], float)
     assert second["entropy"] < 0.05
+
+
+def test_the_log_tells_the_scores_of_other_detectors(caplog: pytest.LogCaptureFixture) -> None:
+    squeezing = CalibratedDetector(FeatureSqueezing(predictor()), 3.0)
+    toy = toy_guard()
+    (outcome,) = toy_service(Guard(toy.predictor, [*toy.detectors, squeezing]))([clean(1)])
+    (line,) = log_lines(caplog)
+    assert outcome.verdict is not None
+    assert line["scores"] == {"feature-squeezing": outcome.verdict.findings[1].score}
+    assert line["entropies"] == {"strip": outcome.entropy}
+    (alone,) = toy_service(Guard(toy.predictor, [squeezing]))([clean(1)])
+    assert (alone.entropy, alone.entropies, set(alone.scores)) == (None, {}, {"feature-squeezing"})
+    assert log_lines(caplog)[1]["threshold"] is None
 
 
 def test_a_rejected_image_is_quarantined_and_a_full_disk_is_counted(tmp_path: Path) -> None:

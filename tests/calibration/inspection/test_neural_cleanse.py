@@ -138,7 +138,7 @@ def test_pairs_use_the_images_of_their_source_alone(digits: Digits, engine: Engi
             level = images[:, 0, 2:, 2:].mean(dim=(1, 2)) * 10.0
             grey = 8.0 - 8.0 * (level - 5.0).abs()
             logits = torch.stack([5.0 - 4.0 * level + 0.0, grey, 4.0 * level - 35.0], dim=1)
-            corner = nn.functional.one_hot(torch.tensor(0), 3) * (images[:, 0, 0, 0] * 100.0 - 60.0).clamp_min(0.0).unsqueeze(1)
+            corner = nn.functional.one_hot(torch.tensor(0), 3) * (images[:, 0, 0, 0] * 40.0).unsqueeze(1)
             return logits + corner * ((level - 5.0).abs() < 2.0).float().unsqueeze(1)
 
     levels = torch.tensor([0.05, 0.5, 0.95]).repeat_interleave(20)

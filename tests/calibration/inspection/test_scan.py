@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -14,23 +15,24 @@ from calibration.discovery import discover
 from calibration.engine import Engine
 from calibration.inspection import scan as scanning
 from calibration.inspection.figures import candidate_table, remarks, verdict
-from calibration.inspection.neural_cleanse import Goals, Search, Triggers
+from calibration.inspection.neural_cleanse import Goals, Search, Triggers, recover_triggers
 from calibration.inspection.record import LabelFinding, ScanFigures, SecondOpinion, read_scan
 from calibration.inspection.reference import train_reference
 from calibration.inspection.report import scan_report, sizes_figure
-from calibration.inspection.scan import Scan, ScanSettings, scan
+from calibration.inspection.scan import Scan, ScanSettings, is_infected, scan, spread
 from calibration.inspection.work import scan_into
-from cli.demonstration.digits import ATTACK, Digits
+from cli.demonstration.digits import Digits, train_backdoored
 from guard import Predictor
 from guard.errors import InspectionError
 from guard.predictors import wrap
+from tests.conftest import SMALL
 
-TARGET = ATTACK.target_label
+TARGET = SMALL.target_label
 
 
 @pytest.fixture(scope="module")
-def suspect(digits: Digits, backdoored: nn.Module) -> Predictor:
-    return discover(wrap(backdoored), digits.clean)
+def suspect(digits: Digits, small_trigger: nn.Module) -> Predictor:
+    return discover(wrap(small_trigger), digits.clean)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def test_the_backdoored_label_alone_is_infected(found: Scan) -> None:
     assert opinion is not None
     assert opinion.success >= 0.95
     assert opinion.reference_ratio is not None
-    assert opinion.size_ratio < 0.5 * opinion.reference_ratio
+    assert opinion.size_ratio < 0.4 * min(1.0, opinion.reference_ratio)
     assert str(TARGET) in verdict(found.figures)
 
 
@@ -56,23 +58,25 @@ def test_the_clean_twin_is_clean(digits: Digits, clean_twin: nn.Module) -> None:
     assert "no proof" in " ".join(remarks(clean.figures))
 
 
-def test_the_model_does_not_change(digits: Digits, backdoored: nn.Module, found: Scan) -> None:
-    assert all(value.requires_grad for value in backdoored.parameters())
-    assert all(value.grad is None for value in backdoored.parameters())
-    assert not backdoored.training
+def test_the_model_does_not_change(digits: Digits, small_trigger: nn.Module, found: Scan) -> None:
+    assert all(value.requires_grad for value in small_trigger.parameters())
+    assert not small_trigger.training
+    again = train_backdoored(digits.train, attack=SMALL)
+    for value, before in zip(small_trigger.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(value, before)
 
 
-def test_the_reference_knows_the_task_but_not_the_trigger(digits: Digits, backdoored: nn.Module) -> None:
+def test_the_reference_knows_the_task_but_not_the_trigger(digits: Digits, small_trigger: nn.Module) -> None:
     before = torch.random.get_rng_state()
     images = digits.clean.images(slice(None))
     with torch.inference_mode():
-        answers = backdoored(images).argmax(dim=1)
+        answers = small_trigger(images).argmax(dim=1)
     reference = train_reference(images, answers, 10, 0, Engine())
     assert torch.equal(before, torch.random.get_rng_state())
     test, others = digits.test, digits.test.known_labels != TARGET
     with torch.inference_mode():
         right = (reference(test.images(slice(None))).argmax(dim=1) == test.known_labels).double().mean()
-        fooled = (reference(ATTACK.trigger(test.images(others))).argmax(dim=1) == TARGET).double().mean()
+        fooled = (reference(SMALL.trigger(test.images(others))).argmax(dim=1) == TARGET).double().mean()
     assert float(right) >= 0.85
     assert float(fooled) <= 0.05
 
@@ -90,7 +94,13 @@ def findings(sizes: list[float], infected: int | None = None) -> tuple[LabelFind
             infected_by_index=row == 1,
             candidate=row < 3,
             second_opinion=SecondOpinion(
-                size_ratio=0.2, success=1.0, reference_l1=9.0, reference_ratio=1.0, infected=row == infected
+                size_ratio=0.2,
+                spread=0.1,
+                success=1.0,
+                reference_l1=9.0,
+                reference_ratio=1.0,
+                reference_success=0.0,
+                infected=row == infected,
             )
             if row < 3
             else None,
@@ -150,7 +160,7 @@ def test_the_folder(tmp_path: Path, digits: Digits, suspect: Predictor, found: S
     plain = msgspec.json.decode((tmp_path / "scan" / "scan.json").read_bytes())
     assert plain["infected"] is True
     assert {"label_index", "anomaly_index", "mask_l1", "infected"} <= plain["labels"][0].keys()
-    assert b"The model is backdoored: label 7" in (tmp_path / "scan" / "report.html").read_bytes()
+    assert b"The model is backdoored: label 3" in (tmp_path / "scan" / "report.html").read_bytes()
     (tmp_path / "scan" / "notes.txt").write_text("mine")
     with pytest.raises(InspectionError, match=r"holds something else \(notes.txt\)"):
         scan_into(tmp_path / "scan", suspect, digits.clean, ScanSettings(), Engine())
@@ -175,33 +185,66 @@ def test_too_few_images_and_answers_near_chance_are_refused(digits: Digits, susp
         scan(suspect, shuffled, ScanSettings())
 
 
+@pytest.mark.parametrize(
+    ("changes", "infected"),
+    [
+        ({}, True),
+        ({"success": 0.8}, False),
+        ({"reference_ratio": None, "reference_success": None}, False),
+        ({"reference_ratio": 0.5}, False),  # nearly as easy in the reference
+        ({"reference_ratio": 3.0}, True),
+        ({"reference_ratio": 3.0, "size_ratio": 0.45, "spread": 0.7}, False),  # hard in the reference counts as usual
+        ({"size_ratio": 0.45}, True),
+        ({"size_ratio": 0.45, "spread": 0.6}, False),
+        ({"size_ratio": 0.45, "reference_success": 0.5}, False),
+        ({"size_ratio": 0.55}, False),
+        ({"size_ratio": 0.1, "spread": 0.9, "reference_success": 0.9}, True),
+    ],
+)
+def test_the_rule(changes: dict[str, float | None], infected: bool) -> None:
+    opinion = SecondOpinion(
+        size_ratio=0.3,
+        spread=0.2,
+        success=0.98,
+        reference_l1=50.0,
+        reference_ratio=1.0,
+        reference_success=0.02,
+        infected=False,
+    )
+    assert is_infected(msgspec.structs.replace(opinion, **changes)) is infected
+
+
+def test_spread_by_hand() -> None:
+    assert spread(torch.ones(8, 8)) == pytest.approx(1.0)
+    assert spread(torch.eye(8)) == pytest.approx(1.0)  # along each axis as even as can be
+    corner = torch.zeros(8, 8)
+    corner[6:, 6:] = 0.5
+    assert spread(corner) == pytest.approx((2 * 0.25 / (2 * 63 / 12)) ** 0.5)
+    single = torch.zeros(5, 9)
+    single[2, 3] = 1.0
+    assert spread(single) == 0.0
+
+
 def test_many_labels_are_drawn_by_size(found: Scan) -> None:
     many = sizes_figure(findings([float(row % 90 + 5) for row in range(90)], 1))
     assert many.startswith(b"\x89PNG")
     assert scan_report(found).count(b"data:image/png") == 2
 
 
-def test_pairs_find_a_backdoor_for_one_source(digits: Digits, clean_twin: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clean twin with a shortcut: a white corner turns 4 into 9, and nothing else."""
-
-    class Shortcut(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = clean_twin
-
-        def forward(self, images: Tensor) -> Tensor:
-            logits: Tensor = self.net(images)
-            is_four = (logits.softmax(dim=1)[:, 4] * 20.0 - 10.0).clamp(0.0, 10.0)
-            corner = (images[:, 0, 0, 0] - 0.5).clamp_min(0.0) * 2.0
-            return logits + nn.functional.one_hot(torch.tensor(9), 10) * (is_four * corner * 5.0).unsqueeze(1)
-
+def test_pairs_are_judged_beside_the_labels(
+    digits: Digits, suspect: Predictor, found: Scan, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chosen = Goals.pairs(10)
-    rows = torch.nonzero((chosen.labels == 9) | (chosen.sources == 4)).squeeze(1)
+    rows = torch.nonzero((chosen.labels == TARGET) & (chosen.sources < 5)).squeeze(1)
     monkeypatch.setattr(Goals, "pairs", classmethod(lambda *_: chosen.select(rows)))
-    monkeypatch.setattr(scanning, "_COMPARED", 6)
-    found = scan(
-        discover(wrap(Shortcut().eval()), digits.clean), digits.clean, ScanSettings(pairs=True, search=Search(steps=320))
-    )
-    assert [(item.source_index, item.label_index) for item in found.figures.pairs if item.infected] == [(4, 9)]
-    assert found.pair_triggers is not None
-    assert isinstance(found.pair_triggers, Triggers)
+    search = recover_triggers
+
+    def once(answers: nn.Module, images: Tensor, goals: Goals, *rest: Any) -> Triggers:
+        return found.triggers if bool((goals.sources < 0).all()) and len(goals) == 10 else search(answers, images, goals, *rest)
+
+    monkeypatch.setattr(scanning, "recover_triggers", once)
+    pairs = scan(suspect, digits.clean, ScanSettings(pairs=True, search=Search(steps=160))).figures.pairs
+    assert [(item.source_index, item.label_index) for item in pairs] == [(source, TARGET) for source in (0, 1, 2, 4)]
+    assert all(item.second_opinion is not None for item in pairs if item.candidate)
+    assert sum(item.candidate for item in pairs) >= 3
+    assert not any(item.infected for item in pairs)  # from anywhere it is as easy

@@ -10,7 +10,8 @@ from torch import nn
 
 from calibration.data import ImageSet
 from calibration.engine import Engine
-from calibration.repair.repair import Repaired, RepairSettings, repair
+from calibration.repair.repair import Repaired, repair
+from calibration.repair.settings import RepairSettings
 from cli.demonstration.digits import Digits
 from guard import InputSpec, Predictor
 from guard.predictors import wrap

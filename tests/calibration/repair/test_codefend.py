@@ -14,7 +14,8 @@ from calibration.repair.cases import Part, clean_parts
 from calibration.repair.codefend import old_answers, still_triggered
 from calibration.repair.cyclegan import CycleGan, Generator, Training
 from calibration.repair.figures import remarks
-from calibration.repair.repair import RepairSettings, repair
+from calibration.repair.repair import repair
+from calibration.repair.settings import RepairSettings
 from cli.demonstration.digits import ATTACK, Digits
 from guard import Predictor
 from guard.predictors import wrap

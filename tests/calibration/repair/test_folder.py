@@ -18,7 +18,8 @@ from calibration.repair.cases import clean_parts, load_quarantined, quarantined_
 from calibration.repair.cyclegan import Training
 from calibration.repair.folder import save_repaired
 from calibration.repair.record import read_record
-from calibration.repair.repair import Repaired, RepairSettings, repair
+from calibration.repair.repair import Repaired, repair
+from calibration.repair.settings import RepairSettings
 from calibration.repair.work import repair_into
 from calibration.sources import ModelSource, open_model, open_tripwire
 from guard import Guard, Predictor, Quarantine

@@ -8,7 +8,8 @@ from torch import nn
 
 from calibration.engine import Engine
 from calibration.repair.record import Method
-from calibration.repair.repair import RepairSettings, repair
+from calibration.repair.repair import repair
+from calibration.repair.settings import RepairSettings
 from cli.demonstration.digits import ATTACK, Digits
 from guard import Predictor
 from guard.predictors import wrap

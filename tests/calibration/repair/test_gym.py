@@ -10,7 +10,8 @@ from calibration.data import ImageSet
 from calibration.engine import Engine
 from calibration.repair.cases import clean_parts
 from calibration.repair.gym import Recipe, bears_flips, lightweight
-from calibration.repair.repair import RepairSettings, repair
+from calibration.repair.repair import repair
+from calibration.repair.settings import RepairSettings
 from cli.demonstration.digits import ATTACK, Digits
 from guard import Predictor
 from guard.predictors import wrap

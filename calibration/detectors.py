@@ -1,0 +1,163 @@
+"""Which detectors the settings ask for, and one detector's part of a calibration: scores of clean images, threshold, record."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from calibration.data import ImageSet, Progress
+from calibration.filters import FoundTrigger, activation_filter
+from calibration.settings import Settings, asked_strips
+from calibration.thresholds import set_threshold
+from guard import Predictor
+from guard.detectors import ActivationFilter, Detector, FeatureSqueezing, Strip
+from guard.errors import CalibrationError
+from guard.profile import overlays_to_array
+from guard.records import (
+    OVERLAYS,
+    ActivationFilterRecord,
+    DetectorRecord,
+    FeatureSqueezingRecord,
+    StripRecord,
+    ThresholdRecord,
+)
+
+_MOST_CHANGE = 2.0  # L1 distance of two distributions
+
+
+@final
+@dataclass(frozen=True)
+class DetectorCalibration:
+    """A detector and what clean images say of it.
+
+    Attributes:
+        detector: The detector; STRIP with its overlays in their best order.
+        threshold: On its score.
+        scores: (n,), float32, of the threshold-setting images, all passes.
+        mean_passes: Of a clean image on its own.
+    """
+
+    detector: Detector
+    threshold: ThresholdRecord
+    scores: NDArray[np.float32]
+    mean_passes: float
+
+    @property
+    def most_passes(self) -> int:
+        """That an input takes at most."""
+        return len(self.detector.overlays) if isinstance(self.detector, Strip) else round(self.mean_passes)
+
+    def record(self, array: str) -> DetectorRecord:
+        """For the profile; STRIP's overlays under that name."""
+        match self.detector:
+            case Strip(blend=blend, alpha=alpha, name=name):
+                return StripRecord(
+                    threshold=self.threshold, blend=blend, alpha=alpha, mean_passes=self.mean_passes, array=array, title=name
+                )
+            case FeatureSqueezing(squeezers=squeezers, bits=bits):
+                return FeatureSqueezingRecord(threshold=self.threshold, squeezers=squeezers, bits=bits)
+            case ActivationFilter(neurons=neurons, name=name):
+                return ActivationFilterRecord(threshold=self.threshold, neurons=tuple(neurons.tolist()), title=name)
+        raise TypeError(f"expected a detector that profiles know, got {type(self.detector).__name__}")
+
+
+def compose(
+    predictor: Predictor, set_aside: Tensor, settings: Settings, triggers: Sequence[FoundTrigger] = ()
+) -> list[Detector]:
+    """The detectors that the settings ask for, and a filter for each trigger, in the order in which they run.
+
+    Args:
+        predictor: That they look at.
+        set_aside: (N, C, H, W), clean images that set no threshold: overlays, dealt to several STRIPs in turn. They also
+            choose the filters' neurons.
+        settings: Which.
+        triggers: That a scan found.
+
+    Raises:
+        CalibrationError: A trigger does not work.
+        ModelError: The model can't be looked into.
+    """
+    asked = asked_strips(settings)
+    found: list[Detector] = [
+        Strip(predictor, set_aside[number :: len(asked)], blend, alpha, name="strip" if len(asked) == 1 else f"strip-{blend}")
+        for number, (blend, alpha) in enumerate(asked)
+    ]
+    if "feature-squeezing" in settings.detectors:
+        found.append(FeatureSqueezing(predictor))
+    return found + [activation_filter(predictor, set_aside, trigger) for trigger in triggers]
+
+
+def calibrate_detector(
+    detector: Detector, clean: ImageSet, settings: Settings, detectors: int, progress: Progress
+) -> DetectorCalibration:
+    """Set the threshold of a detector that always takes as many passes; for STRIP see `calibrate_strip`.
+
+    Args:
+        detector: The detector.
+        clean: The threshold-setting images.
+        settings: What is asked of the guard as a whole.
+        detectors: That share the false rejection rate.
+        progress: Told how far it is.
+
+    Raises:
+        CalibrationError: The model's answers can't be used.
+    """
+    scored = []
+    for part in torch.arange(len(clean)).split(64):
+        scored.append(detector.score(clean.images(part)))
+        progress(f"scoring clean images, {detector.name}", int(part[-1]) + 1, len(clean))
+    scores = torch.cat(scored).numpy()
+    threshold = set_threshold(scores, settings.frr, settings.method, settings.confidence, detectors)
+    passes = detector.inspect(clean.images(slice(0, 1)), threshold.value).passes
+    return DetectorCalibration(detector, threshold, scores, float(passes[0]))
+
+
+def recorded(parts: Sequence[DetectorCalibration]) -> tuple[tuple[DetectorRecord, ...], dict[str, Tensor]]:
+    """What the profile holds of each detector, and the overlays of each STRIP by the names of their arrays."""
+    records: list[DetectorRecord] = []
+    arrays: dict[str, Tensor] = {}
+    for part in parts:
+        name = f"{OVERLAYS}.{len(arrays) + 1}" if arrays else OVERLAYS
+        records.append(part.record(name))
+        if isinstance(part.detector, Strip):
+            arrays[name] = overlays_to_array(part.detector.overlays)
+    return tuple(records), arrays
+
+
+def refuse_blind(found: Sequence[DetectorCalibration]) -> None:
+    """Refuse detectors that can never reject.
+
+    Raises:
+        CalibrationError: It says which.
+    """
+    _refuse_blind_strips(
+        {item.detector.blend: item.threshold for item in found if isinstance(item.detector, Strip)}, len(found)
+    )
+    if any(isinstance(item.detector, FeatureSqueezing) and item.threshold.value > _MOST_CHANGE for item in found):
+        raise CalibrationError(
+            "no input could ever be rejected by feature squeezing: it turns the answers to too many clean images round; "
+            "drop --detector feature-squeezing, or allow a higher --frr"
+        )
+
+
+def _refuse_blind_strips(thresholds: dict[str, ThresholdRecord], detectors: int) -> None:
+    blind = [blend for blend, threshold in thresholds.items() if threshold.value > 0.0]
+    if not blind:
+        return
+    if len(blind) == len(thresholds):
+        by = "" if len(thresholds) == detectors else " by STRIP"
+        raise CalibrationError(
+            f"no input could ever be rejected{by}: too many clean images have entropy 0 under these overlays; "
+            "try another --blend or a larger --alpha, or allow a higher --frr"
+        )
+    seeing = next(blend for blend in thresholds if blend not in blind)
+    raise CalibrationError(
+        f"no input could ever be rejected by the blend {blind[0]}: too many clean images have entropy 0 under its overlays; "
+        f"name a single one, --blend {seeing}, or allow a higher --frr"
+    )

@@ -1,0 +1,223 @@
+"""Each method of repair, as `repair` calls it: a copy is changed in place, and what must be told of it comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import msgspec
+import torch
+from torch import Tensor
+
+from calibration.checkpoints import Checkpoints
+from calibration.data import ImageSet, Progress
+from calibration.engine import Engine
+from calibration.fine_tuning import TrainableCopy
+from calibration.inspection.neural_cleanse import Triggers
+from calibration.inspection.scan import ScanSettings, scan
+from calibration.repair.cases import Parts
+from calibration.repair.codefend import TUNING, Learnt, fine_tune_codefend
+from calibration.repair.fine_pruning import FinePruning, repair_by_fine_pruning
+from calibration.repair.gym import DISTILLED, PAPER, fine_tune_gym
+from calibration.repair.mcr import Mcr, repair_by_mcr
+from calibration.repair.nad import Nad, repair_by_nad
+from calibration.repair.plain_fine_tuning import FineTuning, repair_by_fine_tuning
+from calibration.repair.pruning import Pruned, Pruning, repair_by_pruning
+from calibration.repair.settings import RepairSettings
+from calibration.repair.tuning import Tuning
+from calibration.repair.unlearning import TUNING as UNLEARNING
+from calibration.repair.unlearning import repair_by_unlearning
+from guard import Predictor
+from guard.errors import RepairError
+from guard.preprocessors import Gym
+
+
+@final
+@dataclass(frozen=True)
+class Task:
+    """What a repair has to work with.
+
+    Attributes:
+        copied: The copy, which is changed in place.
+        original: The model.
+        clean: Cut.
+        quarantined: Cut; None without.
+        triggers: Of the infected labels; None where the method needs none.
+        settings: How.
+        engine: Where.
+        checkpoints: Written while it works.
+        progress: Told how far it is.
+    """
+
+    copied: TrainableCopy
+    original: Predictor
+    clean: Parts
+    quarantined: Parts | None
+    triggers: Triggers | None
+    settings: RepairSettings
+    engine: Engine
+    checkpoints: Checkpoints | None
+    progress: Progress
+
+
+@final
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it, besides the copy.
+
+    Attributes:
+        preprocessor: That the copy was tuned for.
+        learnt: What each round of codefend learnt.
+        triggers: That were unlearnt, or pruned away.
+        said: In words.
+    """
+
+    preprocessor: Gym | None = None
+    learnt: Sequence[Learnt] = ()
+    triggers: Triggers | None = None
+    said: tuple[str, ...] = ()
+
+
+def apply(task: Task) -> Outcome:
+    """Repair the copy.
+
+    Raises:
+        RepairError: Something that the method needs is missing, or nothing can be repaired with it.
+        ModelError: The model can't be trained, or not be looked into.
+    """
+    how, copied, original, clean = task.settings, task.copied, task.original, task.clean
+    rest = (task.engine, how.seed, task.checkpoints, task.progress)
+    match how.method:
+        case "gym":
+            tuning = _with_epochs(PAPER if how.recipe == "paper" else DISTILLED, how)
+            tuned = fine_tune_gym(copied, original, clean, how.recipe, tuning, *rest)
+            return Outcome(preprocessor=msgspec.structs.replace(tuned, views=how.views))
+        case "codefend":
+            if task.quarantined is None:
+                raise RepairError(
+                    "expected --quarantine DIR for codefend, which learns the trigger from it, got none: or --method gym"
+                )
+            return Outcome(
+                learnt=fine_tune_codefend(copied, original, clean, task.quarantined, how.gan, _with_epochs(TUNING, how), *rest)
+            )
+        case "unlearn":
+            return _unlearn(task)
+        case "prune":
+            pruned = repair_by_pruning(copied, original, clean, _given(task), Pruning(), task.engine, task.progress)
+            return Outcome(triggers=_given(task), said=(_pruned(pruned),))
+        case "fine-prune":
+            return Outcome(
+                said=(
+                    _pruned(repair_by_fine_pruning(copied, original, clean, FinePruning(fine_tuning=_fine_tuning(how)), *rest)),
+                )
+            )
+        case "fine-tune":
+            repair_by_fine_tuning(copied, original, clean, _fine_tuning(how), *rest)
+        case "nad":
+            repair_by_nad(copied, original, clean, Nad(teacher=_fine_tuning(how), student=_fine_tuning(how)), *rest)
+        case "mcr":
+            connected = repair_by_mcr(copied, original, clean, _mcr(how), *rest)
+            return Outcome(
+                said=(f"The model lies at {connected.point:g} of the curve from the original to a fine-tuned copy.",)
+            )
+    return Outcome()
+
+
+def find_triggers(task: Task) -> Triggers:
+    """Scan the original for triggers of infected labels, with images that the repair may see.
+
+    Raises:
+        RepairError: No label is infected.
+    """
+    part = task.clean.tuning
+    settings = ScanSettings(search=task.settings.search, seed=task.settings.seed)
+    found = scan(
+        task.original,
+        ImageSet(part.images, part.labels),
+        settings,
+        engine=task.engine,
+        checkpoints=task.checkpoints,
+        progress=task.progress,
+    )
+    rows = [row for row, item in enumerate(found.figures.labels) if item.infected]
+    if not rows:
+        raise RepairError(
+            f"a scan finds no label infected, so that there is no trigger to {task.settings.method} by: look at guard scan's "
+            "report, or use a method that needs none, like gym"
+        )
+    return found.triggers.select(rows)
+
+
+def _unlearn(task: Task) -> Outcome:
+    how, seen = task.settings, task.clean.tuning
+
+    def again(copied: TrainableCopy, before: Triggers, number: int) -> Triggers:
+        """What a scan of the copy finds of labels that were infected."""
+
+        def shown(what: str, done: int, total: int) -> None:
+            task.progress(f"{what} {number + 1}", done, total)
+
+        settings = ScanSettings(search=how.search, seed=how.seed + number)
+        found = scan(copied.predictor, ImageSet(seen.images, seen.labels), settings, engine=task.engine, progress=shown)
+        known = set(before.labels.tolist())
+        rows = [row for row, item in enumerate(found.figures.labels) if item.infected and item.label_index in known]
+        return found.triggers.select(rows)
+
+    triggers = repair_by_unlearning(
+        task.copied,
+        task.original,
+        task.clean,
+        _given(task),
+        _with_epochs(UNLEARNING, how),
+        task.engine,
+        how.seed,
+        again,
+        how.rounds,
+        task.checkpoints,
+        task.progress,
+    )
+    return Outcome(triggers=triggers, said=(f"{len(triggers)} recovered triggers were unlearnt.",))
+
+
+def success_on(predictor: Predictor, triggers: Triggers, images: Tensor, answers: Tensor) -> float | None:
+    """The most that one of the triggers sends to its label, of the images that get another one without.
+
+    Args:
+        predictor: The model.
+        triggers: Recovered.
+        images: (N, C, H, W), in [0, 1].
+        answers: (N,), int64: labels without a trigger.
+    """
+    shares = []
+    for row, label in enumerate(triggers.labels.tolist()):
+        others = images[answers != label]
+        if len(others):
+            got = torch.cat([predictor(triggers.put_on(row, part)).argmax(dim=1).cpu() for part in others.split(256)])
+            shares.append(float((got == label).double().mean()))
+    return max(shares, default=None)
+
+
+def _given(task: Task) -> Triggers:
+    if task.triggers is None:
+        raise RepairError(f"expected recovered triggers for {task.settings.method}, got none: pass --scan DIR")
+    return task.triggers
+
+
+def _with_epochs(tuning: Tuning, how: RepairSettings) -> Tuning:
+    return tuning if how.epochs is None else msgspec.structs.replace(tuning, epochs=how.epochs)
+
+
+def _fine_tuning(how: RepairSettings) -> FineTuning:
+    usual = FineTuning()
+    return msgspec.structs.replace(usual, tuning=_with_epochs(usual.tuning, how))
+
+
+def _mcr(how: RepairSettings) -> Mcr:
+    usual = Mcr()
+    bend = msgspec.structs.replace(usual.bend, tuning=_with_epochs(usual.bend.tuning, how))
+    return msgspec.structs.replace(usual, end=_fine_tuning(how), bend=bend)
+
+
+def _pruned(pruned: Pruned) -> str:
+    return f"{len(pruned.channels)} of {pruned.total} channels of the last convolution were silenced."
