@@ -127,7 +127,7 @@ def test_the_rate_is_high_where_batch_norm_bears_it() -> None:
 
 
 def test_what_can_not_be_looked_into_is_refused(original: Predictor, parts: Parts, engine: Engine, tmp_path: Path) -> None:
-    torch.jit.save(torch.jit.script(trainable(original.backend)), str(tmp_path / "model.pt"))  # type: ignore[no-untyped-call]
+    torch.jit.save(torch.jit.script(trainable(original.backend)), str(tmp_path / "model.pt"))
     scripted = Predictor(TorchScriptBackend.load(tmp_path / "model.pt"), SPEC, 10, "logits")
     with pytest.raises(ModelError, match="expected a model with convolutions that can be watched"):
         repair_by_nad(TrainableCopy.of(scripted), scripted, parts, Nad(), engine, 0)
