@@ -22,7 +22,9 @@ from guard.predictors.exported import ExportedBackend
 from guard.predictors.torchscript import TorchScriptBackend
 from tests.calibration.repair.channels import accuracy, digit_predictor, success
 from tests.calibration.repair.conftest import SPEC
+from tests.guard.models import save_torchscript
 
+ROUNDED = 0.01  # the teacher runs in half precision where that is fast
 QUICK = FineTuning(tuning=msgspec.structs.replace(OURS, epochs=8))
 
 
@@ -89,30 +91,24 @@ def test_the_loss_by_hand(engine: Engine) -> None:
     lesson, tuning = Lesson(images, torch.zeros(3, 2), labels), QUICK.tuning
     task = nn.functional.cross_entropy(student(images), labels)
     same = attention_loss(teacher, tuning, 1000.0, 2.0, engine)
-    torch.testing.assert_close(same(student, lesson), task)
+    torch.testing.assert_close(same(student, lesson), task, rtol=ROUNDED, atol=ROUNDED)
     with torch.no_grad():
         teacher.convolution.weight.neg_()
     maps = [(block.convolution(images) + images).relu().square().sum(dim=1).flatten(1) for block in (student, teacher)]
     own, wanted = (nn.functional.normalize(part, dim=1) for part in maps)
     loss = attention_loss(teacher, tuning, 10.0, 2.0, engine)(student, lesson)
-    torch.testing.assert_close(loss, task + 10.0 * (own - wanted).square().sum() / 48.0)
+    torch.testing.assert_close(loss, task + 10.0 * (own - wanted).square().sum() / 48.0, rtol=ROUNDED, atol=ROUNDED)
     loss.backward()
     assert teacher.convolution.weight.grad is None
 
 
-def test_the_trigger_goes_and_the_student_looks_where_its_teacher_does(
-    original: Predictor, parts: Parts, digits: Digits, engine: Engine
-) -> None:
-    before, known = original.backend.fingerprint(), torch.get_rng_state()
-    told: set[str] = set()
-    found = {}
-    for beta in (0.0, 3000.0):
-        copied = TrainableCopy.of(original)
-        settings = Nad(beta=beta, teacher=QUICK)
-        repair_by_nad(copied, original, parts, settings, engine, 0, progress=lambda what, _, __: told.add(what))
-        found[beta] = copied.predictor
-    assert success(found[3000.0], digits) <= 0.2
-    assert accuracy(found[3000.0], digits) >= accuracy(original, digits) - 0.06
+def test_the_trigger_goes_and_accuracy_stays(original: Predictor, parts: Parts, digits: Digits, engine: Engine) -> None:
+    before, known, told = original.backend.fingerprint(), torch.get_rng_state(), set()
+    copied = TrainableCopy.of(original)
+    repair_by_nad(copied, original, parts, Nad(teacher=QUICK), engine, 0, progress=lambda what, _, __: told.add(what))
+    assert success(original, digits) == 1.0
+    assert success(copied.predictor, digits) <= 0.2
+    assert accuracy(copied.predictor, digits) >= accuracy(original, digits) - 0.06
     assert told == {"fine-tuning the teacher", "fine-tuning"}
     assert original.backend.fingerprint() == before
     assert torch.equal(torch.get_rng_state(), known)
@@ -127,7 +123,7 @@ def test_the_rate_is_high_where_batch_norm_bears_it() -> None:
 
 
 def test_what_can_not_be_looked_into_is_refused(original: Predictor, parts: Parts, engine: Engine, tmp_path: Path) -> None:
-    torch.jit.save(torch.jit.script(trainable(original.backend)), str(tmp_path / "model.pt"))
+    save_torchscript(trainable(original.backend), tmp_path / "model.pt")
     scripted = Predictor(TorchScriptBackend.load(tmp_path / "model.pt"), SPEC, 10, "logits")
     with pytest.raises(ModelError, match="expected a model with convolutions that can be watched"):
         repair_by_nad(TrainableCopy.of(scripted), scripted, parts, Nad(), engine, 0)

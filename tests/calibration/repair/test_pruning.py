@@ -75,7 +75,7 @@ def digit_case(digits: Digits, backdoored: nn.Module, engine: Engine) -> tuple[P
     original = digit_predictor(backdoored)
     parts, answers = clean_parts(digits.clean, original, 0), TrainableCopy.of(original).answers()
     goals = Goals.of(torch.tensor([ATTACK.target_label]))
-    return parts, recover_triggers(answers, parts.tuning.images, goals, Search(steps=208), 0, engine)
+    return parts, recover_triggers(answers, parts.tuning.images, goals, Search(steps=112), 0, engine)
 
 
 @pytest.mark.parametrize("layer", ["last_convolution", "penultimate"])
@@ -142,7 +142,7 @@ def test_silenced_channels_are_heard_again(engine: Engine) -> None:
 
 @pytest.mark.parametrize("total", [1, 5, 32, 100, 515])
 def test_the_fewest_are_found_without_asking_for_each(total: int) -> None:
-    for wanted in (0, 1, 2, total // 2, total - 1, total):
+    for wanted in {0, 1, total // 2, total - 1, total}:
         asked: list[int] = []
 
         def enough(count: int, wanted: int = wanted, asked: list[int] = asked) -> bool:

@@ -76,11 +76,11 @@ def share(copied: TrainableCopy, stamp: bool) -> float:
     return float((copied.predictor(images).argmax(dim=1) == (torch.full_like(labels, 3) if stamp else labels)).double().mean())
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adadelta"])
-def test_it_learns(engine: Engine, optimizer: str) -> None:
+@pytest.mark.parametrize(("optimizer", "rate"), [("adamw", 1e-2), ("adadelta", 1.0), ("sgd", 1e-2)])
+def test_it_learns(engine: Engine, optimizer: str, rate: float) -> None:
     copied = fresh()
     assert share(copied, stamp=True) <= 0.3
-    trained(copied, engine, Tuning(epochs=25, rate=1e-2 if optimizer == "adamw" else 1.0, optimizer=optimizer, warm_up=0.2))  # type: ignore[arg-type]
+    trained(copied, engine, Tuning(epochs=25, rate=rate, optimizer=optimizer, warm_up=0.2))  # type: ignore[arg-type]
     assert share(copied, stamp=True) == 1.0
     assert share(copied, stamp=False) == 1.0
 
@@ -98,6 +98,27 @@ def test_it_keeps_the_weights_that_scored_best_and_stops_when_nothing_is_gained(
     assert len(seen) == 7
     assert torch.equal(copied.parameters[0], seen[2])
     assert shown[-1] == (30, 30)
+
+
+def test_another_loss_and_what_must_hold_after_each_step(engine: Engine) -> None:
+    copied, steps = fresh(), []
+
+    def loss(module: nn.Module, lesson: Lesson) -> Tensor:
+        return nn.functional.cross_entropy(module(lesson.images), torch.full_like(lesson.labels, 1))
+
+    def after_step() -> None:
+        with torch.no_grad():
+            copied.parameters[0][2:] = 0.0
+        steps.append(copied.parameters[0].detach().clone())
+
+    trained(copied, engine, Tuning(epochs=12, rate=1e-2), loss=loss, after_step=after_step)
+    assert len(steps) == 12 * 3
+    assert torch.equal(copied.parameters[0], steps[-1])
+    assert not bool(copied.parameters[0][2:].any())
+    assert bool(copied.parameters[0][:2].any())
+    images, _ = toy_images(40, seed=9)
+    images[:, :, 0, 0:2] = 1.0
+    assert float((copied.predictor(images).argmax(dim=1) == 1).double().mean()) >= 0.9
 
 
 def test_an_interrupted_tuning_goes_on(engine: Engine, tmp_path: Path) -> None:
