@@ -115,7 +115,7 @@ def apply(task: Task) -> Outcome:
         case "fine-tune":
             repair_by_fine_tuning(copied, original, clean, _fine_tuning(how), *rest)
         case "nad":
-            repair_by_nad(copied, original, clean, Nad(teacher=_fine_tuning(how), student=_fine_tuning(how)), *rest)
+            repair_by_nad(copied, original, clean, Nad(teacher=_fine_tuning(how)), *rest)
         case "mcr":
             connected = repair_by_mcr(copied, original, clean, _mcr(how), *rest)
             return Outcome(

@@ -47,7 +47,7 @@ class Nad(msgspec.Struct, frozen=True, kw_only=True):
     """How to distil attention.
 
     Attributes:
-        beta: Weight of each layer's attention distance; the paper's text has 500 to 1000 for a wide ResNet's three groups.
+        beta: Weight of each layer's attention distance; BackdoorBench has 500 to 1000 for three layers.
         power: p.
         teacher: How the teacher is fine-tuned.
         student: How the student is, beside the attention; None for as the teacher or, where the model has batch norm, which

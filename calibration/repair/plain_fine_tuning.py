@@ -12,8 +12,8 @@ A trigger may survive all the same, above all where there are few images.
 Batch norm keeps its statistics, so that a few images are enough; in the papers it takes them from the batches, as it does here
 with `batch_statistics`.
 
-References: Liu et al., Fine-Pruning, arXiv:1805.12185, section 4; Yan et al., DHBE, arXiv:2306.08009, appendix C; Li et al.,
-NAD, arXiv:2101.05930, for the shifts of 4 in 32 pixels.
+References: Liu et al., Fine-Pruning, arXiv:1805.12185; Yan et al., DHBE, arXiv:2306.08009, appendix C; Li et al.,
+NAD, arXiv:2101.05930, whose public code shifts by 4 of 32 pixels.
 """
 
 from __future__ import annotations
