@@ -47,7 +47,7 @@ _COPIES = 6  # of a trigger that a label needs at work: the generator's, its gra
 _BYTES = 1 << 30  # of triggers at work
 _TINY = 1e-3  # pixels
 _CUTOFF = 2.0  # of deviation factors: 95%
-_UNUSUAL = 0.5  # of the median size
+_UNUSUAL = 0.45  # of the median size: on development models, backdoors need 0.16 to 0.39 of it, clean labels 0.50 at least
 _BETWEEN = 20.0  # seconds from one checkpoint to the next
 
 
@@ -112,7 +112,7 @@ class DeepInspected:
 
     @property
     def outliers(self) -> list[int]:
-        """Labels whose triggers are too small to be one of them, and (ours) less than half of what is usual.
+        """Labels whose triggers are too small to be one of them, and (ours) less than half as large as usual.
 
         The factor alone calls one of ten sizes an outlier in every third model, if they are normally distributed.
         """
