@@ -1,11 +1,11 @@
-"""Does a scan tell backdoored models from clean ones? Our verdict, and Neural Cleanse's own, on victims and clean models.
+"""Does a scan tell backdoored models from clean ones? Its verdicts on victims and clean models.
 
     python -m benchmarks.inspection measure --name gtsrb-b    # one model, trained if it is not cached
     python -m benchmarks.inspection measure --all
     python -m benchmarks.inspection table                     # the committed results as docs/inspection.md holds them
 
-Scans see 1,500 of the defender's images. How often a recovered trigger works is of the evaluation part. "As published" is the
-plain schedule, 1,000 steps for every label, and the anomaly index alone, for three seeds.
+Scans see 1,500 of the defender's images. How often a recovered trigger works is of the evaluation part. The method as it was
+published, on the same models, is in `benchmarks.neural_cleanse`.
 """
 
 from __future__ import annotations
@@ -26,44 +26,16 @@ from benchmarks.roster import SCANNED
 from benchmarks.strip import shuffled
 from benchmarks.victims import CACHE, Victim, bars, victim
 from calibration.attacks import Attack, MultiTarget, SourceSpecific
-from calibration.data import ImageSet, Progress
+from calibration.data import ImageSet
 from calibration.discovery import discover
-from calibration.engine import Engine
-from calibration.fine_tuning import TrainableCopy
-from calibration.inspection.anomaly import anomaly_indices
-from calibration.inspection.neural_cleanse import Goals, Search, Triggers, recover_triggers
+from calibration.inspection.neural_cleanse import Search, Triggers
 from calibration.inspection.record import LabelFinding, ScanFigures
-from calibration.inspection.scan import INDEX, Scan, ScanSettings, scan
+from calibration.inspection.scan import Scan, ScanSettings, scan
 from calibration.statistics import Estimate, proportion
-from guard import Predictor
 from guard.predictors import wrap
 
 _IMAGES = 1500
-_SEEDS = (0, 1, 2)
 _PLAIN = Search(steps=1008).plain()
-
-
-class Published(msgspec.Struct, frozen=True, kw_only=True):
-    """Neural Cleanse as published, with one seed.
-
-    Attributes:
-        seed: Of the draws.
-        indices: Of each label, positive below the median.
-        sizes: L1, in pixels, of each label.
-        passes: Images that went through the model.
-        seconds: That it took.
-    """
-
-    seed: int
-    indices: tuple[float, ...]
-    sizes: tuple[float, ...]
-    passes: int
-    seconds: float
-
-    @property
-    def accused(self) -> list[int]:
-        """Labels whose index is over 2."""
-        return [label for label, index in enumerate(self.indices) if index > INDEX]
 
 
 class Recovered(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,7 +66,6 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         targets: Labels that are infected in truth.
         figures: Of the scan.
         recovered: Triggers of the labels, or pairs, that it found infected.
-        published: Neural Cleanse's own; empty where it was not run.
         seconds: Of the scan.
         libraries: Versions.
     """
@@ -105,7 +76,6 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     targets: tuple[int, ...]
     figures: ScanFigures
     recovered: tuple[Recovered, ...]
-    published: tuple[Published, ...]
     seconds: float
     libraries: dict[str, str]
 
@@ -121,17 +91,16 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def measure(name: str, parts: Parts, cache: Path = CACHE) -> Report:
-    """Scan one of the models, and run the published method on it."""
+    """Scan one of the models."""
     plan = SCANNED[name]
     with bars() as progress:
         found = victim(plan, parts, cache, progress)
-        clean = shuffled(parts.defender, 0).select(torch.arange(_IMAGES))
+        clean = defenders_images(parts)
         predictor = discover(wrap(found.model), clean)
         started = time.monotonic()
         pairs = isinstance(found.attack, SourceSpecific)
         scanned = scan(predictor, clean, ScanSettings(pairs=pairs), progress=progress)
         seconds = time.monotonic() - started
-        published = [_published(predictor, clean, seed, progress) for seed in _SEEDS]
     return Report(
         name=name,
         command=f"python -m benchmarks.inspection measure --name {name}",
@@ -139,10 +108,14 @@ def measure(name: str, parts: Parts, cache: Path = CACHE) -> Report:
         targets=targets_of(found.attack),
         figures=scanned.figures,
         recovered=tuple(_recovered(scanned, found, parts)) if found.attack is not None else (),
-        published=tuple(published),
         seconds=seconds,
         libraries=versions(),
     )
+
+
+def defenders_images(parts: Parts) -> ImageSet:
+    """What a scan sees."""
+    return shuffled(parts.defender, 0).select(torch.arange(_IMAGES))
 
 
 def targets_of(attack: Attack | None) -> tuple[int, ...]:
@@ -153,24 +126,6 @@ def targets_of(attack: Attack | None) -> tuple[int, ...]:
         return attack.target_labels
     label = getattr(attack, "target_label", None)
     return () if label is None else (int(label),)
-
-
-def _published(predictor: Predictor, clean: ImageSet, seed: int, progress: Progress) -> Published:
-    """On the images that our scan sees, all of them to search with."""
-    engine, images = Engine(), clean.images(slice(0, 1000))
-    copied = TrainableCopy.of(predictor).faster(images[:2])
-    for parameter in copied.parameters:
-        parameter.requires_grad_(False)
-    started = time.monotonic()
-    goals = Goals.all_labels(predictor.num_classes)
-    found = recover_triggers(copied.answers(), images, goals, _PLAIN, seed, engine, progress=progress)
-    return Published(
-        seed=seed,
-        indices=tuple(anomaly_indices(found.sizes).tolist()),
-        sizes=tuple(found.sizes.tolist()),
-        passes=int(found.passes.sum()),
-        seconds=time.monotonic() - started,
-    )
 
 
 def _recovered(scanned: Scan, found: Victim, parts: Parts) -> list[Recovered]:
@@ -215,12 +170,7 @@ def load_reports() -> list[Report]:
 
 
 def table(reports: Sequence[Report]) -> str:
-    """Markdown: the verdicts, and below them the published method's."""
-    return f"{verdicts(reports)}\n\n{indices(reports)}"
-
-
-def verdicts(reports: Sequence[Report]) -> str:
-    """Of our scan."""
+    """Markdown, one line per model."""
     header = [
         "model",
         "infected in truth",
@@ -241,11 +191,11 @@ def verdicts(reports: Sequence[Report]) -> str:
         rows.append(
             [
                 report.name,
-                _listed(report.targets),
-                ("" if report.right else "WRONG: ") + _listed(sorted(report.found)),
+                listed(report.targets),
+                ("" if report.right else "WRONG: ") + listed(sorted(report.found)),
                 "; ".join(map(_size, infected)) or "-",
                 _closest(findings, report.targets),
-                _listed([item.label_index for item in report.figures.labels if item.infected_by_index]),
+                listed([item.label_index for item in report.figures.labels if item.infected_by_index]),
                 "; ".join(percent(item.attack_success) for item in report.recovered) or "-",
                 "; ".join(f"{item.overlap:.0%} ({item.by_chance:.0%})" for item in report.recovered) or "-",
                 f"{sum(item.passes for item in report.figures.labels) / plain:.0%}",
@@ -255,23 +205,8 @@ def verdicts(reports: Sequence[Report]) -> str:
     return markdown(header, rows)
 
 
-def indices(reports: Sequence[Report]) -> str:
-    """Of the published method, every label's."""
-    header = ("model", "infected in truth", "seed", "index over 2: missed, false alarms", "index of each label, from 0")
-    rows = []
-    for report in reports:
-        for own in report.published:
-            missed = sorted(set(report.targets) - set(own.accused))
-            wrong = sorted(set(own.accused) - set(report.targets))
-            errors = [f"missed {_listed(missed)}"] * bool(missed) + [f"false alarm {_listed(wrong)}"] * bool(wrong)
-            shown = " ".join(
-                f"**{value:.1f}**" if label in report.targets else f"{value:.1f}" for label, value in enumerate(own.indices)
-            )
-            rows.append([report.name, _listed(report.targets), str(own.seed), "; ".join(errors) or "right", shown])
-    return markdown(header, rows)
-
-
-def _listed(labels: Sequence[int]) -> str:
+def listed(labels: Sequence[int]) -> str:
+    """Of a table's cell."""
     return ", ".join(map(str, labels)) or "none"
 
 

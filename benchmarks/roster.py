@@ -206,3 +206,23 @@ CLEAN: Mapping[str, Plan] = {
 
 SCANNED: Mapping[str, Plan] = {**{name: REPORTED[name] for name in _PATCH_VICTIMS}, **SEVERAL, **CLEAN}
 """What scans are reported on; the rule of the verdict was frozen before any of them was scanned."""
+
+REPAIRED: Mapping[str, Plan] = {
+    name: {**REPORTED, **SEVERAL}[name]
+    for name in (
+        "mnist-a",
+        "mnist-conv-badnets",
+        "mnist-nine-triggers",
+        "gtsrb-b",
+        "gtsrb-lenet8-noise",
+        "cifar10-c",
+        "cifar10-d",
+        "cifar10-two-triggers",
+        "mnist-blended",
+        "cifar10-trojan-wm",
+    )
+}
+"""Victims on which every repair is compared."""
+
+DETECTED: Mapping[str, Plan] = {**{name: REPORTED[name] for name in _PATCH_VICTIMS}, **REPAIRED}
+"""Victims on which every detector is compared."""

@@ -35,7 +35,7 @@ from benchmarks.datasets import DEFAULT_FOLDER, Parts, SetName, load_parts
 from benchmarks.entry import enter
 from benchmarks.models import ARCHITECTURES
 from benchmarks.plans import ATTACK_NAMES, Plan, make_attack, plan
-from benchmarks.roster import DEVELOPMENT, REPORTED
+from benchmarks.roster import DEVELOPMENT, REPORTED, SCANNED
 from benchmarks.trainer import fit
 from calibration.attacks import Attack, TrojanNet
 from calibration.data import ImageSet, Progress, no_progress
@@ -219,7 +219,7 @@ def _missed(plan: Plan, accuracy: float, success: float | None, twin: float | No
 
 def chosen_plans(arguments: argparse.Namespace) -> dict[str, Plan]:
     """What the command line asks for, by name."""
-    known = {**DEVELOPMENT, **REPORTED}
+    known = {**DEVELOPMENT, **REPORTED, **SCANNED}
     if arguments.all:
         return known
     if arguments.name:
@@ -253,7 +253,7 @@ def train(arguments: argparse.Namespace) -> int:
 
 def show_all(arguments: argparse.Namespace) -> int:
     """Print a table of the cache."""
-    names = {name_of(plan): name for name, plan in {**DEVELOPMENT, **REPORTED}.items()}
+    names = {name_of(plan): name for name, plan in {**DEVELOPMENT, **REPORTED, **SCANNED}.items()}
     table = Table("victim", "set", "architecture", "attack", "seed", "CA", "ASR", "minutes", "floors")
     for file in sorted(arguments.cache.glob("*.json")):
         try:
