@@ -26,11 +26,14 @@ from benchmarks.evaluated import Exam, Marks, examine
 from benchmarks.plans import Plan
 from benchmarks.reports import load_results, markdown, percent, run, versions
 from benchmarks.roster import REPAIRED
+from benchmarks.scans import scanned
 from benchmarks.strip import shuffled
 from benchmarks.victims import CACHE, Victim, bars, victim
 from calibration.attacks import Amplified, Attack, BadNets
 from calibration.data import ImageSet, Progress
 from calibration.discovery import discover
+from calibration.inspection.record import read_scan
+from calibration.inspection.work import infected_triggers
 from calibration.repair.record import Method, RepairFigures
 from calibration.repair.repair import repair
 from calibration.repair.settings import NEEDS_TRIGGERS, RepairSettings
