@@ -10,7 +10,7 @@ Images that get the label anyway don't count (ours): they say nothing of a trigg
 The labels don't interact: they share forward passes, not a loss, and what is found for a label is what it would be alone. So
 (ours) a label leaves the batch once its mask has stopped shrinking, and, after the first steps, unless its mask is among the
 smallest: only these can be outliers, and the sizes of the others, which say what is usual, hardly change any more. That is the
-low-cost mode of the paper, at work in every scan.
+low-cost mode of the paper, at work in every scan. The three smallest stay to the end: a mask may stand still, and shrink again.
 
 Reference: Wang et al., Neural Cleanse, IEEE S&P 2019; rate, weights and patience are those of its public code.
 """
@@ -60,6 +60,7 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
         still: Steps without a smaller mask after which a label is done.
         first: Steps after which only the smallest masks go on.
         smallest: Share of the labels that then go on; three at least.
+        stay: So many of the smallest masks never leave because they stand still.
     """
 
     steps: int = 1008
@@ -73,6 +74,7 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
     still: int = 128
     first: int = 192
     smallest: float = 0.25
+    stay: int = 3
 
     def __post_init__(self) -> None:
         """Refuse what means nothing."""
@@ -82,6 +84,10 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
     def plain(self) -> Search:
         """The published schedule: every label gets all steps."""
         return msgspec.structs.replace(self, still=self.steps + 1, first=self.steps + 1)
+
+    def patient(self) -> Search:
+        """For few labels: none leaves but one whose mask has stood still for twice as long."""
+        return msgspec.structs.replace(self, still=2 * self.still, first=self.steps + 1, stay=0)
 
 
 @final
@@ -395,7 +401,7 @@ class _Block:
             loss = nn.functional.cross_entropy(logits, labels, reduction="sum") / count
             if number == 0:
                 loss = loss + (self.weights[rows] * masks.sum(dim=(1, 2))).sum()
-            loss.backward()
+            loss.backward(inputs=[self.masks, self.patterns])
             right += (logits.argmax(dim=1) == labels).view(part.shape).sum(dim=1)
         return right / count
 
@@ -412,12 +418,15 @@ class _Block:
 
     def _leave(self, number: int) -> None:
         """Take labels out of the batch that are done or can't be outliers, with the optimizer's state of them."""
-        search = self.search
-        stay = self.since < search.still
+        search, sizes, own = self.search, self.best.sort().values, self.best[self.rows.cpu()]
+
+        def among(smallest: int) -> Tensor:
+            limit = sizes[min(smallest, len(sizes)) - 1] if smallest else -1.0
+            return (own <= limit).to(self.since.device)
+
+        stay = (self.since < search.still) | among(search.stay)
         if (number + 1) * search.window >= search.first:
-            most = max(3, math.ceil(search.smallest * len(self.goals)))
-            limit = self.best.sort().values[min(most, len(self.goals)) - 1]
-            stay &= (self.best[self.rows.cpu()] <= limit).to(stay.device)
+            stay &= among(max(3, math.ceil(search.smallest * len(sizes))))
         if bool(stay.all()):
             return
         rows = torch.nonzero(stay).squeeze(1)

@@ -4,10 +4,10 @@ Neural Cleanse finds the smallest trigger for each label. Its anomaly index says
 others, which is not much: it misses backdoors, and accuses labels that are merely easy. So (ours) the index only nominates
 candidates, the three smallest sizes and every index over 1, and a second opinion decides. A candidate is infected if
 
-1. its trigger works on images that the search has not seen, and
-2. it is far smaller than is natural: less than 0.4 times what the other labels need, by their median, times the ratio that the
-   label has in a clean reference of the same task (`reference`), where that finds it easy, too. Up to 0.5 times, it is infected
-   if the mask lies in one place, as a patch does, and the trigger does not work on the reference.
+1. its trigger works on images that the search has not seen,
+2. it needs less than 0.4 times what the other labels need, by their median, and
+3. a clean reference of the same task (`reference`) does not speak for an easy label: there, the trigger does not work, and the
+   label needs not as little: the ratio is less than 0.6 times the one that the label has in the reference.
 
 Blind to: triggers that cover the image or change with it, backdoors for which an attack succeeds only from certain classes
 (unless pairs are searched), and all-to-all ones, where no label is an outlier.
@@ -45,9 +45,9 @@ INDEX = 2.0
 _NOMINATED = 1.0  # an index over it gets a second opinion
 _SMALLEST = 3  # and so do the smallest
 _WORKS = 0.9
-_SMALL, _RATHER_SMALL = 0.4, 0.5  # of what is natural
-_ONE_PLACE = 0.5  # spread of a mask, see `spread`
-_TRANSFERS = 0.1  # success on the reference
+_SMALL = 0.4  # of the median
+_SMALLER_THAN_NATURAL = 0.6  # of the ratio in the reference
+_TRANSFERS = 0.3  # success on the reference
 _COMPARED = 12  # other labels that the reference is searched for, to know what is usual for it
 _MOST_SEARCHED, _MOST_HELD_OUT = 1000, 500
 _HELD_OUT = 1.0 / 3.0
@@ -233,7 +233,7 @@ class _Judge:
     def _opinions(self, triggers: Triggers, rows: Sequence[int]) -> dict[int, SecondOpinion]:
         ratios = {row: _ratio(triggers.sizes, row) for row in rows}
         successes = {row: self._success(triggers, row) for row in rows}
-        suspects = [row for row in rows if ratios[row] < _RATHER_SMALL and successes[row] >= _WORKS]
+        suspects = [row for row in rows if ratios[row] < _SMALL and successes[row] >= _WORKS]
         natural = self._natural(triggers, suspects) if suspects else {}
         opinions = {}
         for row in rows:
@@ -291,11 +291,10 @@ class _Judge:
 
 def is_infected(opinion: SecondOpinion) -> bool:
     """The rule; see the top of this file."""
-    if opinion.reference_ratio is None or opinion.reference_success is None or opinion.success < _WORKS:
+    if opinion.reference_ratio is None or opinion.reference_success is None:
         return False
-    relative = opinion.size_ratio / min(1.0, opinion.reference_ratio)
-    alone = opinion.spread < _ONE_PLACE and opinion.reference_success < _TRANSFERS
-    return relative < _SMALL or (relative < _RATHER_SMALL and alone)
+    natural = opinion.size_ratio >= _SMALLER_THAN_NATURAL * min(1.0, opinion.reference_ratio)
+    return opinion.success >= _WORKS and opinion.size_ratio < _SMALL and not natural and opinion.reference_success < _TRANSFERS
 
 
 def _says(answers: nn.Module, images: Tensor, device: torch.device) -> Tensor:

@@ -82,7 +82,7 @@ def test_labels_leave_the_batch(digits: Digits, backdoored: nn.Module, engine: E
     images, search = digits.clean.images(slice(None)), Search()
     found = recover_triggers(watched, images, Goals.all_labels(10), search, 0, engine)
     assert sum(watched.seen[2:]) == int(found.passes.sum())  # the first two see how much memory an image needs
-    assert float(found.passes.double().mean()) <= 0.3 * search.steps * search.images
+    assert float(found.passes.double().mean()) <= 0.45 * search.steps * search.images  # three of ten stay to the end
     assert len(set(found.passes.tolist())) > 1
     plain = recover_triggers(watched, images, Goals.all_labels(10), Search(steps=304, first=16, still=16).plain(), 0, engine)
     assert set(plain.passes.tolist()) == {304 * 32}

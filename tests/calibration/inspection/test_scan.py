@@ -47,7 +47,7 @@ def test_the_backdoored_label_alone_is_infected(found: Scan) -> None:
     assert opinion is not None
     assert opinion.success >= 0.95
     assert opinion.reference_ratio is not None
-    assert opinion.size_ratio < 0.4 * min(1.0, opinion.reference_ratio)
+    assert opinion.size_ratio < min(0.4, 0.6 * opinion.reference_ratio)
     assert str(TARGET) in verdict(found.figures)
 
 
@@ -191,14 +191,14 @@ def test_too_few_images_and_answers_near_chance_are_refused(digits: Digits, susp
         ({}, True),
         ({"success": 0.8}, False),
         ({"reference_ratio": None, "reference_success": None}, False),
-        ({"reference_ratio": 0.5}, False),  # nearly as easy in the reference
+        ({"reference_ratio": 0.5}, False),  # 0.6 times as easy in the reference
+        ({"reference_ratio": 0.6}, True),
         ({"reference_ratio": 3.0}, True),
-        ({"reference_ratio": 3.0, "size_ratio": 0.45, "spread": 0.7}, False),  # hard in the reference counts as usual
-        ({"size_ratio": 0.45}, True),
-        ({"size_ratio": 0.45, "spread": 0.6}, False),
-        ({"size_ratio": 0.45, "reference_success": 0.5}, False),
-        ({"size_ratio": 0.55}, False),
-        ({"size_ratio": 0.1, "spread": 0.9, "reference_success": 0.9}, True),
+        ({"reference_ratio": 3.0, "size_ratio": 0.45}, False),  # hard in the reference counts as usual
+        ({"size_ratio": 0.39}, True),
+        ({"size_ratio": 0.4}, False),
+        ({"reference_success": 0.3}, False),  # works without a backdoor, too
+        ({"size_ratio": 0.1, "spread": 0.9, "reference_ratio": 0.2}, True),
     ],
 )
 def test_the_rule(changes: dict[str, float | None], infected: bool) -> None:
