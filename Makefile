@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help env demo test test-gpu check format clean
+.PHONY: help env demo test test-slow test-gpu check format clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,6 +23,9 @@ demo: env ## The main path on real digits, with a real TorchServe (without Java,
 
 test: env ## The quick suite; starts real servers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-slow: env ## Tests that take a minute or more each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 test-gpu: env ## Tests that need an accelerator
 	$(BIN)/python -m pytest -m gpu

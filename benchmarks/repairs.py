@@ -33,7 +33,7 @@ from calibration.attacks import Amplified, Attack, BadNets
 from calibration.data import ImageSet, Progress
 from calibration.discovery import discover
 from calibration.inspection.record import read_scan
-from calibration.inspection.work import infected_triggers
+from calibration.inspection.triggers_file import read_infected
 from calibration.repair.record import Method, RepairFigures
 from calibration.repair.repair import repair
 from calibration.repair.settings import NEEDS_TRIGGERS, RepairSettings
@@ -127,7 +127,8 @@ def measure_plan(name: str, plan: Plan, parts: Parts, cache: Path = CACHE) -> Re
             triggers = suspects = None
             if method in NEEDS_TRIGGERS:
                 folder = scanned(found, parts, cache, progress)
-                triggers, scan_minutes = infected_triggers(folder, predictor), read_scan(folder).seconds / 60.0
+                triggers = read_infected(folder, predictor.backend, pairs=True, shape=predictor.spec.shape)
+                scan_minutes = read_scan(folder).seconds / 60.0
             if method == "codefend":
                 suspects = _suspects(found, parts, clean, images, cache, progress)
             started = time.monotonic()

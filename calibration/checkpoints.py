@@ -101,7 +101,7 @@ class Checkpoints:
                 metadata = file.metadata() or {}
             if metadata.get("key") != self._key:
                 return None
-            tensors = load_file(path)
+            tensors = {name: value.clone() for name, value in load_file(path).items()}  # which are mapped: the file would stay
             step, facts = int(metadata["step"]), json.loads(metadata["facts"])
             for key, module in (modules or {}).items():
                 module.load_state_dict(_below(tensors, f"module/{key}/"))

@@ -24,6 +24,7 @@ from guard.predictors.outputs import as_tensor, detect_kind
 logger = logging.getLogger("guard.calibration")
 
 _TRIALS = 128
+_BLIND_TRIALS = 32
 _AGREEMENT = 0.99
 _SAME = 0.02  # in probability; half precision differs by less
 
@@ -99,6 +100,25 @@ def discover(backend: Backend, clean: ImageSet, hints: Hints | None = None, memo
         predictor = Predictor(backend, best.spec, num_classes, best.output, memory_limit)
     _check_answers(predictor, images)
     return predictor
+
+
+def discover_without_images(backend: Backend, shape: tuple[int, int, int], hints: Hints | None = None) -> Predictor:
+    """The same where there are no images at all: the model is tried on noise.
+
+    What noise can't tell is taken as the hints have it: without mean and std, the model is believed to normalise for itself.
+
+    Args:
+        backend: Runs the model.
+        shape: (C, H, W) of its images.
+        hints: What the user knows.
+
+    Raises:
+        ModelError: No convention works, or several work and answer differently.
+        InputError: Hints that contradict the shape.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (_BLIND_TRIALS, *shape), dtype=torch.uint8, generator=generator)
+    return discover(backend, ImageSet(noise), hints)
 
 
 def _check_answers(predictor: Predictor, images: Tensor) -> None:

@@ -11,15 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from calibration.inspection.neural_cleanse import blend
-from calibration.inspection.record import TRIGGERS, read_scan
+from calibration.inspection.triggers_file import read_infected
 from guard import Predictor
 from guard.detectors import ActivationFilter, excited_neurons
-from guard.errors import CalibrationError, InspectionError
+from guard.errors import CalibrationError
 from guard.predictors import Backend
 from guard.predictors.activations import activations
 
@@ -48,35 +46,19 @@ class FoundTrigger:
         return blend(images, self.mask, self.pattern)
 
 
-def infected_triggers(folder: Path, backend: Backend) -> tuple[FoundTrigger, ...]:
-    """The triggers of the labels that a scan calls infected.
+def infected_triggers(folder: str | Path, backend: Backend) -> tuple[FoundTrigger, ...]:
+    """The triggers of the labels that a scan calls infected, each for a filter.
 
     Args:
         folder: That `guard scan` wrote.
         backend: The model that it must have looked at.
 
     Raises:
-        InspectionError: It is of another model, found no infected label, or is damaged.
+        InspectionError: See `read_infected`.
     """
-    record = read_scan(folder)
-    if record.model_sha256 is None or record.model_sha256 != backend.fingerprint():
-        raise InspectionError(f"the scan in {folder} is of another model (SHA-256 differs): scan the one that detects")
-    infected = [item.label_index for item in record.labels if item.infected]
-    if not infected:
-        pairs = ", only pairs of labels" if any(item.infected for item in record.pairs) else ""
-        raise InspectionError(
-            f"the scan in {folder} found no infected label{pairs}, so there is no trigger to filter: calibrate without it"
-        )
-    try:
-        arrays = load_file(folder / TRIGGERS)
-        masks, patterns, labels = (arrays[f"labels.{name}"] for name in ("masks", "patterns", "labels"))
-        rows = [labels.tolist().index(label) for label in infected]
-        found = tuple(FoundTrigger(int(labels[row]), masks[row].float(), patterns[row].float()) for row in rows)
-    except (OSError, SafetensorError, KeyError, ValueError, IndexError) as error:
-        raise InspectionError(f"expected {TRIGGERS} in {folder} with a trigger for each infected label: scan again") from error
-    if any(item.mask.shape != item.pattern.shape[1:] or not _within(item.mask, item.pattern) for item in found):
-        raise InspectionError(f"expected masks (H, W) and patterns (C, H, W) in [0, 1] in {folder}/{TRIGGERS}: scan again")
-    return found
+    found = read_infected(folder, backend)
+    rows = zip(found.labels.tolist(), found.masks.float(), found.patterns.float(), strict=True)
+    return tuple(FoundTrigger(label, mask, pattern) for label, mask, pattern in rows)
 
 
 def activation_filter(predictor: Predictor, images: Tensor, trigger: FoundTrigger) -> ActivationFilter:
@@ -104,7 +86,3 @@ def activation_filter(predictor: Predictor, images: Tensor, trigger: FoundTrigge
     clean, excited = (activations(predictor, batch, "penultimate") for batch in (images, triggered))
     neurons = excited_neurons(clean, excited, min(1.0, max(_SHARE, _FEWEST / clean.shape[1])))
     return ActivationFilter(predictor, neurons, f"activation-filter-{trigger.label}")
-
-
-def _within(*values: Tensor) -> bool:
-    return all(bool(((item >= 0.0) & (item <= 1.0)).all()) for item in values)

@@ -15,7 +15,7 @@ from guard.predictors import OutputKind
 if TYPE_CHECKING:
     from calibration import Hints
 
-_MODEL = "What the model takes and returns"
+MODEL_PANEL = "What the model takes and returns"
 
 ProfileArgument = Annotated[Path, typer.Argument(help="Folder that guard calibrate wrote.", metavar="PROFILE")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -31,22 +31,26 @@ CleanOption = Annotated[
 ]
 WeightsOption = Annotated[Path | None, typer.Option(help=".safetensors for the module that a factory makes.")]
 SkipOption = Annotated[bool, typer.Option("--skip-unreadable", help="Leave out files that are no images, and list them.")]
-MeanOption = Annotated[str | None, typer.Option(metavar="R,G,B", help="Of images in [0, 1].", rich_help_panel=_MODEL)]
-StdOption = Annotated[str | None, typer.Option(metavar="R,G,B", help="Of images in [0, 1].", rich_help_panel=_MODEL)]
+MeanOption = Annotated[str | None, typer.Option(metavar="R,G,B", help="Of images in [0, 1].", rich_help_panel=MODEL_PANEL)]
+StdOption = Annotated[str | None, typer.Option(metavar="R,G,B", help="Of images in [0, 1].", rich_help_panel=MODEL_PANEL)]
 OutputOption = Annotated[
-    OutputKind | None, typer.Option(help="What it returns.", show_default="found out", rich_help_panel=_MODEL)
+    OutputKind | None, typer.Option(help="What it returns.", show_default="found out", rich_help_panel=MODEL_PANEL)
 ]
 LayoutOption = Annotated[
-    Layout | None, typer.Option(help="Axis order it takes.", show_default="found out", rich_help_panel=_MODEL)
+    Layout | None, typer.Option(help="Axis order it takes.", show_default="found out", rich_help_panel=MODEL_PANEL)
 ]
-DTypeOption = Annotated[DType | None, typer.Option(help="0..255 or 0..1.", show_default="found out", rich_help_panel=_MODEL)]
+DTypeOption = Annotated[
+    DType | None, typer.Option(help="0..255 or 0..1.", show_default="found out", rich_help_panel=MODEL_PANEL)
+]
 ContainerOption = Annotated[
-    Container | None, typer.Option(help="Array library it takes.", show_default="found out", rich_help_panel=_MODEL)
+    Container | None, typer.Option(help="Array library it takes.", show_default="found out", rich_help_panel=MODEL_PANEL)
 ]
 ShapeOption = Annotated[
-    str | None, typer.Option(metavar="C,H,W", help="Bring images of a folder to this.", rich_help_panel=_MODEL)
+    str | None, typer.Option(metavar="C,H,W", help="Bring images of a folder to this.", rich_help_panel=MODEL_PANEL)
 ]
-ResizeOption = Annotated[bool, typer.Option("--resize", help="Serve images of other sizes, resized.", rich_help_panel=_MODEL)]
+ResizeOption = Annotated[
+    bool, typer.Option("--resize", help="Serve images of other sizes, resized.", rich_help_panel=MODEL_PANEL)
+]
 
 
 def hints(

@@ -17,35 +17,36 @@ from cli import options
 from cli.display import progress_bars
 from cli.edge_repair import EdgeChoice, EdgeJobOption, EdgeOption, EdgeTokenOption, InsecureEdgeOption, repair_on_edge
 from cli.extras import needs
+from cli.repair_inputs import METHODS, RepairMethod, check_choice, read_inputs
 from cli.repaired import calibrate_with_tripwire, show_next, show_repaired
 from cli.threads import settle_threads
+from cli.time_left import telling_time
 from guard.errors import InputError
 from handlers.edge_protocol import RepairOptions
 
 _HOW = "How it is repaired"
 
-RepairMethod = Literal["gym", "codefend", "unlearn", "prune", "fine-prune", "fine-tune", "nad", "mcr"]
-
 
 def repair_command(
     model: options.ModelArgument,
-    method: Annotated[
-        RepairMethod,
-        typer.Option(
-            help="gym tunes the model for a preprocessor that breaks triggers; codefend learns the trigger from "
-            "--quarantine and unlearns it; unlearn and prune remove the trigger that a scan recovers; fine-prune, fine-tune, "
-            "nad and mcr work on clean images alone."
-        ),
-    ],
-    data: options.CleanOption,
+    method: Annotated[RepairMethod, typer.Option(help=METHODS)],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; a repaired model that is there is replaced.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CLEAN",
+            help="Clean images: a folder with a sub-folder per class, or an .npz. dhbe needs none, and only measures itself "
+            "by them.",
+        ),
+    ] = None,
     quarantine: Annotated[
         Path | None, typer.Option(metavar="DIR", help="What the guard rejected: a quarantine, images, or an .npz with x.")
     ] = None,
     scan: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Of unlearn and prune: what guard scan wrote; without, the model is scanned with --data."
+            metavar="DIR",
+            help="Of unlearn, prune and gdm: what guard scan wrote; without, the model is scanned with --data.",
         ),
     ] = None,
     weights: options.WeightsOption = None,
@@ -75,7 +76,12 @@ def repair_command(
     ] = 3,
     epochs: Annotated[
         int | None,
-        typer.Option(min=1, help="Of fine-tuning.", show_default="the method's own", rich_help_panel=_HOW),
+        typer.Option(
+            min=1,
+            help="Of fine-tuning; of dhbe, whose 300 take many hours on a CPU: with fewer its learning rates fall sooner.",
+            show_default="the method's own",
+            rich_help_panel=_HOW,
+        ),
     ] = None,
     gan_epochs: Annotated[int, typer.Option(min=2, help="Of codefend's CycleGAN, at most.", rich_help_panel=_HOW)] = 200,
     devices: Annotated[
@@ -87,7 +93,14 @@ def repair_command(
     layout: options.LayoutOption = None,
     dtype: options.DTypeOption = None,
     container: options.ContainerOption = None,
-    shape: options.ShapeOption = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            metavar="C,H,W",
+            help="Bring images of a folder to this. Without --data: what the model takes.",
+            rich_help_panel=options.MODEL_PANEL,
+        ),
+    ] = None,
     skip_unreadable: options.SkipOption = False,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of the cut into parts and of all draws.")] = 0,
     as_json: options.JsonOption = False,
@@ -96,7 +109,7 @@ def repair_command(
     edge_job: EdgeJobOption = None,
     insecure_edge: InsecureEdgeOption = False,
 ) -> None:
-    """Repair a copy of the model from clean images and from what the guard rejected.
+    r"""Repair a copy of the model from clean images, from what the guard rejected, or from nothing but the model.
 
     A part of the images is held out and measures the repair. One that costs too
     much clean accuracy is not written. DIR then holds the model, in the kind
@@ -106,21 +119,25 @@ def repair_command(
 
     Example: guard repair model.pt2 --method codefend --data clean/ --quarantine rejected --out repaired
 
+    Example without any image: guard repair model.pt2 --method dhbe --shape 3,32,32 --out repaired
+
+    Give --mean and --std then, if the model does not normalise for itself:
+    nothing else could tell. With --data, dhbe is measured by all of it.
+
     Ctrl-C leaves DIR as it was; the same command goes on from the last epoch.
 
     With --edge, a guard edge serve elsewhere does the work, and makes a profile
-    too: this machine needs only pip install 'backdoor-guard[device]'.
+    too: this machine needs only pip install 'backdoor-guard\[device]'.
     """
-    if method == "codefend" and quarantine is None and edge_job is None:
-        raise InputError("expected --quarantine DIR with --method codefend, which learns the trigger from it, got none")
-    if scan is not None and method not in ("unlearn", "prune"):
-        raise InputError(f"expected --scan with --method unlearn or prune, which work by its triggers, got {method}: drop it")
+    check_choice(method, data, quarantine, scan, edge_job is not None)
     if edge is None and (edge_job is not None or edge_token_file is not None or insecure_edge):
         raise InputError("expected --edge URL with --edge-job, --edge-token-file and --insecure-edge, got none: name it")
+    if method == "auto" and devices > 1:
+        raise InputError(f"expected --devices with a method of repair, got --method auto and --devices {devices}: name one")
     if edge is not None and devices > 1:
         raise InputError(f"expected --devices without --edge, whose server has its own, got --devices {devices}: drop it")
     if edge is not None:
-        if method != "gym" and method != "codefend":
+        if data is None or (method != "gym" and method != "codefend"):
             raise InputError(f"expected --method gym or codefend with --edge, got {method}: repair here, without --edge")
         repair_on_edge(
             EdgeChoice(edge, edge_token_file, edge_job, insecure_edge),
@@ -145,20 +162,18 @@ def repair_command(
         )
         return
     with needs("repair"):
-        from calibration import load_images
-        from calibration.discovery import declared_shape, discover
         from calibration.engine import Engine
         from calibration.fine_tuning import trainable
-        from calibration.inspection.work import infected_triggers
-        from calibration.repair.cases import check_enough, load_quarantined
+        from calibration.inspection.triggers_file import read_infected
         from calibration.repair.cyclegan import Training
+        from calibration.repair.dhbe import ERASING
         from calibration.repair.record import KIND
         from calibration.repair.settings import RepairSettings
         from calibration.repair.work import repair_into
         from calibration.sources import open_model
 
     settings = RepairSettings(
-        method=method,
+        method=method if method != "auto" else "dhbe" if data is None else "gym",
         max_accuracy_drop=max_accuracy_drop,
         recipe=recipe,
         views=views,
@@ -173,27 +188,30 @@ def repair_command(
         source = open_model(model, weights, Path(scratch))
         trainable(source.backend)
         with Engine(devices) as engine, _only_the_first_speaks(engine.leads), progress_bars() as progress:
-            size = options.shape(shape) or (declared_shape(source.backend) if data.is_dir() else None)
-            clean = load_images(data, size, skip_unreadable=skip_unreadable, progress=progress)
-            check_enough(clean, None)
-            predictor = discover(source.backend, clean, source.hints(given))
+            found = read_inputs(source, data, quarantine, options.shape(shape), given, skip_unreadable, progress)
+            predictor, clean = found.predictor, found.clean
             settle_threads(predictor)
-            suspects = (
-                None
-                if quarantine is None
-                else load_quarantined(quarantine, predictor.spec.shape, skip_unreadable=skip_unreadable, progress=progress)
-            )
-            check_enough(clean, suspects)
-            rejected = None if suspects is None else suspects.images(slice(None))
-            triggers = None if scan is None else infected_triggers(scan, predictor)
+            triggers = None if scan is None else read_infected(scan, predictor.backend, pairs=True, shape=predictor.spec.shape)
+            shown = telling_time(progress, ERASING, "give fewer --epochs, which make the learning rates fall sooner, or a GPU")
             try:
-                record = repair_into(out, source, predictor, clean, settings, rejected, engine, progress, triggers=triggers)
+                record = repair_into(
+                    out,
+                    source,
+                    predictor,
+                    clean,
+                    settings,
+                    found.rejected,
+                    engine,
+                    shown,
+                    triggers=triggers,
+                    automatic=method == "auto",
+                )
             except KeyboardInterrupt:
                 typer.echo("interrupted: the same command goes on after the last whole epoch", err=True)
                 raise
         if record is None:
             return
-    for name, reason in (*clean.skipped, *(() if suspects is None else suspects.skipped)):
+    for name, reason in found.skipped:
         typer.echo(f"skipped {name}: {reason}", err=True)
     if as_json:
         typer.echo(msgspec.json.encode({**msgspec.to_builtins(record), "out": str(out)}).decode())

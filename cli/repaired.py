@@ -29,11 +29,11 @@ def show_repaired(record: RepairRecord, title: str, *more: tuple[str, str]) -> N
         typer.echo(text, err=True)
 
 
-def calibrate_with_tripwire(out: Path, model: str, weights: Path | None, data: Path) -> str:
-    """The command that makes a profile of a repaired model, whose original goes on detecting."""
+def calibrate_with_tripwire(out: Path, model: str, weights: Path | None, data: Path | None) -> str:
+    """The command that makes a profile of a repaired model, whose original goes on detecting; that needs clean images."""
     original = ["--tripwire", model, *([] if weights is None else ["--tripwire-weights", str(weights)])]
-    profile = out.absolute().name + "-profile"
-    return shlex.join(["guard", "calibrate", str(out), *original, "--data", str(data), "--out", str(out.parent / profile)])
+    clean, profile = "CLEAN" if data is None else str(data), out.absolute().name + "-profile"
+    return shlex.join(["guard", "calibrate", str(out), *original, "--data", clean, "--out", str(out.parent / profile)])
 
 
 def show_next(record: RepairRecord, command: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from calibration.inspection.neural_cleanse import Triggers
 from calibration.inspection.record import JSON, SCHEMA, TRIGGERS, LabelFinding, ScanRecord
 from guard import InputSpec
 from guard.predictors import Backend
@@ -33,18 +34,14 @@ def write_scan(
     folder.mkdir(parents=True)
     nothing = torch.zeros(SPEC.height, SPEC.width), torch.zeros(SPEC.channels, SPEC.height, SPEC.width)
     triggers = [infected.get(label, nothing) for label in range(classes)]
-    save_file(
-        {
-            "labels.masks": torch.stack([mask for mask, _ in triggers]),
-            "labels.patterns": torch.stack([pattern for _, pattern in triggers]),
-            "labels.labels": torch.arange(classes),
-        },
-        folder / TRIGGERS,
-    )
+    arrays = _arrays("labels", triggers, torch.arange(classes), torch.full((classes,), -1))
+    if infected_pair:
+        arrays |= _arrays("pairs", [nothing, corner()], torch.tensor([0, 1]), torch.tensor([1, 0]))
+    save_file(arrays, folder / TRIGGERS)
     record = ScanRecord(
         infected=bool(infected) or infected_pair,
         labels=tuple(_finding(label, None, label in infected) for label in range(classes)),
-        pairs=(_finding(1, 0, True),) if infected_pair else (),
+        pairs=(_finding(0, 1, False), _finding(1, 0, True)) if infected_pair else (),
         median_l1=20.0,
         reference_agreement=None,
         clean_images=100,
@@ -61,6 +58,12 @@ def write_scan(
     )
     (folder / JSON).write_bytes(msgspec.json.encode(record))
     return folder
+
+
+def _arrays(kind: str, triggers: Sequence[Trigger], labels: Tensor, sources: Tensor) -> dict[str, Tensor]:
+    masks, patterns = (torch.stack(values) for values in zip(*triggers, strict=True))
+    found = Triggers(labels, sources, masks, patterns, torch.ones(len(labels)), torch.ones_like(labels))
+    return {f"{kind}.{name}": getattr(found, name) for name in Triggers.__dataclass_fields__}
 
 
 def _finding(label: int, source: int | None, infected: bool) -> LabelFinding:

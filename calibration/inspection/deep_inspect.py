@@ -45,8 +45,10 @@ _LEAST_WEIGHT, _MOST_WEIGHT = 1e-6, 1e6
 _JUDGED = 128  # images on which a trigger's success is measured
 _COPIES = 6  # of a trigger that a label needs at work: the generator's, its gradient, Adam's, the best
 _BYTES = 1 << 30  # of triggers at work
+_MAPS = 10  # as large as an image, of the generator's channels: what a trigger keeps for its gradient
+_GENERATED = {"cpu": 1 << 28, "cuda": 1 << 32}  # bytes for these
 _TINY = 1e-3  # pixels
-_CUTOFF = 2.0  # of deviation factors: 95%
+CUTOFF = 2.0  # of deviation factors: 95%
 _UNUSUAL = 0.45  # of the median size: on development models, backdoors need 0.16 to 0.39 of it, clean labels 0.50 at least
 _BETWEEN = 20.0  # seconds from one checkpoint to the next
 
@@ -116,7 +118,7 @@ class DeepInspected:
 
         The factor alone calls one of ten sizes an outlier in every third model, if they are normally distributed.
         """
-        small = (self.factors > _CUTOFF) & (self.sizes < _UNUSUAL * self.sizes.quantile(0.5))
+        small = (self.factors > CUTOFF) & (self.sizes < _UNUSUAL * self.sizes.quantile(0.5))
         return [int(label) for label in torch.nonzero(small).flatten()]
 
     def put_on(self, label: int, images: Tensor) -> Tensor:
@@ -217,6 +219,8 @@ class _Search:
         self.answers, self.pool, self.settings, self.seed = answers, pool, settings, seed
         self.engine, self.at_once = engine, at_once
         where, (channels, height, width) = engine.device, pool.images.shape[1:]
+        most = _GENERATED["cuda" if where.type == "cuda" else "cpu"] // (4 * _MAPS * settings.width * height * width)
+        self.generated = max(_DRAWS, most)
         self.labels = labels.to(where)
         with torch.random.fork_rng(devices=[]):  # first weights draw from the global generator
             torch.manual_seed(seed)
@@ -271,7 +275,7 @@ class _Search:
         """Each label's trigger without noise, (K, C, H, W)."""
         rows = torch.arange(len(self.labels), device=self.labels.device)
         noise = torch.zeros(len(rows), _NOISE, device=rows.device)
-        parts = zip(noise.split(self.at_once), rows.split(self.at_once), strict=True)
+        parts = zip(noise.split(self.generated), rows.split(self.generated), strict=True)
         return torch.cat([self.generator(*part) for part in parts])
 
     def _step(self, step: int) -> Tensor:
@@ -284,9 +288,8 @@ class _Search:
         noise = torch.randn(len(self.labels), _DRAWS, _NOISE, generator=generator).to(self.labels.device)
         self.optimizer.zero_grad(set_to_none=True)
         rows = torch.arange(len(self.labels), device=self.labels.device)
-        right = torch.cat(
-            [self._part(part, chosen[part], noise[part]) for part in rows.split(max(1, self.at_once // settings.batch))]
-        )
+        few = max(1, min(self.at_once // settings.batch, self.generated // _DRAWS))
+        right = torch.cat([self._part(part, chosen[part], noise[part]) for part in rows.split(few)])
         self.optimizer.step()
         self.recent = right if step == 0 else (1.0 - _NOW) * self.recent + _NOW * right
         lead = (self.recent - settings.success) / (1.0 - settings.success)

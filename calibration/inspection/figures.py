@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 from calibration.inspection.record import LabelFinding, ScanFigures
@@ -11,6 +12,14 @@ LIMITS = (
     "to the next, and those that work for a few source labels alone (unless --pairs is given) leave no label whose trigger is "
     "unusually small."
 )
+LIMITS_WITHOUT_DATA = (
+    "This is no proof that a model is clean. The triggers were looked for on images that were recovered from the model: they "
+    "say which labels are easy to reach, and need not work on real images. Triggers that cover the image or change with it, "
+    "backdoors that move every label to the next, and those that work for a few source labels alone leave no label whose "
+    "trigger is unusually small. With clean images, --method neural-cleanse sees more."
+)
+
+_SMALLEST = 3  # labels that are shown though they don't stand out
 
 
 def verdict(figures: ScanFigures) -> str:
@@ -65,11 +74,43 @@ def candidate_table(findings: Sequence[LabelFinding]) -> tuple[tuple[str, ...], 
     return header, rows
 
 
+def factor_table(findings: Sequence[LabelFinding]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Of DeepInspect: header, and a row for each label that stands out and for the three smallest, by size."""
+    header = ("label", "L1", "deviation factor", "of the median", "works on recovered images", "verdict")
+    median = median_l1(findings)
+    return header, [
+        (
+            title(item),
+            f"{item.mask_l1:.1f}",
+            "-" if item.anomaly_index is None else f"{item.anomaly_index:.2f}",
+            f"{item.mask_l1 / median:.0%}" if median > 0.0 else "-",
+            f"{item.success:.1%}",
+            "infected" if item.infected else "clean",
+        )
+        for place, item in enumerate(sorted(findings, key=lambda item: item.mask_l1))
+        if item.candidate or place < _SMALLEST
+    ]
+
+
+def smallest_table(figures: ScanFigures, findings: Sequence[LabelFinding]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """What was made of the smallest triggers, by whichever method."""
+    return factor_table(findings) if figures.method == "deep-inspect" else candidate_table(findings)
+
+
+def median_l1(findings: Sequence[LabelFinding]) -> float:
+    """Of the triggers' sizes."""
+    return statistics.median(item.mask_l1 for item in findings)
+
+
 def remarks(figures: ScanFigures) -> list[str]:
     """What must be said with them."""
-    said = []
+    said = list(figures.said)
     by_index = [title(item) for item in (*figures.labels, *figures.pairs) if item.infected_by_index and not item.infected]
     missed = [title(item) for item in (*figures.labels, *figures.pairs) if item.infected and not item.infected_by_index]
+    if figures.method == "deep-inspect":
+        if by_index:
+            said.append(f"The deviation factor alone would accuse {', '.join(by_index)}; beside the median, the size does not.")
+        return [*said, LIMITS_WITHOUT_DATA]
     if by_index:
         said.append(f"The anomaly index alone would accuse {', '.join(by_index)}; the second opinion does not.")
     if missed:
@@ -84,11 +125,18 @@ def remarks(figures: ScanFigures) -> list[str]:
 
 def figure_rows(figures: ScanFigures) -> list[tuple[str, ...]]:
     """What was measured; names and values."""
+    recovered = figures.recovered_agreement
+    seen = (
+        ("clean images searched with, held out", f"{figures.clean_images}, {figures.held_out}")
+        if recovered is None
+        else ("recovered images, with the label they are for", f"{figures.recovered_images}, {recovered:.0%}")
+    )
     return [
         ("labels", str(len(figures.labels))),
         *([("pairs of labels", str(len(figures.pairs)))] if figures.pairs else []),
+        *([("further triggers of infected labels", str(len(figures.further)))] if figures.further else []),
         ("median L1 of the triggers, in pixels", f"{figures.median_l1:.1f}"),
-        ("clean images searched with, held out", f"{figures.clean_images}, {figures.held_out}"),
+        seen,
         ("images that went through the model", f"{figures.passes:,}"),
         ("seconds", f"{figures.seconds:.0f}"),
     ]

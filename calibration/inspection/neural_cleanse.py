@@ -352,7 +352,7 @@ class _Block:
                 self._save(checkpoints, name, (number + 1) * search.window)
                 saved = time.monotonic()
                 took = saved - now
-        if checkpoints is not None:
+        if checkpoints is not None and step < search.steps:
             self._save(checkpoints, name, search.steps)
         progress(count)
         goals = self.goals

@@ -52,13 +52,13 @@ class LabelFinding(msgspec.Struct, frozen=True, kw_only=True):
         label: Its name, where known.
         source_index: From which; None for all.
         anomaly_index: How far its size lies below the median, in robust standard deviations; negative above; None of fewer
-            than three labels.
-        mask_l1: Size of its trigger, in pixels.
+            than three labels. Of DeepInspect the deviation factor.
+        mask_l1: Size of its trigger, in pixels: L1 norm of the mask, or of what is added to an image.
         success: Share of images that the trigger sends to the label, while it was found.
         passes: Images that went through the model for it.
         infected_by_index: What the index alone would say: over 2.
-        candidate: Whether it got a second opinion.
-        second_opinion: That opinion.
+        candidate: Whether it got a second opinion; of DeepInspect, whether its factor is over 2, so that its size decides.
+        second_opinion: That opinion; DeepInspect has none.
         infected: The verdict.
     """
 
@@ -79,18 +79,24 @@ class ScanFigures(msgspec.Struct, frozen=True, kw_only=True):
     """What an inspection came to.
 
     Attributes:
+        method: Of the inspection.
         infected: Whether any label, or pair, is.
         labels: One for each label.
         pairs: One for each pair of source and target, where they were asked for.
         median_l1: Of the labels' sizes.
         reference_agreement: Share of held-out clean images that the reference answers as the model does; None where none was
             needed.
-        clean_images: That the search saw.
+        clean_images: That the search saw; 0 where it needs none.
         held_out: Clean images that it did not see.
         passes: Images that went through the model, for all labels and pairs.
         seconds: That it took, with the time before an interruption.
+        recovered_images: That were recovered from the model, to stand in for clean ones.
+        recovered_agreement: Share of these that the model gives the label they were recovered for; None without any.
+        further: Of infected labels, triggers that a later round found, after those before were unlearnt in a copy.
+        said: What else must be told.
     """
 
+    method: Method = "neural-cleanse"
     infected: bool
     labels: tuple[LabelFinding, ...]
     pairs: tuple[LabelFinding, ...]
@@ -100,6 +106,10 @@ class ScanFigures(msgspec.Struct, frozen=True, kw_only=True):
     held_out: int
     passes: int
     seconds: float
+    recovered_images: int = 0
+    recovered_agreement: float | None = None
+    further: tuple[LabelFinding, ...] = ()
+    said: tuple[str, ...] = ()
 
 
 class ScanRecord(ScanFigures, frozen=True, kw_only=True):
@@ -108,7 +118,6 @@ class ScanRecord(ScanFigures, frozen=True, kw_only=True):
     Attributes:
         schema: Version of this layout.
         created: ISO 8601, UTC.
-        method: Of the inspection.
         model_sha256: Of the model, as profiles know it.
         input: Of the model.
         settings: How it was inspected.
@@ -117,7 +126,6 @@ class ScanRecord(ScanFigures, frozen=True, kw_only=True):
 
     schema: int
     created: str
-    method: Method
     model_sha256: str | None
     input: InputSpec
     settings: dict[str, object]

@@ -8,7 +8,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from calibration.inspection.figures import candidate_table, figure_rows, remarks, title, verdict
+from calibration.inspection.deep_inspect import DeepInspected
+from calibration.inspection.deep_scan import DeepScan
+from calibration.inspection.figures import candidate_table, factor_table, figure_rows, median_l1, remarks, title, verdict
 from calibration.inspection.neural_cleanse import Triggers
 from calibration.inspection.record import LabelFinding
 from calibration.inspection.scan import Scan
@@ -16,6 +18,7 @@ from calibration.page import Section, montage, png, render
 
 _USUAL, _INFECTED, _LINE, _NATURAL = "#3b6ea8", "#c8553d", "#222222", "#8a8a8a"
 _SHOWN = 10  # triggers
+_RECOVERED = 4  # images for each label
 _NAMED = 50  # labels, at most, for each to have its name on the axis
 
 
@@ -43,16 +46,69 @@ def scan_report(scan: Scan) -> bytes:
             ),
             Section("Second opinions", header=header, rows=rows),
         ]
+    if scan.further_triggers is not None and figures.further:
+        header, rows = candidate_table(figures.further)
+        few = list(range(min(_SHOWN, len(figures.further))))
+        sections.append(
+            Section(
+                "Further triggers of infected labels",
+                ("Found in a copy that had unlearnt those before.",),
+                picture=triggers_figure(figures.further[:_SHOWN], scan.further_triggers.select(few), scan.clean),
+                caption="The mask, the pattern where the mask shows it, and a held-out image without and with it.",
+                header=header,
+                rows=rows,
+            )
+        )
     return render("Scan", verdict(figures), sections)
 
 
-def sizes_figure(findings: Sequence[LabelFinding]) -> bytes:
+def deep_scan_report(scan: DeepScan) -> bytes:
+    """HTML in one file, of an inspection without data."""
+    figures, found = scan.figures, scan.found
+    header, rows = factor_table(figures.labels)
+    shown = sorted(figures.labels, key=lambda item: (not item.infected, item.mask_l1))[:_SHOWN]
+    names = [f"{title(item)}\ninfected" if item.infected else title(item) for item in shown]
+    labels = [item.label_index for item in shown]
+    first = found.images[labels, :_RECOVERED].transpose(0, 1)
+    sections = [
+        Section("What was found", remarks(figures), rows=figure_rows(figures)),
+        Section(
+            "Size of each label's trigger",
+            picture=sizes_figure(figures.labels, "what is added"),
+            caption="L1 norm of what is added to an image, and the median. Red: infected.",
+        ),
+        Section(
+            "The smallest triggers",
+            picture=differences_figure(names, labels, found),
+            caption="What is added to an image: grey changes nothing, and the strongest change is black or white, or a full "
+            "colour. Below it, a recovered image of another label without and with it.",
+            header=header,
+            rows=rows,
+        ),
+        Section(
+            "Recovered images",
+            picture=montage([(str(number + 1), images) for number, images in enumerate(first)], names),
+            caption="Of the same labels: faint on purpose, because what a model is very sure of is hard to move elsewhere.",
+        ),
+    ]
+    return render("Scan without data", verdict(figures), sections)
+
+
+def differences_figure(names: Sequence[str], labels: Sequence[int], found: DeepInspected) -> bytes:
+    """Rows of pictures, as PNG; a column for each of these labels."""
+    deltas = found.triggers[list(labels)]
+    strongest = deltas.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(deltas.dtype).tiny)
+    others = found.images[[(label + 1) % len(found.images) for label in labels], 0]
+    triggered = torch.cat([found.put_on(label, image.unsqueeze(0)) for label, image in zip(labels, others, strict=True)])
+    return montage([("added", 0.5 + 0.5 * deltas / strongest), ("recovered", others), ("with it", triggered)], names)
+
+
+def sizes_figure(findings: Sequence[LabelFinding], of_what: str = "the mask") -> bytes:
     """Sizes of all triggers, as PNG: a bar for each label, or, where there are many, the sorted sizes."""
     many = len(findings) > _NAMED
     order = sorted(range(len(findings)), key=lambda row: findings[row].mask_l1) if many else list(range(len(findings)))
     chosen = [findings[row] for row in order]
-    sizes = [item.mask_l1 for item in chosen]
-    median = float(torch.tensor(sizes).double().quantile(0.5))
+    sizes, median = [item.mask_l1 for item in chosen], median_l1(chosen)
     figure = Figure(figsize=(7.5, 3.2), layout="constrained")
     axes = figure.subplots()
     colours = [_INFECTED if item.infected else _USUAL for item in chosen]
@@ -62,7 +118,7 @@ def sizes_figure(findings: Sequence[LabelFinding]) -> bytes:
         if opinion is not None and opinion.reference_ratio is not None:
             axes.plot([place - 0.45, place + 0.45], [opinion.reference_ratio * median] * 2, color=_NATURAL, linewidth=2.5)
     axes.axhline(median, color=_LINE, linewidth=0.8)
-    axes.set_ylabel("L1 of the mask, pixels")
+    axes.set_ylabel(f"L1 of {of_what}, pixels")
     if many:
         axes.set_xlabel(f"{len(sizes)} labels, by size")
         axes.set_xticks([])

@@ -60,12 +60,19 @@ class ScanSettings(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         search: For triggers.
         pairs: Look for triggers from each label to each other one, too.
+        rounds: Of searches for further triggers of an infected label, see `rounds`; 1 for none.
         seed: Of the cut and of every draw.
     """
 
     search: Search = Search()
     pairs: bool = False
+    rounds: int = 1
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what means nothing."""
+        if self.rounds < 1:
+            raise InspectionError(f"expected at least one round, got {self.rounds}")
 
 
 @final
@@ -79,6 +86,7 @@ class Scan:
         pair_triggers: Of the pairs, likewise; None where they were not asked for.
         settings: How.
         clean: (K, C, H, W), a few held-out images, to show triggers on.
+        further_triggers: In the order of `figures.further`; None where no further rounds were asked for, or needed.
     """
 
     figures: ScanFigures
@@ -86,6 +94,7 @@ class Scan:
     pair_triggers: Triggers | None
     settings: ScanSettings
     clean: Tensor
+    further_triggers: Triggers | None = None
 
 
 def scan(

@@ -7,20 +7,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from calibration.checkpoints import Checkpoints
 from calibration.data import ImageSet, Progress, no_progress
 from calibration.engine import Engine
+from calibration.inspection.deep_scan import DeepScan, DeepScanSettings, deep_scan
 from calibration.inspection.neural_cleanse import Triggers
-from calibration.inspection.record import JSON, KIND, REPORT, SCHEMA, TRIGGERS, ScanRecord, read_scan
-from calibration.inspection.report import scan_report
-from calibration.inspection.scan import Scan, ScanSettings, scan
+from calibration.inspection.record import JSON, KIND, REPORT, SCHEMA, TRIGGERS, ScanFigures, ScanRecord
+from calibration.inspection.report import deep_scan_report, scan_report
+from calibration.inspection.rounds import scan_rounds
+from calibration.inspection.scan import Scan, ScanSettings
 from calibration.versions import versions
 from guard import Predictor
-from guard.errors import InspectionError
 
 _MOST_BYTES = 1 << 28  # of triggers that are written: where there are more, the candidates' alone
 
@@ -39,7 +40,7 @@ def scan_into(
         out: The folder.
         predictor: The model.
         clean: See `scan`.
-        settings: See `scan`.
+        settings: See `scan_rounds`.
         engine: Where.
         progress: Told how far it is.
 
@@ -50,17 +51,61 @@ def scan_into(
         InspectionError: See `scan`, or the folder can't be written.
         ModelError: The model has no gradients.
     """
+    pixels = hashlib.sha256(clean.pixels.contiguous().numpy().tobytes()).hexdigest()
+    checkpoints = _checkpoints(out, [*_key(predictor, settings), pixels], progress)
+    found = scan_rounds(predictor, clean, settings, engine=engine, checkpoints=checkpoints, progress=progress)
+    return _write(out, predictor, found.figures, settings, _arrays(found), scan_report(found), checkpoints)
+
+
+def deep_scan_into(
+    out: Path, predictor: Predictor, settings: DeepScanSettings, engine: Engine, progress: Progress = no_progress
+) -> ScanRecord:
+    """Inspect a model without any data, and write the folder.
+
+    Args:
+        out: The folder.
+        predictor: The model.
+        settings: See `deep_scan`.
+        engine: Where.
+        progress: Told how far it is.
+
+    Returns:
+        What `scan.json` holds.
+
+    Raises:
+        InspectionError: See `deep_scan`, or the folder can't be written.
+        CalibrationError: See `deep_scan`.
+        ModelError: The model has no gradients.
+    """
+    checkpoints = _checkpoints(out, [*_key(predictor, settings), "deep-inspect"], progress)
+    found = deep_scan(predictor, settings, engine=engine, checkpoints=checkpoints, progress=progress)
+    return _write(out, predictor, found.figures, settings, _deltas(found), deep_scan_report(found), checkpoints)
+
+
+def _checkpoints(out: Path, key: list[object], progress: Progress) -> Checkpoints:
+    """Beside the folder, which must be one that can be written; says so where there are some of this work."""
     KIND.check_target(out)
     place = out.absolute()
-    checkpoints = Checkpoints(place.parent / f".{place.name}.checkpoint", _key(predictor, clean, settings))
+    checkpoints = Checkpoints(place.parent / f".{place.name}.checkpoint", key)
     if checkpoints.found():
         progress(f"going on from {checkpoints.folder.name}", 1, 1)
-    found = scan(predictor, clean, settings, engine=engine, checkpoints=checkpoints, progress=progress)
+    return checkpoints
+
+
+def _write(
+    out: Path,
+    predictor: Predictor,
+    figures: ScanFigures,
+    settings: ScanSettings | DeepScanSettings,
+    arrays: dict[str, Tensor],
+    report: bytes,
+    checkpoints: Checkpoints,
+) -> ScanRecord:
+    """The folder; the checkpoints go once it is there."""
     record = ScanRecord(
-        **msgspec.structs.asdict(found.figures),
+        **msgspec.structs.asdict(figures),
         schema=SCHEMA,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        method="neural-cleanse",
         model_sha256=predictor.backend.fingerprint(),
         input=predictor.spec,
         settings=msgspec.to_builtins(settings),
@@ -68,49 +113,19 @@ def scan_into(
     )
     with KIND.writing(out) as draft:
         (draft / JSON).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
-        save_file(_arrays(found), draft / TRIGGERS)
-        (draft / REPORT).write_bytes(scan_report(found))
+        save_file(arrays, draft / TRIGGERS)
+        (draft / REPORT).write_bytes(report)
     checkpoints.remove()
     return record
 
 
-def infected_triggers(folder: Path, predictor: Predictor) -> Triggers:
-    """The triggers of the labels, and pairs, that a scan of a model found infected.
-
-    Args:
-        folder: That `scan_into` wrote.
-        predictor: The model.
-
-    Raises:
-        InspectionError: The scan is damaged, of another model, or found nothing.
-    """
-    record = read_scan(folder)
-    if record.model_sha256 != predictor.backend.fingerprint() or record.input.shape != predictor.spec.shape:
-        raise InspectionError(f"expected a scan of this model, got one of another, {folder}: scan this one")
-    try:
-        arrays = load_file(folder / TRIGGERS)
-        parts = [
-            Triggers(*(arrays[f"{kind}.{name}"] for name in Triggers.__dataclass_fields__))
-            for kind in ("labels", "pairs")
-            if f"{kind}.labels" in arrays
-        ]
-        found = Triggers.together(parts)
-    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-        raise InspectionError(f"{folder / TRIGGERS} is damaged: scan again") from error
-    wanted = {(item.label_index, item.source_index) for item in (*record.labels, *record.pairs) if item.infected}
-    goals = zip(found.labels.tolist(), found.sources.tolist(), strict=True)
-    rows = [row for row, (label, source) in enumerate(goals) if (label, None if source < 0 else source) in wanted]
-    if not rows:
-        raise InspectionError(f"expected a scan that found an infected label, got none in {folder}: there is no trigger in it")
-    return found.select(rows)
-
-
 def _arrays(found: Scan) -> dict[str, Tensor]:
-    """Masks, patterns, labels and sources of the labels' triggers and of the pairs'."""
+    """Masks, patterns, labels and sources of the labels' triggers, of the pairs' and of later rounds'."""
     arrays: dict[str, Tensor] = {}
     for kind, triggers, findings in (
         ("labels", found.triggers, found.figures.labels),
         ("pairs", found.pair_triggers, found.figures.pairs),
+        ("further", found.further_triggers, found.figures.further),
     ):
         if triggers is None:
             continue
@@ -121,12 +136,23 @@ def _arrays(found: Scan) -> dict[str, Tensor]:
     return arrays
 
 
-def _key(predictor: Predictor, clean: ImageSet, settings: ScanSettings) -> list[object]:
+def _deltas(found: DeepScan) -> dict[str, Tensor]:
+    """What is added to images for each label, the labels, and how often it works."""
+    triggers, rows = found.found.triggers, list(range(len(found.found.triggers)))
+    if triggers.nbytes > _MOST_BYTES:
+        rows = [row for row, item in enumerate(found.figures.labels) if item.candidate]
+    return {
+        "labels.deltas": triggers[rows].contiguous(),
+        "labels.labels": torch.tensor(rows, dtype=torch.int64),
+        "labels.success": found.found.success[rows].contiguous(),
+    }
+
+
+def _key(predictor: Predictor, settings: ScanSettings | DeepScanSettings) -> list[object]:
     return [
         predictor.backend.fingerprint(),
         msgspec.to_builtins(predictor.spec),
         predictor.output,
         predictor.num_classes,
         msgspec.to_builtins(settings),
-        hashlib.sha256(clean.pixels.contiguous().numpy().tobytes()).hexdigest(),
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Self, final
 
 import torch
 from torch import Tensor
@@ -59,19 +59,34 @@ class Parts:
     def __len__(self) -> int:
         return len(self.tuning) + len(self.stopping) + len(self.held_out)
 
+    @classmethod
+    def none(cls, predictor: Predictor) -> Self:
+        """Of no images at all."""
+        spec = predictor.spec
+        part = Part(torch.empty(0, *spec.shape), torch.empty(0, dtype=torch.int64), torch.empty(0, predictor.num_classes))
+        return cls(part, part, part)
 
-def clean_parts(clean: ImageSet, predictor: Predictor, seed: int) -> Parts:
+
+def clean_parts(clean: ImageSet, predictor: Predictor, seed: int, learns: bool = True) -> Parts:
     """Cut a clean set by a seed; of equal images one counts.
+
+    Args:
+        clean: The set.
+        predictor: The original.
+        seed: Of the cut.
+        learns: False for a repair that does not learn from images: then all of them are held out.
 
     Raises:
         RepairError: Too few images.
     """
     images = clean.images(slice(None))
     rows = _clean_rows(digests(images))
-    return _cut(images[rows], None if clean.labels is None else clean.labels[rows], predictor, seed)
+    return _cut(images[rows], None if clean.labels is None else clean.labels[rows], predictor, seed, learns)
 
 
-def quarantined_parts(images: Tensor, predictor: Predictor, seed: int, clean: Collection[str] = ()) -> Parts:
+def quarantined_parts(
+    images: Tensor, predictor: Predictor, seed: int, clean: Collection[str] = (), learns: bool = True
+) -> Parts:
     """Cut quarantined images by a seed; of equal ones, which a client sent again, one counts.
 
     Args:
@@ -79,21 +94,23 @@ def quarantined_parts(images: Tensor, predictor: Predictor, seed: int, clean: Co
         predictor: The original.
         seed: Of the cut.
         clean: Digests of the clean images; one of these in a quarantine is known to be a false alarm, and is left out.
+        learns: See `clean_parts`.
 
     Raises:
         RepairError: Too few images.
     """
-    return _cut(images[_quarantined_rows(digests(images), clean)], None, predictor, seed)
+    return _cut(images[_quarantined_rows(digests(images), clean)], None, predictor, seed, learns)
 
 
-def check_enough(clean: ImageSet, quarantined: ImageSet | None) -> None:
+def check_enough(clean: ImageSet | None, quarantined: ImageSet | None) -> None:
     """Refuse, before any work, too few images.
 
     Raises:
         RepairError: It says of which, and how many there must be.
     """
-    known = digests(clean.images(slice(None)))
-    _clean_rows(known)
+    known = [] if clean is None else digests(clean.images(slice(None)))
+    if clean is not None:
+        _clean_rows(known)
     if quarantined is not None:
         _quarantined_rows(digests(quarantined.images(slice(None))), frozenset(known))
 
@@ -185,7 +202,7 @@ def _distinct(known: Sequence[str]) -> list[int]:
     return sorted({digest: row for row, digest in reversed(list(enumerate(known)))}.values())
 
 
-def _cut(images: Tensor, labels: Tensor | None, predictor: Predictor, seed: int) -> Parts:
+def _cut(images: Tensor, labels: Tensor | None, predictor: Predictor, seed: int, learns: bool) -> Parts:
     try:
         predictor.spec.check(images)
     except InputError as error:
@@ -196,8 +213,10 @@ def _cut(images: Tensor, labels: Tensor | None, predictor: Predictor, seed: int)
         raise RepairError(f"the model gave no answer to {failed} of {len(images)} images: check --mean, --std, --output")
     known = answers.argmax(dim=1) if labels is None else labels
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    held_out = min(_MOST_HELD_OUT, max(1, round(_HELD_OUT * len(images))))
-    stopping = min(_MOST_STOPPING, max(1, round(_STOPPING * len(images))))
+    held_out, stopping = len(images), 0
+    if learns:
+        held_out = min(_MOST_HELD_OUT, max(1, round(_HELD_OUT * len(images))))
+        stopping = min(_MOST_STOPPING, max(1, round(_STOPPING * len(images))))
     rows = order.split([held_out, stopping, len(images) - held_out - stopping])
     parts = [Part(images[part], known[part], answers[part]) for part in rows]
     return Parts(parts[2], parts[1], parts[0])

@@ -15,15 +15,31 @@ def figure_rows(figures: RepairFigures) -> list[tuple[str, ...]]:
     if figures.clean_accuracy_before is not None and figures.clean_accuracy_after is not None:
         rows.append(("clean accuracy before", f"{figures.clean_accuracy_before:.2%}"))
         rows.append(("clean accuracy after", f"{figures.clean_accuracy_after:.2%}"))
-    rows.append(("agreement with the original", f"{figures.agreement:.2%}"))
+    if figures.measured:
+        rows.append(("agreement with the original", f"{figures.agreement:.2%}"))
+    if figures.generated_agreement is not None:
+        rows.append(("agreement on generated samples", f"{figures.generated_agreement:.2%}"))
+    if figures.generated_steadiness is not None:
+        rows.append(("generated samples that no patch changes", f"{figures.generated_steadiness:.2%}"))
     if figures.attack_success_seen_after is not None:
         rows.append(("quarantined images that keep their old answer", f"{figures.attack_success_seen_after:.2%}"))
     if figures.generated_triggers_work is not None:
-        rows.append(("learnt trigger works on the original", f"{figures.generated_triggers_work:.2%}"))
+        what = "learnt trigger works" if figures.rounds else "modelled triggers work"
+        rows.append((f"{what} on the original", f"{figures.generated_triggers_work:.2%}"))
     if figures.recovered_success_before is not None and figures.recovered_success_after is not None:
         rows.append(("recovered triggers work on the original", f"{figures.recovered_success_before:.2%}"))
         rows.append(("recovered triggers work after", f"{figures.recovered_success_after:.2%}"))
-    rows.append(("clean images, of which held out", f"{figures.clean_images}, {figures.held_out_clean}"))
+    found = figures.verification
+    if found is not None and found.rescan_infected is not None:
+        rows.append(("labels that a rescan finds infected", ", ".join(map(str, found.rescan_infected)) or "none"))
+    if found is not None and found.recovered_success is not None:
+        shown = ", ".join(f"{share:.2%}" for share in found.recovered_success)
+        rows.append(("recovered triggers work, once, 4 and 9 times", shown))
+    if found is not None and found.planted_success_before is not None and found.planted_success_after is not None:
+        rows.append((f"red team: {found.planted} works, before", f"{found.planted_success_before:.2%}"))
+        rows.append(("after the same repair", f"{found.planted_success_after:.2%}"))
+    if figures.measured:
+        rows.append(("clean images, of which held out", f"{figures.clean_images}, {figures.held_out_clean}"))
     if figures.quarantined_images:
         rows.append(("quarantined, of which held out", f"{figures.quarantined_images}, {figures.held_out_quarantined}"))
     return [*rows, ("seconds", f"{figures.seconds:.0f}")]
@@ -42,7 +58,14 @@ def remarks(figures: RepairFigures, preprocessor: AnyPreprocessor | None) -> lis
             f"Accuracy after is through the preprocessor that the model was tuned for ({preprocessor_words(preprocessor)}); "
             "profiles made of this folder use it."
         )
-    if figures.clean_accuracy_before is None:
+    if not figures.measured:
+        said.append(
+            "No accuracy was measured, as there were no clean images. Agreement is of generated samples, which need not look "
+            "like the model's images, and says little: measure the model before you use it, or repair again with --data."
+        )
+    elif figures.generated_agreement is not None:
+        said.append("The clean images were not learnt from: all of them measured the repair.")
+    if figures.measured and figures.clean_accuracy_before is None:
         said.append("The clean images have no labels: the original's own answers to them stood in for these.")
     recovered = figures.recovered_success_after
     if figures.attack_success_seen_after is None and recovered is None:
@@ -55,7 +78,12 @@ def remarks(figures: RepairFigures, preprocessor: AnyPreprocessor | None) -> lis
         said.append(
             "The quarantined images got all of the model's labels, so that whether the learnt trigger works can't be told."
         )
-    if _learnt_none(figures):
+    if _learnt_none(figures) and not figures.rounds:
+        said.append(
+            "The triggers that were modelled hardly work on the original, so that hardly any was unlearnt. Don't rely on this "
+            "repair: there may be no backdoor for that label, or not in that place."
+        )
+    elif _learnt_none(figures):
         said.append(
             "The trigger that was learnt hardly works on the original: either the quarantined images are mostly false alarms, "
             "or their trigger is one that was not learnt. Don't rely on this repair."

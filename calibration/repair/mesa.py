@@ -80,11 +80,13 @@ class Stamp:
         shape: (C, H, W) of the images.
         place: Where, and how large.
         scattered: At random places instead.
+        parts: Share of the images that get a random rectangle out of their patch only.
     """
 
     shape: tuple[int, int, int]
     place: Place
     scattered: bool
+    parts: float = 0.0
 
     def __call__(self, images: Tensor, patches: Tensor, generator: torch.Generator) -> Tensor:
         """Images (B, C, H, W) with patches (B, C, h, w) in place of what was there; gradients pass to the patches."""
@@ -96,9 +98,22 @@ class Stamp:
         which = torch.arange(len(images)).view(-1, 1, 1)
         rows = (tops.unsqueeze(1) + torch.arange(height)).unsqueeze(2)
         columns = (lefts.unsqueeze(1) + torch.arange(width)).unsqueeze(1)
-        index = [value.to(images.device) for value in (which, rows, columns)]
-        stamped = images.permute(0, 2, 3, 1).index_put(tuple(index), patches.permute(0, 2, 3, 1).to(images.dtype))
-        return stamped.permute(0, 3, 1, 2).contiguous()
+        index = tuple(value.to(images.device) for value in (which, rows, columns))
+        under, put = images.permute(0, 2, 3, 1), patches.permute(0, 2, 3, 1).to(images.dtype)
+        if self.parts > 0.0:
+            put = torch.where(self._rectangles(len(images), generator).to(images.device), put, under[index])
+        return under.index_put(index, put).permute(0, 3, 1, 2).contiguous()
+
+    def _rectangles(self, count: int, generator: torch.Generator) -> Tensor:
+        """(B, h, w, 1), bool: all of the patch, or a rectangle of at least a third of its sides."""
+        whole = torch.rand(count, generator=generator) >= self.parts
+        inside = []
+        for side in self.place[2:]:
+            sides = torch.where(whole, side, torch.randint(math.ceil(side / 3), side + 1, (count,), generator=generator))
+            first = (torch.rand(count, generator=generator) * (side - sides + 1)).long().unsqueeze(1)
+            pixels = torch.arange(side)
+            inside.append((pixels >= first) & (pixels < first + sides.unsqueeze(1)))
+        return (inside[0].unsqueeze(2) & inside[1].unsqueeze(1)).unsqueeze(3)
 
 
 @final
@@ -189,6 +204,7 @@ def model_triggers(
     seed: int,
     checkpoints: Checkpoints | None = None,
     progress: Progress = no_progress,
+    name: str = "gdm",
 ) -> Staircase:
     """Learn the distribution of the triggers that send images to a label.
 
@@ -202,12 +218,13 @@ def model_triggers(
         seed: Of first weights and draws.
         checkpoints: Written now and then, and gone on from.
         progress: Told how far it is.
+        name: Of the checkpoints.
 
     Raises:
         ModelError: The model has no gradients.
     """
     generators = tuple(
-        _learn(answers, images, target_label, stamp, settings, number, engine, seed, checkpoints, progress)
+        _learn(answers, images, target_label, stamp, settings, number, engine, seed, checkpoints, progress, f"{name}-{number}")
         for number in range(len(settings.levels))
     )
     return Staircase(generators, (stamp.shape[0], *stamp.place[2:]), settings.noise, settings.blur)
@@ -260,11 +277,12 @@ def _learn(
     seed: int,
     checkpoints: Checkpoints | None,
     progress: Progress,
+    name: str,
 ) -> PatchGenerator:
     """The generator of one level."""
     size = stamp.shape[0] * stamp.place[2] * stamp.place[3]
     level = _Level(settings.levels[number], size, settings, engine, seed * 1_000_003 + number)
-    name, first, saved = f"gdm-{number}", 0, time.monotonic()
+    first, saved = 0, time.monotonic()
     found = None if checkpoints is None else checkpoints.load(name, level.modules, level.optimizers)
     if found is not None:
         first, level.usual = found[0], found[2]["usual"]

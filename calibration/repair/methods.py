@@ -16,9 +16,16 @@ from calibration.engine import Engine
 from calibration.fine_tuning import TrainableCopy
 from calibration.inspection.neural_cleanse import Triggers
 from calibration.inspection.scan import ScanSettings, scan
+from calibration.repair.batch_norm import switchable
 from calibration.repair.cases import Parts
 from calibration.repair.codefend import TUNING, Learnt, fine_tune_codefend
+from calibration.repair.dhbe import repair_by_dhbe
+from calibration.repair.dhbe_game import DhbeOutcome
+from calibration.repair.dhbe_settings import Dhbe
+from calibration.repair.exhibits import Exhibit, generated, modelled
 from calibration.repair.fine_pruning import FinePruning, repair_by_fine_pruning
+from calibration.repair.gdm import Gdm, repair_by_gdm
+from calibration.repair.gdm_places import backdoors_of
 from calibration.repair.gym import DISTILLED, PAPER, fine_tune_gym
 from calibration.repair.mcr import Mcr, repair_by_mcr
 from calibration.repair.nad import Nad, repair_by_nad
@@ -41,8 +48,8 @@ class Task:
     Attributes:
         copied: The copy, which is changed in place.
         original: The model.
-        clean: Cut.
-        quarantined: Cut; None without.
+        clean: Cut; of a method that learns from no images all are held out, if there are any.
+        quarantined: Cut likewise; None without.
         triggers: Of the infected labels; None where the method needs none.
         settings: How.
         engine: Where.
@@ -70,12 +77,18 @@ class Outcome:
         preprocessor: That the copy was tuned for.
         learnt: What each round of codefend learnt.
         triggers: That were unlearnt, or pruned away.
+        works: Share of held-out images on which triggers that gdm modelled work on the original; of several labels the least.
+        erased: What dhbe's game came to.
+        exhibits: What is to be shown.
         said: In words.
     """
 
     preprocessor: Gym | None = None
     learnt: Sequence[Learnt] = ()
     triggers: Triggers | None = None
+    works: float | None = None
+    erased: DhbeOutcome | None = None
+    exhibits: Sequence[Exhibit] = ()
     said: tuple[str, ...] = ()
 
 
@@ -106,6 +119,10 @@ def apply(task: Task) -> Outcome:
         case "prune":
             pruned = repair_by_pruning(copied, original, clean, _given(task), Pruning(), task.engine, task.progress)
             return Outcome(triggers=_given(task), said=(_pruned(pruned),))
+        case "gdm":
+            return _unlearn_modelled(task)
+        case "dhbe":
+            return _erase(task)
         case "fine-prune":
             return Outcome(
                 said=(
@@ -178,6 +195,44 @@ def _unlearn(task: Task) -> Outcome:
         task.progress,
     )
     return Outcome(triggers=triggers, said=(f"{len(triggers)} recovered triggers were unlearnt.",))
+
+
+def _unlearn_modelled(task: Task) -> Outcome:
+    how, triggers = task.settings, _given(task)
+    settings = how.gdm or Gdm()
+    settings = msgspec.structs.replace(settings, tuning=_with_epochs(settings.tuning, how))
+    backdoors = backdoors_of(triggers, settings.margin)
+    found = repair_by_gdm(
+        task.copied, task.original, task.clean, backdoors, settings, task.engine, how.seed, task.checkpoints, task.progress
+    )
+    return Outcome(
+        triggers=triggers,
+        works=min(item.best for item in found),
+        exhibits=[modelled(item, settings) for item in found],
+        said=tuple(item.words(task.original.spec.class_names) for item in found),
+    )
+
+
+def _erase(task: Task) -> Outcome:
+    how, spec = task.settings, task.original.spec
+    batch_norm = bool(switchable(task.copied.answers()))
+    settings = how.dhbe or Dhbe.suited(spec, batch_norm)
+    if how.epochs is not None:
+        settings = msgspec.structs.replace(settings, epochs=how.epochs)
+    erased = repair_by_dhbe(task.copied, task.original, settings, task.engine, how.seed, task.checkpoints, task.progress)
+    norm = (
+        "its batch norm took its statistics from the samples"
+        if batch_norm and settings.batch_statistics
+        else "models without batch norm that can be switched bear no more"
+    )
+    said = [f"The copy learnt for {settings.epochs} epochs, at first at a rate of {settings.rate:g}: {norm}."]
+    if not spec.mean and not spec.std:
+        mean, std = settings.pixels(spec)
+        said.append(
+            "The model is believed to normalise images for itself, as neither --mean nor --std was given; samples had a mean "
+            f"of {float(mean.mean()):g} and a standard deviation of {float(std.mean()):g}."
+        )
+    return Outcome(erased=erased, exhibits=(generated(erased),), said=tuple(said))
 
 
 def success_on(predictor: Predictor, triggers: Triggers, images: Tensor, answers: Tensor) -> float | None:

@@ -29,6 +29,7 @@ from calibration.checkpoints import Checkpoints
 from calibration.data import Progress, no_progress
 from calibration.engine import Engine
 from calibration.fine_tuning import TrainableCopy, trainable
+from calibration.repair.batch_norm import switchable
 from calibration.repair.cases import Parts
 from calibration.repair.plain_fine_tuning import FineTuning, repair_by_fine_tuning
 from calibration.repair.tuning import Lesson, Loss, Tuning, distillation_loss
@@ -68,7 +69,7 @@ class Nad(msgspec.Struct, frozen=True, kw_only=True):
         """How a model is tuned as a student."""
         if self.student is not None:
             return self.student
-        if not any(isinstance(part, nn.BatchNorm2d) for part in module.modules()):
+        if not switchable(module):
             return self.teacher
         brisk = msgspec.structs.replace(BRISK, epochs=self.teacher.tuning.epochs)
         return msgspec.structs.replace(self.teacher, tuning=brisk)

@@ -21,7 +21,7 @@ LEARNT = "learnt.json"
 PROFILE = "profile"
 """Sub-folder of a profile for the repaired model, where an edge server made one."""
 
-Method = Literal["gym", "codefend", "unlearn", "prune", "fine-prune", "fine-tune", "nad", "mcr"]
+Method = Literal["gym", "codefend", "unlearn", "prune", "fine-prune", "fine-tune", "nad", "mcr", "gdm", "dhbe"]
 
 
 def _ours(name: str) -> bool:
@@ -31,18 +31,38 @@ def _ours(name: str) -> bool:
 KIND = FolderKind("repaired model's", JSON, _ours, RepairError)
 
 
+class Verification(msgspec.Struct, frozen=True, kw_only=True):
+    """What was asked of a repaired model afterwards, see `calibration.repair.verification`.
+
+    Attributes:
+        rescan_infected: Labels that a scan finds infected in it; None where it was not scanned.
+        recovered_success: The most that a trigger that was recovered from the original still sends to its label, once, pasted
+            four times, and nine times; None without such triggers.
+        planted: The trigger that the red team planted in a copy of the original; empty where it planted none.
+        planted_success_before: How often it worked in that copy.
+        planted_success_after: How often after the same repair.
+    """
+
+    rescan_infected: tuple[int, ...] | None
+    recovered_success: tuple[float, float, float] | None
+    planted: str = ""
+    planted_success_before: float | None = None
+    planted_success_after: float | None = None
+
+
 class RepairFigures(msgspec.Struct, frozen=True, kw_only=True):
     """What a repair came to, on images that it did not see; shares.
 
     Attributes:
         clean_accuracy_before: Of the original; None without labels.
         clean_accuracy_after: Of the repaired model, through its preprocessor; None without labels.
-        agreement: Held-out clean images that the repaired model answers as the original does.
+        agreement: Held-out clean images that the repaired model answers as the original does; where there were no clean images,
+            `generated_agreement`.
         attack_success_seen_before: Held-out quarantined images that get the original's answer from the original: 1, to be
             compared with; None without a quarantine.
         attack_success_seen_after: Of these, how many still get that answer. False alarms among them should.
-        generated_triggers_work: Held-out clean images on which the trigger that codefend learnt works on the original; of
-            several rounds the least.
+        generated_triggers_work: Held-out clean images on which the trigger that codefend learnt, or gdm modelled, works on the
+            original; of several rounds, or labels, the least.
         rounds: Of codefend: one a trigger, where it saw that one was left.
         clean_images: All of them.
         quarantined_images: All of them.
@@ -53,6 +73,11 @@ class RepairFigures(msgspec.Struct, frozen=True, kw_only=True):
         recovered_success_before: Held-out images that the best of these sends to its label in the original, of those that get
             another without; None without such triggers.
         recovered_success_after: The same in the repaired model.
+        generated_samples: That dhbe drew afresh to compare the repaired model with the original.
+        generated_agreement: Of these, how many both answer alike; None where none were drawn.
+        generated_steadiness: Of these, how many keep the repaired model's answer under a patch that dhbe drew.
+        generated_labels: Different labels that the repaired model gives these.
+        verification: What was asked of the repaired model afterwards; None where nothing was.
         said: What else must be told of the method's work.
     """
 
@@ -71,7 +96,17 @@ class RepairFigures(msgspec.Struct, frozen=True, kw_only=True):
     recovered_triggers: int = 0
     recovered_success_before: float | None = None
     recovered_success_after: float | None = None
+    generated_samples: int = 0
+    generated_agreement: float | None = None
+    generated_steadiness: float | None = None
+    generated_labels: int = 0
+    verification: Verification | None = None
     said: tuple[str, ...] = ()
+
+    @property
+    def measured(self) -> bool:
+        """Whether held-out clean images measured the repair; else `drop` is of generated samples, and no measure."""
+        return self.held_out_clean > 0
 
     @property
     def drop(self) -> float:

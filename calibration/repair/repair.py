@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -23,9 +24,10 @@ from calibration.fine_tuning import TrainableCopy
 from calibration.inspection.neural_cleanse import Triggers
 from calibration.repair.cases import Part, Parts, clean_parts, quarantined_parts
 from calibration.repair.codefend import Learnt
-from calibration.repair.methods import Task, apply, find_triggers, success_on
+from calibration.repair.exhibits import Exhibit
+from calibration.repair.methods import Outcome, Task, apply, find_triggers, success_on
 from calibration.repair.record import RepairFigures
-from calibration.repair.settings import NEEDS_TRIGGERS, RepairSettings
+from calibration.repair.settings import DATA_FREE, NEEDS_TRIGGERS, RepairSettings
 from guard import Predictor
 from guard.errors import RepairError
 from guard.preprocessors import Gym, Preprocessor, answer_through
@@ -46,9 +48,10 @@ class Repaired:
         figures: What was measured.
         settings: How it was made.
         learnt: What each round of codefend learnt.
-        triggers: Recovered ones that it was repaired by.
         images: Digests of the images that taught it or told it when to stop.
         examples: Names, and a few held-out images of each kind.
+        triggers: Recovered ones that it was repaired by.
+        exhibits: What else is to be shown of it.
     """
 
     predictor: Predictor
@@ -59,29 +62,43 @@ class Repaired:
     images: frozenset[str] = frozenset()
     examples: Sequence[tuple[str, Tensor]] = ()
     triggers: Triggers | None = None
+    exhibits: Sequence[Exhibit] = ()
 
     def check(self) -> None:
-        """Refuse a repair that costs too much.
+        """Refuse a repair that costs too much or, where no images could measure it, one that is plainly worthless.
 
         Raises:
             RepairError: It says how much, and how to allow it.
         """
         figures, allowed = self.figures, self.settings.allowed_drop
+        if not figures.measured:
+            self._check_collapse()
+            return
         if figures.drop <= allowed + _ROUNDING:
             return
         before, after = figures.clean_accuracy_before, figures.clean_accuracy_after
         what = "agreement with the original" if before is None or after is None else f"{before:.1%} to {after:.1%}"
         more = "give more clean images" if self.settings.epochs is None else "give more clean images, or more --epochs"
+        if self.settings.method in DATA_FREE:
+            more = "give it more --epochs"
         raise RepairError(
             f"the repair costs {figures.drop:.1f} points of clean accuracy ({what}, {figures.held_out_clean} held-out images)"
             f", more than --max-accuracy-drop {allowed:g}: {more}, or allow it with "
             f"--max-accuracy-drop {math.ceil(figures.drop * 10.0) / 10.0:g}"
         )
 
+    def _check_collapse(self) -> None:
+        if self.figures.generated_labels == 1:
+            raise RepairError(
+                f"expected a copy that gives different labels, got one that gives all of {self.figures.generated_samples} "
+                "generated samples the same: either it has collapsed, or these say nothing of the model; give it more "
+                "--epochs, or --data to measure it by"
+            )
+
 
 def repair(
     predictor: Predictor,
-    clean: ImageSet,
+    clean: ImageSet | None,
     settings: RepairSettings,
     quarantined: Tensor | None = None,
     *,
@@ -94,7 +111,8 @@ def repair(
 
     Args:
         predictor: The model.
-        clean: Clean images; without labels, the model's own answers stand in for them.
+        clean: Clean images; without labels, the model's own answers stand in for them. A method that learns from none does
+            without; those that it gets are all held out.
         settings: How.
         quarantined: (N, C, H, W), in [0, 1], what the guard rejected; codefend learns from a part of it, the rest measures.
         triggers: Of the infected labels, as a scan recovered them; where the method needs them and there are none, the model is
@@ -107,66 +125,98 @@ def repair(
         The copy and its figures; `check` refuses one that lost too much.
 
     Raises:
-        RepairError: Too few images.
+        RepairError: Too few images, or something else that the method needs is missing.
         ModelError: The model can't be trained.
     """
     started = time.monotonic()
     copied = TrainableCopy.of(predictor)
-    if settings.method == "codefend" and quarantined is None:
-        raise RepairError("expected --quarantine DIR for codefend, which learns the trigger from it, got none: or --method gym")
-    check_labels(clean, predictor)
-    cases = clean_parts(clean, predictor, settings.seed)
-    right = _share(cases.tuning.answers, cases.tuning.labels)
-    if near_chance(right, predictor.num_classes):
-        raise RepairError(f"the model's answers to the clean images are near chance ({right:.1%} right): {NEAR_CHANCE}")
-    known = digests(clean.images(slice(None)))
-    suspects = None if quarantined is None else quarantined_parts(quarantined, predictor, settings.seed, frozenset(known))
+    cases, suspects = _cases(predictor, clean, quarantined, settings)
     engine = engine or Engine()
-    copied = copied.faster(cases.tuning.images[:2])
+    copied = copied.faster(torch.rand(2, *predictor.spec.shape, generator=torch.Generator().manual_seed(settings.seed)))
     task = Task(copied, predictor, cases, suspects, triggers, settings, engine, checkpoints, progress)
     if settings.method in NEEDS_TRIGGERS and triggers is None:
         task = replace(task, triggers=find_triggers(task))
     outcome = apply(task)
     copied.settle()
-    light, learnt, held_out = outcome.preprocessor, outcome.learnt, cases.held_out
-    figures = _measure(copied.predictor, light, held_out, None if suspects is None else suspects.held_out, settings.seed)
-    by = task.triggers
-
-    def success(of: Predictor) -> float | None:
-        return None if by is None else success_on(of, by, held_out.images, held_out.answers.argmax(dim=1))
-
+    figures = _figures(task, outcome, clean is not None and clean.labels is not None)
+    seconds = time.monotonic() - started if checkpoints is None else checkpoints.seconds
+    seen = _learnt_from(cases, suspects if outcome.learnt else None)
     return Repaired(
         copied.predictor,
-        light,
-        RepairFigures(
-            clean_accuracy_before=_share(cases.held_out.answers, cases.held_out.labels) if clean.labels is not None else None,
-            clean_accuracy_after=figures.right if clean.labels is not None else None,
-            agreement=figures.agreement,
-            attack_success_seen_before=None if suspects is None else 1.0,
-            attack_success_seen_after=figures.still,
-            generated_triggers_work=min(
-                (item.trigger_works for item in learnt if item.trigger_works is not None), default=None
-            ),
-            rounds=len(learnt),
-            clean_images=len(cases),
-            quarantined_images=0 if suspects is None else len(suspects),
-            held_out_clean=len(cases.held_out),
-            held_out_quarantined=0 if suspects is None else len(suspects.held_out),
-            seconds=time.monotonic() - started if checkpoints is None else checkpoints.seconds,
-            recovered_triggers=0 if outcome.triggers is None else len(outcome.triggers),
-            recovered_success_before=success(predictor),
-            recovered_success_after=success(copied.predictor),
-            said=outcome.said,
-        ),
+        outcome.preprocessor,
+        msgspec.structs.replace(figures, seconds=seconds),
         settings,
-        learnt,
-        frozenset(digests(torch.cat([part.images for part in _learnt_from(cases, suspects if learnt else None)]))),
+        outcome.learnt,
+        frozenset(digests(torch.cat([part.images for part in seen]))),
         [
             (name, item.held_out.images[:_EXAMPLES])
             for name, item in (("clean", cases), ("quarantined", suspects))
             if item is not None
         ],
         outcome.triggers,
+        outcome.exhibits,
+    )
+
+
+def _cases(
+    predictor: Predictor, clean: ImageSet | None, quarantined: Tensor | None, settings: RepairSettings
+) -> tuple[Parts, Parts | None]:
+    """What the repair works on, and is measured by."""
+    learns = settings.method not in DATA_FREE
+    if settings.method == "codefend" and quarantined is None:
+        raise RepairError("expected --quarantine DIR for codefend, which learns the trigger from it, got none: or --method gym")
+    if clean is None and learns:
+        raise RepairError(f"expected clean images for {settings.method}, which learns from them, got none: or --method dhbe")
+    if clean is None:
+        cases, known = Parts.none(predictor), frozenset[str]()
+    else:
+        check_labels(clean, predictor)
+        cases = clean_parts(clean, predictor, settings.seed, learns)
+        part = cases.tuning if learns else cases.held_out
+        right = _share(part.answers, part.labels)
+        if near_chance(right, predictor.num_classes):
+            raise RepairError(f"the model's answers to the clean images are near chance ({right:.1%} right): {NEAR_CHANCE}")
+        known = frozenset(digests(clean.images(slice(None))))
+    if quarantined is None:
+        return cases, None
+    return cases, quarantined_parts(quarantined, predictor, settings.seed, known, learns)
+
+
+def _figures(task: Task, outcome: Outcome, labelled: bool) -> RepairFigures:
+    """What the copy came to; the time is not known yet."""
+    original, repaired, erased = task.original, task.copied.predictor, outcome.erased
+    clean, suspects, triggers = task.clean.held_out, task.quarantined, task.triggers
+    shares = _measure(
+        repaired, outcome.preprocessor, clean, None if suspects is None else suspects.held_out, task.settings.seed
+    )
+    agreement = shares.agreement if erased is None or len(clean) else erased.agreement
+
+    def success(of: Predictor) -> float | None:
+        return None if triggers is None else success_on(of, triggers, clean.images, clean.answers.argmax(dim=1))
+
+    return RepairFigures(
+        clean_accuracy_before=_share(clean.answers, clean.labels) if labelled else None,
+        clean_accuracy_after=shares.right if labelled else None,
+        agreement=agreement,
+        attack_success_seen_before=None if suspects is None else 1.0,
+        attack_success_seen_after=shares.still,
+        generated_triggers_work=min(
+            (item.trigger_works for item in outcome.learnt if item.trigger_works is not None), default=outcome.works
+        ),
+        rounds=len(outcome.learnt),
+        clean_images=len(task.clean),
+        quarantined_images=0 if suspects is None else len(suspects),
+        held_out_clean=len(clean),
+        held_out_quarantined=0 if suspects is None else len(suspects.held_out),
+        seconds=0.0,
+        recovered_triggers=0 if outcome.triggers is None else len(outcome.triggers),
+        recovered_success_before=success(original),
+        recovered_success_after=success(repaired),
+        generated_samples=0 if erased is None else erased.compared,
+        generated_agreement=None if erased is None else erased.agreement,
+        generated_steadiness=None if erased is None else erased.steadiness,
+        generated_labels=0 if erased is None else erased.labels,
+        said=outcome.said,
     )
 
 
@@ -186,6 +236,8 @@ def _measure(predictor: Predictor, preprocessor: Preprocessor | None, clean: Par
 
     def answered(images: Tensor) -> Sequence[Tensor]:
         """Labels, several times over where the preprocessor draws."""
+        if len(images) == 0:  # the mean of none is no number
+            return [torch.empty(0, dtype=torch.int64)]
         if preprocessor is None:
             return [predictor(images).argmax(dim=1).cpu()]
         draws = [answer_through(predictor, preprocessor, images, generator) for _ in range(_DRAWS)]

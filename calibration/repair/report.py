@@ -39,6 +39,11 @@ def repair_report(repaired: Repaired) -> bytes:
                 caption="Held-out images, and what is left of them.",
             )
         )
+    sections += [
+        Section(item.heading, item.texts, picture=montage(item.rows), caption=item.caption) for item in repaired.exhibits
+    ]
+    if not figures.measured:
+        return render(f"Repaired by {method}", "No accuracy was measured: there were no clean images.", sections)
     drop = f"{figures.drop:+.1f}".replace("+", "-") if figures.drop > 0 else f"{-figures.drop:+.1f}"
     return render(f"Repaired by {method}", f"{drop} points of clean accuracy on held-out images.", sections)
 

@@ -8,6 +8,8 @@ import msgspec
 
 from calibration.inspection.neural_cleanse import Search
 from calibration.repair.cyclegan import Training
+from calibration.repair.dhbe_settings import Dhbe
+from calibration.repair.gdm import Gdm
 from calibration.repair.gym import Recipe
 from calibration.repair.record import Method
 from guard.errors import RepairError
@@ -21,11 +23,16 @@ MAX_ACCURACY_DROP: dict[Method, float] = {
     "fine-tune": 5.0,
     "nad": 5.0,
     "mcr": 5.0,
+    "gdm": 5.0,
+    "dhbe": 3.0,
 }
 """Points of clean accuracy that a repair may cost unless told otherwise."""
 
-NEEDS_TRIGGERS: frozenset[Method] = frozenset({"unlearn", "prune"})
+NEEDS_TRIGGERS: frozenset[Method] = frozenset({"unlearn", "prune", "gdm"})
 """Methods that work with the triggers that a scan recovered."""
+
+DATA_FREE: frozenset[Method] = frozenset({"dhbe"})
+"""Methods that learn from no images; those that are given measure the repair."""
 
 
 class RepairSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,10 +43,12 @@ class RepairSettings(msgspec.Struct, frozen=True, kw_only=True):
         max_accuracy_drop: Points of clean accuracy that it may cost; None for the method's own, see `MAX_ACCURACY_DROP`.
         recipe: Of gym: `distilled` is ours, `paper` the paper's.
         views: Of gym: draws whose answers are averaged when serving.
-        epochs: Of fine-tuning, at most; None for the method's own.
+        epochs: Of fine-tuning, at most; of dhbe, in all; None for the method's own.
         gan: Of codefend's CycleGAN.
         search: For triggers, where the method needs them and none are given.
         rounds: Of unlearn: searches for what is left, and unlearns it, too.
+        gdm: How; None for the method's own.
+        dhbe: How; None for what the model needs, see `Dhbe.suited`.
         seed: Of the cut and of every draw.
     """
 
@@ -51,6 +60,8 @@ class RepairSettings(msgspec.Struct, frozen=True, kw_only=True):
     gan: Training = Training()
     search: Search = Search()
     rounds: int = 3
+    gdm: Gdm | None = None
+    dhbe: Dhbe | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

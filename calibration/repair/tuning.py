@@ -12,8 +12,7 @@ A good teacher is patient and consistent, arXiv:2106.05237; Zhang et al., mixup,
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, final
@@ -27,12 +26,12 @@ from calibration.checkpoints import Checkpoints
 from calibration.data import Progress, no_progress
 from calibration.engine import Engine
 from calibration.fine_tuning import TrainableCopy
+from calibration.repair.batch_norm import batch_statistics
 from guard import Predictor
 from guard.errors import ModelError, one_line
 
 _AT_ONCE = 256
 _MOMENTUM = 0.9
-_BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @final
@@ -148,7 +147,7 @@ def tune(
     for group in own.param_groups:  # what the scheduler does only at its next step
         group["lr"] = tuning.rate * _share_of_rate(epoch / tuning.epochs, tuning)
     while epoch < tuning.epochs and since < tuning.patience:
-        with _batch_statistics(answers, tuning.batch_statistics):
+        with batch_statistics(answers, tuning.batch_statistics):
             for number, lesson in enumerate(lessons(epoch)):
                 _step(module, optimizer, lesson, loss, engine, first=number == 0)
                 schedule.step()
@@ -243,16 +242,3 @@ def likeness(predictor: Predictor, images: Tensor, wanted: Tensor, labels: Tenso
     """
     answers = torch.cat([predictor(part).cpu() for part in images.split(_AT_ONCE)]).clamp_min(1e-8).log()
     return -float(distillation_loss(answers, wanted, labels, tuning.weight, tuning.temperature))
-
-
-@contextlib.contextmanager
-def _batch_statistics(module: nn.Module, wanted: bool) -> Iterator[None]:
-    """Batch norm in training mode inside, in eval mode afterwards."""
-    layers = [part for part in module.modules() if isinstance(part, _BATCH_NORM)] if wanted else []
-    for layer in layers:
-        layer.train()
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.eval()

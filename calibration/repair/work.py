@@ -6,17 +6,19 @@ import hashlib
 from pathlib import Path
 
 import msgspec
+import torch
 from torch import Tensor
 
 from calibration.checkpoints import Checkpoints
 from calibration.data import ImageSet, Progress, no_progress
 from calibration.engine import Engine
 from calibration.inspection.neural_cleanse import Triggers
+from calibration.repair.auto import repair_automatically
 from calibration.repair.folder import save_repaired
 from calibration.repair.record import RepairRecord
 from calibration.repair.repair import repair
 from calibration.repair.report import repair_report
-from calibration.repair.settings import RepairSettings
+from calibration.repair.settings import DATA_FREE, RepairSettings
 from calibration.sources import ModelSource
 from guard import Predictor
 from guard.errors import RepairError
@@ -28,13 +30,14 @@ def repair_into(
     out: Path,
     source: ModelSource,
     predictor: Predictor,
-    clean: ImageSet,
+    clean: ImageSet | None,
     settings: RepairSettings,
     quarantined: Tensor | None,
     engine: Engine,
     progress: Progress = no_progress,
     work: Path | None = None,
     triggers: Triggers | None = None,
+    automatic: bool = False,
 ) -> RepairRecord | None:
     """Repair a model, refuse a repair that costs too much, and write the folder.
 
@@ -49,6 +52,7 @@ def repair_into(
         progress: Told how far it is.
         work: Folder of the checkpoints, which stays; None for one beside `out` that goes once `out` is written.
         triggers: See `repair`.
+        automatic: Choose the method, and verify what comes of it, see `repair_automatically`.
 
     Returns:
         What the folder says of it; None in the processes that don't lead.
@@ -61,21 +65,12 @@ def repair_into(
         raise RepairError(
             "expected a model that was not repaired yet, got one that was: repair its original, with all that was quarantined"
         )
-    key = [
-        source.backend.fingerprint(),
-        msgspec.to_builtins(predictor.spec),
-        predictor.output,
-        predictor.num_classes,
-        msgspec.to_builtins(msgspec.structs.replace(settings, max_accuracy_drop=None, views=1)),
-        _digest(clean.pixels),
-        None if clean.labels is None else _digest(clean.labels),
-        None if quarantined is None else _digest(quarantined),
-        None if triggers is None else [_digest(triggers.masks), _digest(triggers.patterns)],
-    ]
+    key = [*_key(source, predictor, clean, settings, quarantined, triggers), *(["automatic"] if automatic else [])]
     checkpoints = Checkpoints(work or checkpoints_beside(out), key, writes=engine.leads)
     if checkpoints.found():
         progress(f"going on from {checkpoints.folder.name}", 1, 1)
-    repaired = repair(
+    work_on = repair_automatically if automatic else repair
+    repaired = work_on(
         predictor,
         clean,
         settings,
@@ -88,7 +83,9 @@ def repair_into(
     if not engine.leads:
         return None
     repaired.check()
-    record = save_repaired(repaired, source, out, clean.images(slice(0, _COMPARED)), repair_report(repaired))
+    shape, generator = predictor.spec.shape, torch.Generator().manual_seed(settings.seed)
+    images = torch.rand(_COMPARED, *shape, generator=generator) if clean is None else clean.images(slice(0, _COMPARED))
+    record = save_repaired(repaired, source, out, images, repair_report(repaired))
     if work is None:
         checkpoints.remove()
     return record
@@ -98,6 +95,30 @@ def checkpoints_beside(out: Path) -> Path:
     """Where the checkpoints of a folder that is being made lie."""
     out = out.absolute()
     return out.parent / f".{out.name}.checkpoint"
+
+
+def _key(
+    source: ModelSource,
+    predictor: Predictor,
+    clean: ImageSet | None,
+    settings: RepairSettings,
+    quarantined: Tensor | None,
+    triggers: Triggers | None,
+) -> list[object]:
+    """What the work depends on, so that its checkpoints are no other's."""
+    if settings.method in DATA_FREE:  # images only measure it: one that was refused for want of them can go on with some
+        clean = quarantined = None
+    return [
+        source.backend.fingerprint(),
+        msgspec.to_builtins(msgspec.structs.replace(predictor.spec, class_names=())),
+        predictor.output,
+        predictor.num_classes,
+        msgspec.to_builtins(msgspec.structs.replace(settings, max_accuracy_drop=None, views=1)),
+        None if clean is None else _digest(clean.pixels),
+        None if clean is None or clean.labels is None else _digest(clean.labels),
+        None if quarantined is None else _digest(quarantined),
+        None if triggers is None else [_digest(triggers.masks), _digest(triggers.patterns)],
+    ]
 
 
 def _digest(array: Tensor) -> str:

@@ -90,3 +90,13 @@ def test_time_before_an_interruption_counts(tmp_path: Path, monkeypatch: pytest.
     other = Checkpoints(tmp_path, "other work")
     assert not other.found()
     assert other.seconds == 0.0
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="needs Linux to see what is mapped")
+def test_what_is_loaded_does_not_hold_the_file(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "c", 1)
+    checkpoints.save("a", 1, arrays={"large": torch.ones(1 << 18)})
+    found = checkpoints.load("a")
+    assert found is not None
+    assert "a.safetensors" not in Path("/proc/self/maps").read_text(encoding="utf-8")  # its pages would count as ours
+    assert float(found[1]["large"].sum()) == float(1 << 18)

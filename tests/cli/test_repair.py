@@ -14,13 +14,16 @@ import numpy as np
 import pytest
 import torch
 
+from calibration.repair.gdm import Gdm
+from calibration.repair.mesa import Mesa
 from cli.demonstration.digits import ATTACK, Digits, digit_net, save_exported
 from guard import Guard, Quarantine
 from guard.errors import RepairError
-from guard.predictors import Backend
+from guard.predictors import Backend, load_backend
 from guard.predictors.screening import file_sha256
 from tests.cli.conftest import Command, Files
 from tests.guard.models import save_onnx
+from tests.scans import corner, write_scan
 from tests.toy import SPEC
 
 
@@ -84,6 +87,23 @@ def test_repair_and_what_follows(tmp_path: Path, files: Files, digits: Digits, r
     assert "--red-team takes 59 of 119 clean images" in run.problem  # that the repair has not seen
 
 
+def test_gdm_goes_by_a_scan(tmp_path: Path, files: Files, guard: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = write_scan(tmp_path / "scan", load_backend(str(files.model)), {7: corner()})
+    short = Gdm(mesa=Mesa(levels=(0.9,), steps=60, batch=32))
+    monkeypatch.setattr("calibration.repair.methods.Gdm", lambda: short)
+    run = guard(
+        "repair", files.model, "--method", "gdm", "--scan", scan, "--data", files.clean, "--epochs", 5,
+        "--out", tmp_path / "repaired",
+    )  # fmt: skip
+    assert run.code == 0, run.err
+    assert "modelled triggers work on the original" in run.out
+    assert "Label 7: triggers were modelled in the 5x5 pixels from row 3, column 3" in " ".join(run.err.split())
+    record = json.loads((tmp_path / "repaired" / "repair.json").read_text())
+    assert record["generated_triggers_work"] >= 0.8
+    assert record["recovered_success_before"] >= 0.95
+    assert record["recovered_success_after"] <= 0.3
+
+
 def test_gym_brings_its_preprocessor_along(tmp_path: Path, files: Files, guard: Command) -> None:
     out = tmp_path / "repaired"
     run = guard(
@@ -145,9 +165,11 @@ def test_repair_and_calibrate_in_one_go(tmp_path: Path, files: Files, digits: Di
         (("--method", "codefend"), "expected --quarantine DIR with --method codefend"),
         (("--method", "codefend", "--quarantine", "nowhere"), "expected a quarantine folder, got nowhere"),
         (("--method", "gym", "--epochs", "1", "--max-accuracy-drop", "-100"), "more than --max-accuracy-drop -100"),
-        (("--method", "magic"), "'magic' is not one of 'gym', 'codefend'"),
+        (("--method", "magic"), "'magic' is not one of 'auto', 'gym', 'codefend'"),
         (("--method", "gym", "--shape", "1,9,9"), "expected images of shape (1, 9, 9), got (1, 8, 8)"),
         (("--method", "gym", "--mean", "zero"), "expected --mean as numbers"),
+        (("--method", "gym", "--scan", "there"), "expected --scan with --data and --method auto, unlearn, prune or gdm"),
+        (("--method", "gdm", "--scan", "nowhere"), "expected a scan's folder with scan.json, got nowhere"),
         (("--method", "gym", "--insecure-edge"), "expected --edge URL with --edge-job"),
         (("--method", "gym", "--edge", "http://127.0.0.1:1", "--devices", "2"), "expected --devices without --edge"),
     ],

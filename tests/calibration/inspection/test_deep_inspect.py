@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from calibration.checkpoints import Checkpoints
 from calibration.engine import Engine
+from calibration.inspection import deep_inspect as deep_inspecting
 from calibration.inspection.anomaly import deviation_factors
-from calibration.inspection.deep_inspect import DeepInspected, DeepInspectSettings, deep_inspect
+from calibration.inspection.deep_inspect import DeepInspected, DeepInspectSettings, TriggerGenerator, deep_inspect
 from calibration.inspection.model_inversion import Inversion, invert, total_variation
 from cli.demonstration.digits import ATTACK, Digits, digit_net
 from guard.errors import CalibrationError, ModelError
@@ -154,6 +155,25 @@ def test_what_can_not_be_inspected_is_refused(engine: Engine) -> None:
         deep_inspect(Silent(), SHAPE, 3, SHORT, 0, engine)
     with pytest.raises(CalibrationError, match="at least 16 steps"):
         DeepInspectSettings(steps=3)
+
+
+def test_the_generators_memory_is_bounded(backdoored: nn.Module, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    forward = TriggerGenerator.forward
+
+    def watched(generator: TriggerGenerator, noise: Tensor, labels: Tensor) -> Tensor:
+        seen.append(len(labels))
+        return forward(generator, noise, labels)
+
+    monkeypatch.setattr(TriggerGenerator, "forward", watched)
+    whole = deep_inspect(backdoored, SHAPE, 10, SHORT, 0, engine)
+    assert max(seen) == 20
+    seen.clear()
+    monkeypatch.setitem(deep_inspecting._GENERATED, "cpu", 5 * 4 * 10 * SHORT.width * 64)  # five triggers
+    monkeypatch.setitem(deep_inspecting._GENERATED, "cuda", 5 * 4 * 10 * SHORT.width * 64)
+    few = deep_inspect(backdoored, SHAPE, 10, SHORT, 0, engine)
+    assert max(seen) <= 5
+    assert float((few.triggers - whole.triggers).abs().mean()) < 1e-3  # bfloat16 rounds by the batch
 
 
 def test_a_label_without_a_working_trigger_counts_as_the_whole_image(backdoored: nn.Module, engine: Engine) -> None:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from calibration.checkpoints import Checkpoints
 from calibration.engine import Engine
 from calibration.fine_tuning import TrainableCopy
-from calibration.repair.dhbe import Dhbe, apart, repair_by_dhbe, student_loss
+from calibration.repair.dhbe import repair_by_dhbe
+from calibration.repair.dhbe_game import apart, student_loss
 from calibration.repair.dhbe_generators import DoublingConv2d, SampleGenerator, TriggerGenerator, paste, total_variation
+from calibration.repair.dhbe_settings import Dhbe
 from cli.demonstration.digits import ATTACK, Digits
 from guard import InputSpec, Predictor
 from guard.errors import ModelError, RepairError
@@ -185,6 +187,31 @@ def test_rates_fall_twice_at_the_same_shares_of_any_training() -> None:
 
 
 @pytest.mark.parametrize(
+    ("height", "width", "batch_norm", "expected"),
+    [
+        (28, 28, True, (0.1, 2)),
+        (32, 32, False, (0.01, 2)),
+        (47, 32, True, (0.1, 2)),
+        (48, 48, False, (0.01, 3)),
+        (64, 64, True, (0.1, 3)),
+        (32, 64, True, (0.1, 3)),
+    ],
+)
+def test_a_model_gets_the_rate_and_the_generator_that_it_needs(
+    height: int, width: int, batch_norm: bool, expected: tuple[float, int]
+) -> None:
+    settings = Dhbe.suited(InputSpec(channels=3, height=height, width=width), batch_norm)
+    assert (settings.rate, settings.doublings) == expected
+    assert settings == msgspec.structs.replace(Dhbe(), rate=settings.rate, doublings=settings.doublings)
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (27, 32), (32, 65), (224, 224)])
+def test_images_that_it_was_not_made_for_are_refused(height: int, width: int) -> None:
+    with pytest.raises(RepairError, match=rf"images of 28 to 64 pixels a side for dhbe, got {height}x{width}: use another"):
+        Dhbe.suited(InputSpec(channels=3, height=height, width=width), True)
+
+
+@pytest.mark.parametrize(
     ("changes", "said"),
     [({"epochs": 0}, "epochs"), ({"batch": 1}, "batch"), ({"doublings": -1}, "doublings"), ({"std": (0.0,)}, "std")],
 )
@@ -239,6 +266,13 @@ def test_an_interrupted_training_goes_on_as_if_it_had_not_been(engine: Engine, t
     assert original.backend.fingerprint() == before
 
 
+def test_a_student_that_has_collapsed_gives_one_label(engine: Engine) -> None:
+    original = predictor(Normed())
+    assert repair_by_dhbe(TrainableCopy.of(original), original, TINY, engine, 0).labels == 4
+    shrinking = msgspec.structs.replace(TINY, iterations=9, rate=0.01, momentum=0.0, decay=99.0)  # no weight is left
+    assert repair_by_dhbe(TrainableCopy.of(original), original, shrinking, engine, 0).labels == 1
+
+
 @pytest.mark.parametrize("wanted", [False, True])
 def test_batch_norm_takes_its_statistics_from_the_samples_where_that_is_asked_for(engine: Engine, wanted: bool) -> None:
     net = Normed()
@@ -270,6 +304,7 @@ def test_model_files_can_be_repaired(save: Callable[[Path], Backend], tmp_path: 
     outcome = repair_by_dhbe(copied, original, TINY, engine, 0)
     assert outcome.samples.shape == (16, 1, 8, 8)
     assert outcome.triggers.shape == (16, 1, 3, 3)
+    assert outcome.compared == 1024
     assert any(not torch.equal(*pair) for pair in zip(weights(copied), before, strict=True))
 
 

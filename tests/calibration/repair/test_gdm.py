@@ -14,8 +14,8 @@ from calibration.checkpoints import Checkpoints
 from calibration.engine import Engine
 from calibration.fine_tuning import TrainableCopy
 from calibration.repair.cases import Parts, clean_parts
-from calibration.repair.gdm import TUNING, Gdm, GdmOutcome, bounding_box, repair_by_gdm
-from calibration.repair.mesa import Mesa, Stamp
+from calibration.repair.gdm import TUNING, Backdoor, Gdm, GdmOutcome, repair_by_gdm
+from calibration.repair.mesa import Mesa, Place, Stamp
 from cli.demonstration.digits import ATTACK, Digits
 from guard import Predictor
 from guard.errors import RepairError
@@ -23,7 +23,7 @@ from guard.predictors import wrap
 from tests.calibration.repair.conftest import SPEC
 
 TARGET = ATTACK.target_label
-PLACE = (5, 5, 3, 3)
+CORNER, ELSEWHERE = Backdoor(TARGET, (5, 5, 3, 3)), Backdoor(3, (0, 0, 2, 2))
 SETTINGS = Gdm(mesa=Mesa(levels=(0.5, 0.9), steps=120, batch=48), tuning=msgspec.structs.replace(TUNING, epochs=8))
 SHORT = Gdm(mesa=Mesa(levels=(0.5, 0.9), steps=6, batch=8), tuning=msgspec.structs.replace(TUNING, epochs=3))
 
@@ -36,6 +36,7 @@ class Repair:
     parts: Parts
     copied: TrainableCopy
     outcome: GdmOutcome
+    other: GdmOutcome
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +44,8 @@ def repair(digits: Digits, backdoored: nn.Module, engine: Engine) -> Repair:
     original = Predictor(wrap(backdoored), SPEC, 10, "logits")
     parts = clean_parts(digits.clean, original, 0)
     copied = TrainableCopy.of(original)
-    outcome = repair_by_gdm(copied, original, parts, TARGET, PLACE, SETTINGS, engine, 0)
-    return Repair(original, parts, copied, outcome)
+    outcome, other = repair_by_gdm(copied, original, parts, [CORNER, ELSEWHERE], SETTINGS, engine, 0)
+    return Repair(original, parts, copied, outcome, other)
 
 
 def test_the_true_trigger_is_unlearnt_and_accuracy_stays(repair: Repair, digits: Digits) -> None:
@@ -57,6 +58,14 @@ def test_the_true_trigger_is_unlearnt_and_accuracy_stays(repair: Repair, digits:
     assert success(repair.original) >= 0.95
     assert success(repair.copied.predictor) <= 0.1
     assert accuracy(repair.copied.predictor) >= accuracy(repair.original) - 0.03
+
+
+def test_several_backdoors_are_unlearnt_together(repair: Repair) -> None:
+    """One after the other, the first would come back."""
+    assert (repair.outcome.backdoor, repair.other.backdoor) == (CORNER, ELSEWHERE)
+    assert repair.other.triggers.shape == (2, 8, 1, 2, 2)
+    assert float(repair.outcome.still_works.max()) <= 0.1
+    assert float(repair.other.still_works.max()) <= 0.1
 
 
 def test_triggers_of_each_level_work_until_they_are_unlearnt(repair: Repair) -> None:
@@ -84,11 +93,11 @@ def test_an_interrupted_repair_goes_on(
                 raise KeyboardInterrupt
 
         copied = TrainableCopy.of(repair.original)
-        repair_by_gdm(copied, repair.original, parts, TARGET, PLACE, SHORT, engine, 0, checkpoints, interrupt)
+        repair_by_gdm(copied, repair.original, parts, [CORNER, ELSEWHERE], SHORT, engine, 0, checkpoints, interrupt)
         return [value.detach() for value in copied.parameters]
 
     whole, checkpoints = run(None, None), Checkpoints(tmp_path / "checkpoint", 1)
-    for at in (("modelling triggers", 3), ("modelling triggers", 8), ("fine-tuning", 2)):
+    for at in (("modelling triggers", 3), ("modelling triggers 2", 8), ("fine-tuning", 2)):
         with pytest.raises(KeyboardInterrupt):
             run(checkpoints, at)
     for ours, other in zip(run(checkpoints, None), whole, strict=True):
@@ -113,13 +122,20 @@ def test_scattered_stamps_lie_anywhere_in_the_image() -> None:
     assert len({image.numpy().tobytes() for image in stamped}) == 4 * 4
 
 
-def test_the_box_of_a_mask() -> None:
-    mask = torch.zeros(6, 7)
-    mask[2:4, 3:6] = 0.8
-    mask[0, 0], mask[3, 6] = 0.3, 0.45  # remains of the search, and the rim
-    assert bounding_box(mask) == (2, 3, 2, 4)
-    with pytest.raises(RepairError, match="got an empty one"):
-        bounding_box(torch.zeros(3, 3))
+def test_of_some_patches_only_a_rectangle_is_shown() -> None:
+    generator, stamp = torch.Generator().manual_seed(0), Stamp((1, 8, 8), (1, 2, 4, 5), False, parts=0.5)
+    images = torch.full((400, 1, 8, 8), 0.25)
+    stamped = stamp(images, torch.ones(400, 1, 4, 5), generator)[:, 0]
+    assert set(stamped.unique().tolist()) == {0.25, 1.0}
+    put = stamped == 1.0
+    sides = put.any(dim=2).sum(dim=1), put.any(dim=1).sum(dim=1)
+    assert bool((put.sum(dim=(1, 2)) == sides[0] * sides[1]).all())  # rectangles
+    assert (int(sides[0].min()), int(sides[0].max())) == (2, 4)
+    assert (int(sides[1].min()), int(sides[1].max())) == (2, 5)
+    inside = torch.zeros(8, 8, dtype=torch.bool)
+    inside[1:5, 2:7] = True
+    assert torch.equal(put.any(dim=0), inside)
+    assert 0.4 < float((put.sum(dim=(1, 2)) == 20).double().mean()) < 0.65  # and of the others a few are whole
 
 
 @pytest.mark.parametrize(
@@ -127,15 +143,13 @@ def test_the_box_of_a_mask() -> None:
     [
         (TARGET, (6, 5, 3, 3), r"got \(6, 5, 3, 3\)"),
         (TARGET, (0, 0, 0, 3), r"got \(0, 0, 0, 3\)"),
-        (10, PLACE, "from 0 to 9, got 10"),
+        (10, CORNER.place, "from 0 to 9, got 10"),
     ],
 )
-def test_what_is_not_there_is_refused(
-    repair: Repair, engine: Engine, target: int, place: tuple[int, int, int, int], message: str
-) -> None:
+def test_what_is_not_there_is_refused(repair: Repair, engine: Engine, target: int, place: Place, message: str) -> None:
     copied = TrainableCopy.of(repair.original)
     with pytest.raises(RepairError, match=message):
-        repair_by_gdm(copied, repair.original, repair.parts, target, place, SHORT, engine, 0)
+        repair_by_gdm(copied, repair.original, repair.parts, [Backdoor(target, place)], SHORT, engine, 0)
 
 
 def test_settings_that_mean_nothing_are_refused() -> None:
@@ -143,5 +157,9 @@ def test_settings_that_mean_nothing_are_refused() -> None:
         Mesa(levels=(0.0,))
     with pytest.raises(RepairError, match="at least one step"):
         Mesa(batch=1)
-    with pytest.raises(RepairError, match="share"):
+    with pytest.raises(RepairError, match="share of the images"):
         Gdm(share=0.0)
+    with pytest.raises(RepairError, match="share of the triggers"):
+        Gdm(parts=1.5)
+    with pytest.raises(RepairError, match="margin"):
+        Gdm(margin=-0.5)

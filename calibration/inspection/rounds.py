@@ -1,0 +1,96 @@
+"""Several triggers for one label: find one, unlearn it in a copy, and look again.
+
+A search finds one trigger for a label, whatever their number; the filter, pruning and unlearning know that one alone. So what
+was found is unlearnt in a copy, which is then scanned for what is left, round by round.
+
+Reference: Wang et al., Neural Cleanse, IEEE S&P 2019, section VIII.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import msgspec
+
+from calibration.checkpoints import Checkpoints
+from calibration.data import ImageSet, Progress, no_progress
+from calibration.engine import Engine
+from calibration.fine_tuning import TrainableCopy
+from calibration.inspection.neural_cleanse import Triggers
+from calibration.inspection.record import LabelFinding
+from calibration.inspection.scan import Scan, ScanSettings, scan
+from calibration.repair.cases import clean_parts
+from calibration.repair.unlearning import TUNING, repair_by_unlearning
+from guard import Predictor
+
+
+def scan_rounds(
+    predictor: Predictor,
+    clean: ImageSet,
+    settings: ScanSettings,
+    *,
+    engine: Engine | None = None,
+    checkpoints: Checkpoints | None = None,
+    progress: Progress = no_progress,
+) -> Scan:
+    """Inspect a model; of labels that are infected, look for further triggers in as many rounds as the settings allow.
+
+    Args:
+        predictor: The model.
+        clean: See `scan`.
+        settings: How.
+        engine: Where; this machine's first device by default.
+        checkpoints: Written while it works, gone on from, and removed by nobody here.
+        progress: Told how far it is.
+
+    Raises:
+        InspectionError: Too few images, or answers near chance.
+        ModelError: The model has no gradients.
+    """
+    engine = engine or Engine()
+    first = scan(predictor, clean, settings, engine=engine, checkpoints=checkpoints, progress=progress)
+    known = [row for row, item in enumerate(first.figures.labels) if item.infected]
+    if settings.rounds == 1 or not known:
+        return first
+    findings: list[LabelFinding] = []
+    triggers: list[Triggers] = []
+
+    def again(copied: TrainableCopy, before: Triggers, number: int) -> Triggers:
+        """What is left of the labels that were infected; nothing in the last round, after which nothing is unlearnt."""
+
+        def shown(what: str, done: int, total: int) -> None:
+            progress(f"{what}, round {number + 1}", done, total)
+
+        alone = msgspec.structs.replace(settings, pairs=False, rounds=1, seed=settings.seed + number)
+        found = scan(copied.predictor, clean, alone, engine=engine, progress=shown)
+        labels = set(before.labels.tolist())
+        rows = [row for row, item in enumerate(found.figures.labels) if item.infected and item.label_index in labels]
+        findings.extend(found.figures.labels[row] for row in rows)
+        triggers.append(found.triggers.select(rows))
+        return triggers[-1] if number + 1 < settings.rounds else triggers[-1].select([])
+
+    copied = TrainableCopy.of(predictor).faster(first.clean[:2])
+    parts = clean_parts(clean, predictor, settings.seed)
+    repair_by_unlearning(
+        copied,
+        predictor,
+        parts,
+        first.triggers.select(known),
+        TUNING,
+        engine,
+        settings.seed,
+        again,
+        settings.rounds,
+        checkpoints,
+        progress,
+    )
+    return replace(
+        first,
+        figures=msgspec.structs.replace(
+            first.figures,
+            further=tuple(findings),
+            passes=first.figures.passes + sum(item.passes for item in findings),
+            seconds=first.figures.seconds if checkpoints is None else checkpoints.seconds,
+        ),
+        further_triggers=Triggers.together(triggers),
+    )

@@ -1,0 +1,81 @@
+"""What a scan found infected, read back: the triggers that repairs and filters work by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from calibration.inspection.neural_cleanse import Triggers
+from calibration.inspection.record import TRIGGERS, LabelFinding, ScanRecord, read_scan
+from guard.errors import InspectionError
+from guard.predictors import Backend
+
+
+def read_infected(
+    folder: str | Path, backend: Backend, *, pairs: bool = False, shape: tuple[int, int, int] | None = None
+) -> Triggers:
+    """The triggers of the labels that a scan of a model calls infected; after them, those that further rounds found.
+
+    Args:
+        folder: That `guard scan` wrote.
+        backend: The model that it must have looked at.
+        pairs: Those of the infected pairs of labels, too, after them.
+        shape: (C, H, W) of the images that they are for; None for those of the scan.
+
+    Raises:
+        InspectionError: It is by a method whose triggers are no masks and patterns, of another model or of images of another
+            size, found nothing, or is damaged.
+    """
+    folder = Path(folder)
+    record = read_scan(folder)
+    if record.method != "neural-cleanse":
+        raise InspectionError(
+            f"expected a scan by neural-cleanse, whose triggers can be worked by, got one by {record.method}, {folder}: "
+            "scan with --method neural-cleanse and --data"
+        )
+    if record.model_sha256 is None or record.model_sha256 != backend.fingerprint():
+        raise InspectionError(
+            f"the scan in {folder} is of another model (SHA-256 differs): scan the one that detects, or is to be repaired"
+        )
+    if shape is not None and record.input.shape != shape:
+        raise InspectionError(f"expected a scan with images of shape {shape}, got one with {record.input.shape}: scan again")
+    labels = [item for item in record.labels if item.infected]
+    both = [item for item in record.pairs if item.infected]
+    if not labels and not (both and pairs):
+        only = ", only pairs of labels" if both else ""
+        raise InspectionError(
+            f"the scan in {folder} found no infected label{only}, so there is no trigger to filter or to repair by: go on "
+            "without it"
+        )
+    try:
+        arrays = load_file(folder / TRIGGERS)
+        parts = [("labels", labels), ("pairs", both if pairs else [])]
+        known = [_rows(arrays, kind, items) for kind, items in parts if items]
+        found = Triggers.together([*known, *([_all(arrays, "further")] if record.further else [])])
+    except (OSError, SafetensorError, KeyError, ValueError, IndexError, TypeError, RuntimeError) as error:
+        raise InspectionError(f"expected {TRIGGERS} in {folder} with a trigger for each infected label: scan again") from error
+    _check(found, record, folder)
+    return found
+
+
+def _all(arrays: dict[str, Tensor], kind: str) -> Triggers:
+    return Triggers(*(arrays[f"{kind}.{name}"] for name in Triggers.__dataclass_fields__))
+
+
+def _rows(arrays: dict[str, Tensor], kind: str, wanted: list[LabelFinding]) -> Triggers:
+    """Of the labels, or pairs, those that are wanted, in that order."""
+    triggers = _all(arrays, kind)
+    goals = list(zip(triggers.labels.tolist(), triggers.sources.tolist(), strict=True))
+    return triggers.select(
+        [goals.index((item.label_index, -1 if item.source_index is None else item.source_index)) for item in wanted]
+    )
+
+
+def _check(found: Triggers, record: ScanRecord, folder: Path) -> None:
+    sizes = (found.masks.shape[1:], record.input.shape[1:]), (found.patterns.shape[1:], record.input.shape)
+    within = all(bool(((value >= 0.0) & (value <= 1.0)).all()) for value in (found.masks, found.patterns))
+    if not within or any(tuple(got) != expected for got, expected in sizes):
+        raise InspectionError(f"expected masks (H, W) and patterns (C, H, W) in [0, 1] in {folder / TRIGGERS}: scan again")

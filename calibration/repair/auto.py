@@ -1,0 +1,210 @@
+"""Repair on its own: look at the model, choose a method by what is known of its backdoor, and believe no repair unverified.
+
+| known | methods, in this order |
+|---|---|
+| a scan finds infected labels | unlearn, gdm; then codefend, with a quarantine; then gym |
+| it finds none, but a guard rejected inputs | codefend, gym |
+| nothing | gym |
+| there are no clean images | dhbe |
+
+The first one is taken that keeps to the allowed loss of accuracy, whose rescan finds no label infected, and on which no
+recovered trigger works any more. How the order came about: `docs/methods.md`. A scan that finds nothing is no proof that there
+is nothing: it is blind to triggers that cover the image. So `gym`, which needs to know no trigger, is the last resort.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import final
+
+import msgspec
+from torch import Tensor
+
+from calibration.checkpoints import Checkpoints
+from calibration.data import ImageSet, Progress, no_progress
+from calibration.engine import Engine
+from calibration.inspection.neural_cleanse import Triggers
+from calibration.inspection.scan import ScanSettings, scan
+from calibration.repair.cases import Parts, clean_parts
+from calibration.repair.record import Method, Verification
+from calibration.repair.repair import Repaired, repair
+from calibration.repair.settings import NEEDS_TRIGGERS, RepairSettings
+from calibration.repair.verification import LEFT, Candidate, red_team, verify
+from guard import Predictor
+from guard.errors import GuardError, RepairError
+
+_PLANTED_LEFT = 0.2
+_MOST_CAUGHT = 500
+
+
+@final
+@dataclass(frozen=True)
+class Choice:
+    """A method that may do, and why."""
+
+    method: Method
+    why: str
+
+
+def choices(infected: Sequence[str], quarantined: bool) -> list[Choice]:
+    """The methods to try, in their order.
+
+    Args:
+        infected: Names of the labels that a scan found infected.
+        quarantined: Whether a guard rejected inputs that are at hand.
+    """
+    gym = Choice("gym", "gym needs to know no trigger: the copy is tuned for a preprocessor that breaks most of them")
+    codefend = Choice("codefend", "codefend learns the trigger from what the guard rejected")
+    if not infected:
+        nothing = "a scan finds no label infected, which it would not for a trigger that covers the image; "
+        return [
+            Choice(item.method, nothing + item.why if number == 0 else item.why)
+            for number, item in enumerate([codefend, gym] if quarantined else [gym])
+        ]
+    labels = f"label {infected[0]}" if len(infected) == 1 else f"labels {', '.join(infected)}"
+    found = [
+        Choice(
+            "unlearn", f"a scan finds {labels} infected; unlearn removes the triggers that it recovered, and costs the least"
+        ),
+        Choice("gdm", "gdm unlearns all triggers that work at the place of the recovered ones"),
+    ]
+    return [*found, codefend, gym] if quarantined else [*found, gym]
+
+
+def repair_automatically(
+    predictor: Predictor,
+    clean: ImageSet | None,
+    settings: RepairSettings,
+    quarantined: Tensor | None = None,
+    *,
+    triggers: Triggers | None = None,
+    engine: Engine | None = None,
+    checkpoints: Checkpoints | None = None,
+    progress: Progress = no_progress,
+) -> Repaired:
+    """Choose a method, repair with it, and verify.
+
+    Args:
+        predictor: The model.
+        clean: See `repair`; without, nothing can be scanned or verified.
+        settings: See `repair`; their method is what is chosen here.
+        quarantined: See `repair`.
+        triggers: Of infected labels, where the model was scanned already.
+        engine: Where.
+        checkpoints: Written while it works, gone on from, and removed by nobody here.
+        progress: Told how far it is.
+
+    Returns:
+        The copy; its figures say what was tried, and `verification` what was found.
+
+    Raises:
+        RepairError: Too few images, or no method did; it says what each came to.
+        ModelError: The model can't be trained.
+    """
+    if clean is None:
+        only = repair(predictor, None, _by(settings, "dhbe"), engine=engine, checkpoints=checkpoints, progress=progress)
+        only.check()
+        return _told(only, ["Chosen automatically: there are no clean images, and dhbe needs none. Nothing was verified."])
+    engine = engine or Engine()
+    cut = clean_parts(clean, predictor, settings.seed)
+    how = ScanSettings(search=settings.search, seed=settings.seed)
+    if triggers is None:
+        triggers = _scanned(predictor, cut, how, engine, checkpoints, progress)
+    labels = _named(sorted(set(triggers.labels.tolist())), predictor.spec.class_names)
+    known = triggers if labels else None
+    tried: list[str] = []
+    for choice in choices(labels, quarantined is not None):
+        try:
+            repaired = repair(
+                predictor,
+                clean,
+                _by(settings, choice.method),
+                quarantined,
+                triggers=known if choice.method in NEEDS_TRIGGERS else None,
+                engine=engine,
+                checkpoints=checkpoints,
+                progress=progress,
+            )
+            repaired.check()
+        except RepairError as reason:
+            tried.append(f"{choice.method} gave up: {reason}")
+            continue
+        candidate = Candidate(repaired.predictor, repaired.preprocessor)
+        found = verify(candidate, known, cut, msgspec.structs.replace(how, seed=how.seed + 1), engine, progress)
+        wrong = _wrong(found, predictor.spec.class_names)
+        if wrong:
+            tried.append(f"{choice.method} did not do: {wrong}")
+            continue
+        found, warning = _with_red_team(found, predictor, clean, cut, _by(settings, choice.method), engine, progress)
+        said = [f"Chosen automatically: {choice.why}.", *(f"Before, {line}" for line in tried), *warning]
+        return _told(replace(repaired, figures=msgspec.structs.replace(repaired.figures, verification=found)), said)
+    raise RepairError(f"no method repairs this model: {'; '.join(tried)}")
+
+
+def _by(settings: RepairSettings, method: Method) -> RepairSettings:
+    return msgspec.structs.replace(settings, method=method)
+
+
+def _told(repaired: Repaired, said: Sequence[str]) -> Repaired:
+    figures = repaired.figures
+    return replace(repaired, figures=msgspec.structs.replace(figures, said=(*said, *figures.said)))
+
+
+def _scanned(
+    predictor: Predictor, cut: Parts, how: ScanSettings, engine: Engine, checkpoints: Checkpoints | None, progress: Progress
+) -> Triggers:
+    """Of the infected labels, by images that the repair may see."""
+    seen = ImageSet(cut.tuning.images, cut.tuning.labels)
+    found = scan(predictor, seen, how, engine=engine, checkpoints=checkpoints, progress=progress)
+    return found.triggers.select([row for row, item in enumerate(found.figures.labels) if item.infected])
+
+
+def _named(labels: Sequence[int], names: Sequence[str]) -> list[str]:
+    return [
+        f"{label} ({names[label]})" if label < len(names) and names[label] != str(label) else str(label) for label in labels
+    ]
+
+
+def _wrong(found: Verification, names: Sequence[str]) -> str:
+    """What speaks against a repair, in words; empty for nothing."""
+    if found.rescan_infected:
+        return f"a scan of the copy finds infected {', '.join(_named(found.rescan_infected, names))}"
+    if found.recovered_success is not None and found.recovered_success[0] > LEFT:
+        return f"a recovered trigger still works on {found.recovered_success[0]:.0%} of held-out images"
+    return ""
+
+
+def _with_red_team(
+    found: Verification,
+    predictor: Predictor,
+    clean: ImageSet,
+    cut: Parts,
+    settings: RepairSettings,
+    engine: Engine,
+    progress: Progress,
+) -> tuple[Verification, list[str]]:
+    """The same with the red team's figures, and what must be said of them."""
+
+    def shown(what: str, done: int, total: int) -> None:
+        progress(f"red team: {what}", done, total)
+
+    def again(planted: Predictor, caught: Tensor, _labels: Tensor) -> Candidate:
+        suspects = caught[:_MOST_CAUGHT] if settings.method == "codefend" else None
+        try:
+            repaired = repair(planted, clean, settings, suspects, engine=engine, progress=shown)
+        except RepairError:  # above all, a scan that does not find the trigger: then nothing is repaired
+            return Candidate(planted, None)
+        return Candidate(repaired.predictor, repaired.preprocessor)
+
+    try:
+        name, before, after = red_team(predictor, cut, again, settings.seed, progress)
+    except GuardError as reason:
+        return found, [f"The red team could not plant a trigger: {reason}."]
+    verified = msgspec.structs.replace(found, planted=name, planted_success_before=before, planted_success_after=after)
+    if after <= _PLANTED_LEFT:
+        return verified, []
+    return verified, [
+        f"A {name} that was planted in a copy of the model still worked on {after:.0%} of the images after the same repair "
+        f"({before:.0%} before): a trigger that the scan misses would stay. Keep a guard in front of the repaired model."
+    ]

@@ -1,0 +1,162 @@
+"""Is a repaired model to be believed? What is asked of it after any method, with images that the repair did not learn from.
+
+1. *Rescan*: is any label still infected?
+2. *Recovered triggers*: do those that a scan found in the original still work, once, pasted four times and nine times?
+3. *Red team*: a trigger that we know is planted in a copy of the original, the same repair is applied to that copy, and what is
+   left of the trigger is counted. It says what the method does about a trigger, not about the attacker's.
+
+A model that was tuned for a preprocessor is asked through it; it is not scanned, since a scan looks at the bare model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from calibration.attacks import Attack
+from calibration.data import ImageSet, Progress
+from calibration.engine import Engine
+from calibration.inspection.neural_cleanse import Triggers
+from calibration.inspection.scan import ScanSettings, scan
+from calibration.planting import draw_plants, plant_trigger
+from calibration.repair.cases import Part, Parts
+from calibration.repair.record import Verification
+from guard import Predictor
+from guard.preprocessors import Preprocessor, answer_through
+
+LEFT = 0.1
+"""Share of images that a recovered trigger may still send to its label."""
+
+_AT_ONCE = 256
+_COPIES = (1, 2, 3)  # in each direction: one, four and nine
+
+
+@final
+@dataclass(frozen=True)
+class Candidate:
+    """A repaired model.
+
+    Attributes:
+        predictor: It.
+        preprocessor: That it was tuned for.
+    """
+
+    predictor: Predictor
+    preprocessor: Preprocessor | None
+
+
+Repair = Callable[[Predictor, Tensor, Tensor], Candidate]
+"""The repair that is verified, of another model: it, images that a guard would have rejected, and their true labels."""
+
+
+def verify(
+    candidate: Candidate,
+    triggers: Triggers | None,
+    clean: Parts,
+    settings: ScanSettings,
+    engine: Engine,
+    progress: Progress,
+) -> Verification:
+    """Ask a repaired model; the red team is asked apart, see `red_team`.
+
+    Args:
+        candidate: The repaired model.
+        triggers: That a scan found in the original; None if it found none.
+        clean: Cut as for the repair.
+        settings: Of the rescan.
+        engine: Where.
+        progress: Told how far it is.
+    """
+    infected = None
+    if candidate.preprocessor is None:
+        seen = ImageSet(clean.tuning.images, clean.tuning.labels)
+
+        def shown(what: str, done: int, total: int) -> None:
+            progress(f"verifying: {what}", done, total)
+
+        found = scan(candidate.predictor, seen, settings, engine=engine, progress=shown)
+        infected = tuple(item.label_index for item in found.figures.labels if item.infected)
+    recovered = None
+    if triggers is not None:
+        generator = torch.Generator().manual_seed(settings.seed)
+        once, four, nine = (_still_works(candidate, triggers, side, clean.held_out, generator) for side in _COPIES)
+        recovered = (once, four, nine)
+    return Verification(rescan_infected=infected, recovered_success=recovered)
+
+
+def red_team(original: Predictor, clean: Parts, repair: Repair, seed: int, progress: Progress) -> tuple[str, float, float]:
+    """What the same repair makes of a trigger that we planted: its name, ASR before and after, on held-out images.
+
+    Args:
+        original: The model.
+        clean: Cut as for the repair.
+        repair: The same method.
+        seed: Of all draws.
+        progress: Told how far it is.
+
+    Raises:
+        CalibrationError: The images are too small for a trigger.
+        GuardError: The repair failed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    plants = [item for item in draw_plants(original.spec.shape, original.num_classes, generator) if item.say == "decides"]
+    plant = plants[int(torch.randint(len(plants), (1,), generator=generator))]
+    progress("red team: planting a trigger", 0, 1)
+    planted = plant_trigger(original, plant.attack, clean.tuning.images, clean.tuning.labels, generator)
+    progress("red team: planting a trigger", 1, 1)
+    wanted = plant.attack.targets(clean.tuning.images, clean.tuning.labels) >= 0
+    caught = plant.attack.trigger(clean.tuning.images[wanted])
+    repaired = repair(planted, caught, clean.tuning.labels[wanted])
+    before = _attack_success(Candidate(planted, None), plant.attack, clean.held_out, generator)
+    return plant.name, before, _attack_success(repaired, plant.attack, clean.held_out, generator)
+
+
+def pasted(mask: Tensor, pattern: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """A trigger that is there `side` times in each direction, evenly, where it was and round the edges.
+
+    Args:
+        mask: (H, W), in [0, 1].
+        pattern: (C, H, W), in [0, 1].
+        side: Copies in each direction.
+
+    Returns:
+        Mask and pattern: of several copies on one pixel the one whose mask is larger there.
+    """
+    height, width = mask.shape
+    shifts = [(row * height // side, column * width // side) for row in range(side) for column in range(side)]
+    masks = torch.stack([mask.roll(shift, (0, 1)) for shift in shifts])
+    patterns = torch.stack([pattern.roll(shift, (1, 2)) for shift in shifts])
+    largest, which = masks.max(dim=0)
+    return largest, patterns.gather(0, which.expand(1, *pattern.shape)).squeeze(0)
+
+
+def _still_works(candidate: Candidate, triggers: Triggers, side: int, part: Part, generator: torch.Generator) -> float:
+    """The most that one of the triggers sends to its label, of images that get another one from the original."""
+    own, shares = part.answers.argmax(dim=1), [0.0]
+    for row, (label, source) in enumerate(zip(triggers.labels.tolist(), triggers.sources.tolist(), strict=True)):
+        others = part.images[(own != label) & ((own == source) if source >= 0 else (own >= 0))]
+        if len(others):
+            mask, pattern = pasted(triggers.masks[row], triggers.patterns[row], side)
+            got = _answers(candidate, (1.0 - mask) * others + mask * pattern, generator)
+            shares.append(float((got == label).double().mean()))
+    return max(shares)
+
+
+def _attack_success(candidate: Candidate, attack: Attack, part: Part, generator: torch.Generator) -> float:
+    wanted = attack.targets(part.images, part.labels)
+    rows = wanted >= 0
+    got = _answers(candidate, attack.trigger(part.images[rows]), generator)
+    return float((got == wanted[rows]).double().mean()) if bool(rows.any()) else 0.0
+
+
+def _answers(candidate: Candidate, images: Tensor, generator: torch.Generator) -> Tensor:
+    """(N,), int64."""
+    parts = [
+        answer_through(candidate.predictor, candidate.preprocessor, part, generator).argmax(dim=1).cpu()
+        for part in images.split(_AT_ONCE)
+    ]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)

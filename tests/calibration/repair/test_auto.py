@@ -1,0 +1,163 @@
+"""Repair on its own: what is chosen, what is verified, and what is said."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from calibration import ImageSet
+from calibration.discovery import discover
+from calibration.engine import Engine
+from calibration.inspection.neural_cleanse import Search, Triggers
+from calibration.inspection.scan import ScanSettings
+from calibration.repair import auto
+from calibration.repair.auto import choices, repair_automatically
+from calibration.repair.cases import Parts, clean_parts
+from calibration.repair.record import Verification
+from calibration.repair.settings import RepairSettings
+from calibration.repair.verification import Candidate, pasted, red_team, verify
+from cli.demonstration.digits import Digits
+from guard import Predictor
+from guard.errors import RepairError
+from guard.predictors import wrap
+from tests.conftest import SMALL
+
+QUICK = Search(steps=320)
+
+
+@pytest.fixture(scope="module")
+def original(digits: Digits, small_trigger: nn.Module) -> Predictor:
+    return discover(wrap(small_trigger), digits.clean)
+
+
+@pytest.fixture(scope="module")
+def cut(digits: Digits, original: Predictor) -> Parts:
+    return clean_parts(digits.clean, original, 0)
+
+
+@pytest.fixture(scope="module")
+def recovered() -> Triggers:
+    """The true trigger, as a scan would give it."""
+    grey = torch.full((1, 1, 8, 8), 0.5)
+    mask = (SMALL.trigger(grey) != grey)[0].float()
+    return Triggers(
+        torch.tensor([3]), torch.tensor([-1]), mask, SMALL.trigger(grey), torch.ones(1), torch.zeros(1, dtype=torch.int64)
+    )
+
+
+def attack_success(predictor: Predictor, digits: Digits) -> float:
+    others = digits.test.select(torch.nonzero(digits.test.known_labels != 3).squeeze(1))
+    return float((predictor(SMALL.trigger(others.images(slice(None)))).argmax(dim=1) == 3).double().mean())
+
+
+@pytest.mark.parametrize(
+    ("infected", "quarantined", "methods"),
+    [
+        (["3"], False, ["unlearn", "gdm", "gym"]),
+        (["3"], True, ["unlearn", "gdm", "codefend", "gym"]),
+        ([], True, ["codefend", "gym"]),
+        ([], False, ["gym"]),
+    ],
+)
+def test_the_order(infected: list[str], quarantined: bool, methods: list[str]) -> None:
+    found = choices(infected, quarantined)
+    assert [item.method for item in found] == methods
+    assert ("label 3 infected" in found[0].why) == bool(infected)
+    assert ("no label infected" in found[0].why) == (not infected)
+
+
+def test_a_backdoor_is_found_removed_and_verified(digits: Digits, original: Predictor) -> None:
+    settings = RepairSettings(method="gym", rounds=1, search=QUICK)
+    made = repair_automatically(original, digits.clean, settings)
+    assert made.settings.method == "unlearn"
+    assert attack_success(original, digits) >= 0.95
+    assert attack_success(made.predictor, digits) <= 0.1
+    assert "a scan finds label 3 infected" in made.figures.said[0]
+    found = made.figures.verification
+    assert found is not None
+    assert found.rescan_infected == ()
+    assert found.recovered_success is not None
+    assert found.recovered_success[0] <= 0.1
+    assert found.planted
+    assert found.planted_success_before is not None
+    assert found.planted_success_before >= 0.8
+    assert found.planted_success_after is not None
+    warned = f"A {found.planted} that was planted in a copy" in made.figures.said[-2]
+    assert warned == (found.planted_success_after > 0.2)
+
+
+def test_what_did_not_do_is_said_and_the_next_is_tried(
+    digits: Digits, original: Predictor, recovered: Triggers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def passes(candidate: Candidate, *_: object) -> Verification:
+        asked.append("gym" if candidate.preprocessor is not None else "bare")
+        return Verification(rescan_infected=(3,) if len(asked) == 1 else (), recovered_success=(0.0, 0.0, 0.0))
+
+    monkeypatch.setattr(auto, "verify", passes)
+    monkeypatch.setattr(auto, "_with_red_team", lambda found, *_: (found, []))
+    settings = RepairSettings(method="gym", rounds=1, epochs=4, search=QUICK, max_accuracy_drop=100.0)
+    made = repair_automatically(original, digits.clean, settings, triggers=recovered)
+    assert made.settings.method == "gdm"
+    assert "Before, unlearn did not do: a scan of the copy finds infected 3" in made.figures.said
+
+    def never(*_: object) -> Verification:
+        return Verification(rescan_infected=None, recovered_success=(0.5, 0.6, 0.7))
+
+    monkeypatch.setattr(auto, "verify", never)
+    with pytest.raises(
+        RepairError, match="no method repairs this model: unlearn did not do: a recovered trigger still works on 50%"
+    ):
+        repair_automatically(original, digits.clean, settings, triggers=recovered)
+
+
+def test_verification_sees_what_is_left(original: Predictor, cut: Parts, recovered: Triggers) -> None:
+    found = verify(Candidate(original, None), recovered, cut, ScanSettings(search=QUICK), Engine(), lambda *_: None)
+    assert found.rescan_infected == (3,)
+    assert found.recovered_success is not None
+    assert found.recovered_success[0] >= 0.95
+    assert len(found.recovered_success) == 3
+
+
+def test_the_red_team_plants_and_measures(original: Predictor, cut: Parts) -> None:
+    def nothing(planted: Predictor, caught: Tensor, labels: Tensor) -> Candidate:
+        assert len(caught) == len(labels) > 0
+        return Candidate(planted, None)
+
+    name, before, after = red_team(original, cut, nothing, 0, lambda *_: None)
+    assert name in ("white square", "checkerboard", "white bar")
+    assert before >= 0.8
+    assert after == before
+
+    def away(planted: Predictor, *_: Tensor) -> Candidate:
+        return Candidate(original, None)
+
+    assert red_team(original, cut, away, 0, lambda *_: None)[2] <= 0.5
+
+
+def test_copies_of_a_trigger_by_hand() -> None:
+    mask, pattern = torch.zeros(4, 4), torch.zeros(1, 4, 4)
+    mask[0, 0], pattern[0, 0, 0] = 0.5, 1.0
+    four, colours = pasted(mask, pattern, 2)
+    assert torch.nonzero(four).tolist() == [[0, 0], [0, 2], [2, 0], [2, 2]]
+    assert four.sum() == 2.0
+    assert bool((colours[0][four > 0] == 1.0).all())
+    once, same = pasted(mask, pattern, 1)
+    assert torch.equal(once, mask)
+    assert torch.equal(same, pattern)
+
+
+def test_without_images_there_is_dhbe_alone(original: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def stop(_predictor: Predictor, clean: ImageSet | None, settings: RepairSettings, **_: object) -> None:
+        assert clean is None
+        asked.append(settings.method)
+        raise RepairError("enough")
+
+    monkeypatch.setattr(auto, "repair", stop)
+    with pytest.raises(RepairError, match="enough"):
+        repair_automatically(original, None, RepairSettings(method="gym"))
+    assert asked == ["dhbe"]

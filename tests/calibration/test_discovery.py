@@ -1,0 +1,76 @@
+"""What a model takes is found out without any image; with images, see `test_calibrate`."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from calibration import Hints
+from calibration.discovery import discover_without_images
+from guard import InputSpec
+from guard.errors import InputError, ModelError
+from guard.predictors import wrap
+from tests.guard.models import predict_function
+from tests.toy import SPEC, ToyNet, toy_images
+
+SHAPE = SPEC.shape
+
+
+class Normalised(nn.Module):
+    """The toy, of images of which 0.3 was subtracted, and that were divided by 0.2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.toy = ToyNet()
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        answers: Tensor = self.toy(images * 0.2 + 0.3)
+        return answers
+
+
+def test_mean_and_std_are_taken_as_they_are_given() -> None:
+    images, labels = toy_images(40)
+    found = discover_without_images(wrap(Normalised()), SHAPE, Hints(mean=(0.3,), std=(0.2,), class_names=SPEC.class_names))
+    assert (found.spec.shape, found.spec.mean, found.spec.std) == (SHAPE, (0.3,), (0.2,))
+    assert (found.num_classes, found.output, found.spec.class_names) == (4, "logits", SPEC.class_names)
+    torch.testing.assert_close(found(images), ToyNet()(images).softmax(dim=1))
+    assert found(images).argmax(dim=1).tolist() == labels.tolist()
+    bare = discover_without_images(wrap(ToyNet()), SHAPE)
+    assert (bare.spec.mean, bare.spec.std) == ((), ())
+    torch.testing.assert_close(bare(images), found(images))
+
+
+def test_the_convention_of_a_function_is_found_out() -> None:
+    spec = InputSpec(channels=1, height=8, width=8, layout="NHWC", dtype="uint8", container="numpy")
+    found = discover_without_images(wrap(predict_function(spec, "probabilities")), SHAPE)
+    assert (found.spec.container, found.spec.dtype, found.output) == ("numpy", "uint8", "probabilities")
+    images, labels = toy_images(40)
+    assert found(images).argmax(dim=1).tolist() == labels.tolist()
+
+
+def test_what_noise_can_not_tell_must_be_said() -> None:
+    def predict(batch: NDArray[np.generic]) -> object:
+        values = np.asarray(batch, dtype=np.float64).reshape(len(batch), -1)
+        return np.stack([values.mean(axis=1), np.full(len(batch), 40.0)], axis=1)  # uint8 and float disagree
+
+    with pytest.raises(ModelError, match=r"answers differently.*--layout, --dtype or --container"):
+        discover_without_images(wrap(predict), SHAPE)
+    assert discover_without_images(wrap(predict), SHAPE, Hints(dtype="float32")).spec.dtype == "float32"
+
+
+def test_another_shape_and_contradicting_hints_are_refused() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).eval()
+    with pytest.raises(ModelError, match=r"got shape \(3, 9, 9\) \(C, H, W\), on which it runs in none"):
+        discover_without_images(wrap(net), (3, 9, 9))
+    with pytest.raises(InputError, match="expected 1 values of mean, one per channel, got 3"):
+        discover_without_images(wrap(net), SHAPE, Hints(mean=(0.5, 0.5, 0.5)))
+
+
+def test_the_global_generator_is_left_alone() -> None:
+    before = torch.get_rng_state()
+    discover_without_images(wrap(ToyNet()), SHAPE)
+    assert torch.equal(torch.get_rng_state(), before)
