@@ -79,13 +79,13 @@ def test_labels_do_not_disturb_each_other(
 
 def test_labels_leave_the_batch(digits: Digits, backdoored: nn.Module, engine: Engine) -> None:
     watched = Watched(backdoored)
-    images, search = digits.clean.images(slice(None)), Search()
+    images, search = digits.clean.images(slice(None)), Search(steps=480, first=96)
     found = recover_triggers(watched, images, Goals.all_labels(10), search, 0, engine)
     assert sum(watched.seen[2:]) == int(found.passes.sum())  # the first two see how much memory an image needs
-    assert float(found.passes.double().mean()) <= 0.45 * search.steps * search.images  # three of ten stay to the end
-    assert len(set(found.passes.tolist())) > 1
-    plain = recover_triggers(watched, images, Goals.all_labels(10), Search(steps=304, first=16, still=16).plain(), 0, engine)
-    assert set(plain.passes.tolist()) == {304 * 32}
+    assert (found.passes == 480 * 32).sum() == 3  # the smallest stay to the end
+    assert (found.passes == 96 * 32).sum() >= 5
+    plain = recover_triggers(watched, images, Goals.all_labels(10), Search(steps=48, first=16, still=16).plain(), 0, engine)
+    assert set(plain.passes.tolist()) == {48 * 32}
 
 
 def test_memory_is_bounded(digits: Digits, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from guard.predictors import wrap
 from tests.conftest import SMALL
 
 TARGET = SMALL.target_label
+QUICK = ScanSettings(search=Search(steps=480))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def suspect(digits: Digits, small_trigger: nn.Module) -> Predictor:
 
 @pytest.fixture(scope="module")
 def found(digits: Digits, suspect: Predictor) -> Scan:
-    return scan(suspect, digits.clean, ScanSettings())
+    return scan(suspect, digits.clean, QUICK)
 
 
 def test_the_backdoored_label_alone_is_infected(found: Scan) -> None:
@@ -52,7 +53,7 @@ def test_the_backdoored_label_alone_is_infected(found: Scan) -> None:
 
 
 def test_the_clean_twin_is_clean(digits: Digits, clean_twin: nn.Module) -> None:
-    clean = scan(discover(wrap(clean_twin), digits.clean), digits.clean, ScanSettings())
+    clean = scan(discover(wrap(clean_twin), digits.clean), digits.clean, QUICK)
     assert not clean.figures.infected
     assert sum(item.candidate for item in clean.figures.labels) >= 3  # each got its second opinion
     assert "no proof" in " ".join(remarks(clean.figures))
@@ -149,7 +150,7 @@ def test_two_labels_can_be_judged_although_they_have_no_index(digits: Digits) ->
 
 
 def test_the_folder(tmp_path: Path, digits: Digits, suspect: Predictor, found: Scan) -> None:
-    record = scan_into(tmp_path / "scan", suspect, digits.clean, ScanSettings(), Engine())
+    record = scan_into(tmp_path / "scan", suspect, digits.clean, QUICK, Engine())
     assert read_scan(tmp_path / "scan") == record
     assert [item.mask_l1 for item in record.labels] == [item.mask_l1 for item in found.figures.labels]  # a seed says it all
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
@@ -163,7 +164,7 @@ def test_the_folder(tmp_path: Path, digits: Digits, suspect: Predictor, found: S
     assert b"The model is backdoored: label 3" in (tmp_path / "scan" / "report.html").read_bytes()
     (tmp_path / "scan" / "notes.txt").write_text("mine")
     with pytest.raises(InspectionError, match=r"holds something else \(notes.txt\)"):
-        scan_into(tmp_path / "scan", suspect, digits.clean, ScanSettings(), Engine())
+        scan_into(tmp_path / "scan", suspect, digits.clean, QUICK, Engine())
 
 
 @pytest.mark.parametrize(
