@@ -29,7 +29,7 @@ def infected(tmp_path_factory: pytest.TempPathFactory, digits: Digits, small_tri
 
 
 def test_an_infected_model_ends_with_1(tmp_path: Path, files: Files, infected: Path, guard: Command) -> None:
-    run = guard("scan", infected, "--data", files.clean, "--out", tmp_path / "scan", "--json")
+    run = guard("scan", infected, "--data", files.clean, "--steps", 480, "--out", tmp_path / "scan", "--json")
     assert run.code == 1, run.err
     record = run.lines[0]
     assert record["infected"] is True
@@ -52,10 +52,16 @@ def test_a_clean_model_ends_with_0(tmp_path: Path, files: Files, digits: Digits,
 
 def test_an_interrupted_scan_goes_on(tmp_path: Path, files: Files, infected: Path, guard: Command) -> None:
     out = tmp_path / "scan"
-    arguments = ("scan", infected, "--data", files.clean, "--out", out, "--plain", "--steps", 640)
+    arguments = ("scan", infected, "--data", files.clean, "--out", out, "--plain", "--steps", 480)
     command = [sys.executable, "-m", "cli.main", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background shell may ignore it
+    ) as process:
         deadline = time.monotonic() + 60.0
         while not (tmp_path / ".scan.checkpoint" / "labels-0.safetensors").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
