@@ -39,6 +39,7 @@ class TwoDoors(nn.Module):
         return answers + nn.functional.one_hot(torch.tensor(3), 10) * opened.unsqueeze(1)
 
 
+@pytest.mark.slow
 def test_a_second_trigger_is_found_once_the_first_is_unlearnt(digits: Digits, clean_twin: nn.Module, tmp_path: Path) -> None:
     suspect, out = discover(wrap(TwoDoors(copy.deepcopy(clean_twin)).eval()), digits.clean), tmp_path / "scanned"
     record = scan_into(out, suspect, digits.clean, ScanSettings(search=Search(steps=320), rounds=2), Engine())

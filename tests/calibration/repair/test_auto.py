@@ -87,6 +87,7 @@ def test_a_backdoor_is_found_removed_and_verified(digits: Digits, original: Pred
     assert warned == (found.planted_success_after > 0.2)
 
 
+@pytest.mark.slow
 def test_what_did_not_do_is_said_and_the_next_is_tried(
     digits: Digits, original: Predictor, recovered: Triggers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
