@@ -52,14 +52,13 @@ def bounding_box(mask: Tensor) -> Place:
 
 
 def widened(place: Place, margin: float, size: tuple[int, int]) -> Place:
-    """A place with a share of its sides added all round, as far as the image, (H, W), goes."""
-    (top, height), (left, width) = (
-        _stretch(place[side], place[side + 2], round(margin * place[side + 2]), size[side]) for side in (0, 1)
-    )
+    """A place with a share of its sides added all round, a pixel at least, as far as the image, (H, W), goes."""
+    (top, height), (left, width) = (_stretch(place[side], place[side + 2], margin, size[side]) for side in (0, 1))
     return top, left, height, width
 
 
-def _stretch(first: int, length: int, more: int, limit: int) -> tuple[int, int]:
+def _stretch(first: int, length: int, margin: float, limit: int) -> tuple[int, int]:
+    more = max(1, round(margin * length)) if margin > 0.0 else 0
     begin, end = max(0, first - more), min(limit, first + length + more)
     return begin, end - begin
 

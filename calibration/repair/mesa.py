@@ -80,13 +80,11 @@ class Stamp:
         shape: (C, H, W) of the images.
         place: Where, and how large.
         scattered: At random places instead.
-        parts: Share of the images that get a random rectangle out of their patch only.
     """
 
     shape: tuple[int, int, int]
     place: Place
     scattered: bool
-    parts: float = 0.0
 
     def __call__(self, images: Tensor, patches: Tensor, generator: torch.Generator) -> Tensor:
         """Images (B, C, H, W) with patches (B, C, h, w) in place of what was there; gradients pass to the patches."""
@@ -98,22 +96,9 @@ class Stamp:
         which = torch.arange(len(images)).view(-1, 1, 1)
         rows = (tops.unsqueeze(1) + torch.arange(height)).unsqueeze(2)
         columns = (lefts.unsqueeze(1) + torch.arange(width)).unsqueeze(1)
-        index = tuple(value.to(images.device) for value in (which, rows, columns))
-        under, put = images.permute(0, 2, 3, 1), patches.permute(0, 2, 3, 1).to(images.dtype)
-        if self.parts > 0.0:
-            put = torch.where(self._rectangles(len(images), generator).to(images.device), put, under[index])
-        return under.index_put(index, put).permute(0, 3, 1, 2).contiguous()
-
-    def _rectangles(self, count: int, generator: torch.Generator) -> Tensor:
-        """(B, h, w, 1), bool: all of the patch, or a rectangle of at least a third of its sides."""
-        whole = torch.rand(count, generator=generator) >= self.parts
-        inside = []
-        for side in self.place[2:]:
-            sides = torch.where(whole, side, torch.randint(math.ceil(side / 3), side + 1, (count,), generator=generator))
-            first = (torch.rand(count, generator=generator) * (side - sides + 1)).long().unsqueeze(1)
-            pixels = torch.arange(side)
-            inside.append((pixels >= first) & (pixels < first + sides.unsqueeze(1)))
-        return (inside[0].unsqueeze(2) & inside[1].unsqueeze(1)).unsqueeze(3)
+        index = [value.to(images.device) for value in (which, rows, columns)]
+        stamped = images.permute(0, 2, 3, 1).index_put(tuple(index), patches.permute(0, 2, 3, 1).to(images.dtype))
+        return stamped.permute(0, 3, 1, 2).contiguous()
 
 
 @final

@@ -97,7 +97,7 @@ def test_gdm_goes_by_a_scan(tmp_path: Path, files: Files, guard: Command, monkey
     )  # fmt: skip
     assert run.code == 0, run.err
     assert "modelled triggers work on the original" in run.out
-    assert "Label 7: triggers were modelled in the 5x5 pixels from row 3, column 3" in " ".join(run.err.split())
+    assert "Label 7: triggers were modelled in the 4x4 pixels from row 4, column 4" in " ".join(run.err.split())
     record = json.loads((tmp_path / "repaired" / "repair.json").read_text())
     assert record["generated_triggers_work"] >= 0.8
     assert record["recovered_success_before"] >= 0.95

@@ -122,22 +122,6 @@ def test_scattered_stamps_lie_anywhere_in_the_image() -> None:
     assert len({image.numpy().tobytes() for image in stamped}) == 4 * 4
 
 
-def test_of_some_patches_only_a_rectangle_is_shown() -> None:
-    generator, stamp = torch.Generator().manual_seed(0), Stamp((1, 8, 8), (1, 2, 4, 5), False, parts=0.5)
-    images = torch.full((400, 1, 8, 8), 0.25)
-    stamped = stamp(images, torch.ones(400, 1, 4, 5), generator)[:, 0]
-    assert set(stamped.unique().tolist()) == {0.25, 1.0}
-    put = stamped == 1.0
-    sides = put.any(dim=2).sum(dim=1), put.any(dim=1).sum(dim=1)
-    assert bool((put.sum(dim=(1, 2)) == sides[0] * sides[1]).all())  # rectangles
-    assert (int(sides[0].min()), int(sides[0].max())) == (2, 4)
-    assert (int(sides[1].min()), int(sides[1].max())) == (2, 5)
-    inside = torch.zeros(8, 8, dtype=torch.bool)
-    inside[1:5, 2:7] = True
-    assert torch.equal(put.any(dim=0), inside)
-    assert 0.4 < float((put.sum(dim=(1, 2)) == 20).double().mean()) < 0.65  # and of the others a few are whole
-
-
 @pytest.mark.parametrize(
     ("target", "place", "message"),
     [
@@ -159,7 +143,5 @@ def test_settings_that_mean_nothing_are_refused() -> None:
         Mesa(batch=1)
     with pytest.raises(RepairError, match="share of the images"):
         Gdm(share=0.0)
-    with pytest.raises(RepairError, match="share of the triggers"):
-        Gdm(parts=1.5)
     with pytest.raises(RepairError, match="margin"):
         Gdm(margin=-0.5)
