@@ -24,7 +24,7 @@ demo: env ## The main path on real digits, with a real TorchServe (without Java,
 test: env ## The quick suite; starts real servers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-slow: env ## Tests that take a minute or more each
+test-slow: env ## The long tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 test-gpu: env ## Tests that need an accelerator

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import msgspec
 import torch
-from torch import Tensor
 
 from benchmarks.datasets import Parts
 from benchmarks.entry import enter
@@ -157,11 +156,9 @@ def _success(found: Victim, triggers: Triggers, row: int, images: ImageSet) -> E
     label, source = int(triggers.labels[row]), int(triggers.sources[row])
     known = images.known_labels
     rows = torch.nonzero((known != label) & ((known == source) if source >= 0 else (known >= 0))).squeeze(1)
-    hits: list[Tensor] = []
     with torch.inference_mode():
-        for part in rows.split(500):
-            hits.append(found.model(triggers.put_on(row, images.images(part))).argmax(dim=1) == label)  # noqa: PERF401
-    return proportion(int(torch.cat(hits).sum()), len(rows))
+        answers = [found.model(triggers.put_on(row, images.images(part))).argmax(dim=1) for part in rows.split(500)]
+    return proportion(int((torch.cat(answers) == label).sum()), len(rows))
 
 
 def load_reports() -> list[Report]:

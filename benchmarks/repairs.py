@@ -4,7 +4,7 @@
     python -m benchmarks.repairs measure --all
     python -m benchmarks.repairs table                             # the committed results as docs/methods.md holds them
 
-Repairs see 2,000 of the defender's images; codefend 500, and 500 that STRIP quarantined from a stream of the others; dhbe none.
+Repairs see 2,000 of the defender's images; codefend 500, and 500 that STRIP quarantined from a stream of the others.
 Every figure is of the evaluation part. Methods that work by recovered triggers share one scan, whose minutes count for each.
 """
 

@@ -1,6 +1,6 @@
 """Activation filters for the triggers that a scan found.
 
-Each infected label gets a filter of its own: a mean over the neurons of several triggers dilutes what one of them excites. (Of
+Each trigger gets a filter of its own: a mean over the neurons of several triggers dilutes what one of them excites. (Of
 digits with two triggers, at 1% false rejections, one filter lets 27% and 38% through, two that share the rate 6% and 32%.) And
 so the verdict says which trigger it was.
 """
@@ -35,11 +35,18 @@ class FoundTrigger:
         label: To which it sends images.
         mask: m, (H, W), in [0, 1].
         pattern: d, (C, H, W), in [0, 1].
+        number: Among the triggers of this label, from 1.
     """
 
     label: int
     mask: Tensor
     pattern: Tensor
+    number: int = 1
+
+    @property
+    def name(self) -> str:
+        """`3`, and of a second trigger for this label `3-2`."""
+        return str(self.label) if self.number == 1 else f"{self.label}-{self.number}"
 
     def put_on(self, images: Tensor) -> Tensor:
         """The trigger on images, (B, C, H, W) in [0, 1]."""
@@ -57,12 +64,14 @@ def infected_triggers(folder: str | Path, backend: Backend) -> tuple[FoundTrigge
         InspectionError: See `read_infected`.
     """
     found = read_infected(folder, backend)
-    rows = zip(found.labels.tolist(), found.masks.float(), found.patterns.float(), strict=True)
-    return tuple(FoundTrigger(label, mask, pattern) for label, mask, pattern in rows)
+    labels = found.labels.tolist()
+    numbers = [labels[: place + 1].count(label) for place, label in enumerate(labels)]
+    rows = zip(labels, found.masks.float(), found.patterns.float(), numbers, strict=True)
+    return tuple(FoundTrigger(*row) for row in rows)
 
 
 def activation_filter(predictor: Predictor, images: Tensor, trigger: FoundTrigger) -> ActivationFilter:
-    """A filter for the neurons that a trigger excites; its name ends in the label.
+    """A filter for the neurons that a trigger excites; its name ends in the label, and in a number where there are several.
 
     Args:
         predictor: The model.
@@ -85,4 +94,4 @@ def activation_filter(predictor: Predictor, images: Tensor, trigger: FoundTrigge
         )
     clean, excited = (activations(predictor, batch, "penultimate") for batch in (images, triggered))
     neurons = excited_neurons(clean, excited, min(1.0, max(_SHARE, _FEWEST / clean.shape[1])))
-    return ActivationFilter(predictor, neurons, f"activation-filter-{trigger.label}")
+    return ActivationFilter(predictor, neurons, f"activation-filter-{trigger.name}")

@@ -75,7 +75,7 @@ def scan_command(
         bool,
         typer.Option(
             "--plain",
-            help="Of neural-cleanse: all steps for every label, as published; 4 times the work.",
+            help="Of neural-cleanse: all steps for every label, as published; 2 to 4 times the work.",
             rich_help_panel=_HOW,
         ),
     ] = False,
@@ -102,9 +102,9 @@ def scan_command(
     A backdoor needs a far smaller trigger than other labels do. By default, the
     smallest one is looked for that sends clean images to each label (Neural
     Cleanse). Labels that stand out get a second opinion: does the trigger work
-    on other images, and would a clean model of the same task, trained here from
-    this one's answers, need as small a trigger for that label? A few hundred
-    clean images of all classes do; labels are optional.
+    on other images, and would a clean model of the same task, trained here on the
+    clean images, need as small a trigger for that label? A few hundred images
+    of all classes do; labels are optional.
 
     Without any image, --method deep-inspect recovers some from the model, and
     learns to make triggers for them. Give --shape, and --mean and --std if the

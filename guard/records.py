@@ -83,14 +83,15 @@ class ActivationFilterRecord(
     """The activation filter's parameters.
 
     Attributes:
-        title: The detector's name in verdicts, metrics and logs: `activation-filter-LABEL`.
+        title: The detector's name in verdicts, metrics and logs: `activation-filter-LABEL`, of a label's further triggers with
+            a number after it.
         threshold: Where it rejects.
         neurons: Of the second-to-last layer, those that the trigger for that label excites.
     """
 
     threshold: ThresholdRecord
     neurons: Annotated[tuple[_Neuron, ...], msgspec.Meta(min_length=1)]
-    title: Annotated[str, msgspec.Meta(pattern=r"^activation-filter(-[0-9]+)?\Z")]
+    title: Annotated[str, msgspec.Meta(pattern=r"^activation-filter(-[0-9]+){0,2}\Z")]
 
 
 DetectorRecord: TypeAlias = StripRecord | FeatureSqueezingRecord | ActivationFilterRecord

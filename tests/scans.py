@@ -28,7 +28,12 @@ def corner(side: int = 3, spec: InputSpec = SPEC) -> Trigger:
 
 
 def write_scan(
-    folder: Path, backend: Backend, infected: Mapping[int, Trigger], infected_pair: bool = False, classes: int = 10
+    folder: Path,
+    backend: Backend,
+    infected: Mapping[int, Trigger],
+    infected_pair: bool = False,
+    classes: int = 10,
+    further: Sequence[tuple[int, Trigger]] = (),
 ) -> Path:
     """Labels without a trigger have one that does nothing, and are not infected."""
     folder.mkdir(parents=True)
@@ -37,6 +42,9 @@ def write_scan(
     arrays = _arrays("labels", triggers, torch.arange(classes), torch.full((classes,), -1))
     if infected_pair:
         arrays |= _arrays("pairs", [nothing, corner()], torch.tensor([0, 1]), torch.tensor([1, 0]))
+    if further:
+        labels = torch.tensor([label for label, _ in further])
+        arrays |= _arrays("further", [trigger for _, trigger in further], labels, torch.full_like(labels, -1))
     save_file(arrays, folder / TRIGGERS)
     record = ScanRecord(
         infected=bool(infected) or infected_pair,
@@ -48,6 +56,7 @@ def write_scan(
         held_out=50,
         passes=1,
         seconds=1.0,
+        further=tuple(_finding(label, None, True) for label, _ in further),
         schema=SCHEMA,
         created="2026-01-01T00:00:00Z",
         method="neural-cleanse",

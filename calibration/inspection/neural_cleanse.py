@@ -85,10 +85,6 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
         """The published schedule: every label gets all steps."""
         return msgspec.structs.replace(self, still=self.steps + 1, first=self.steps + 1)
 
-    def patient(self) -> Search:
-        """For few labels: none leaves but one whose mask has stood still for twice as long."""
-        return msgspec.structs.replace(self, still=2 * self.still, first=self.steps + 1, stay=0)
-
 
 @final
 @dataclass(frozen=True)
@@ -162,7 +158,7 @@ class Triggers:
         return blend(images, self.masks[row], self.patterns[row])
 
     def select(self, rows: Tensor | list[int]) -> Triggers:
-        """Some of them."""
+        """Some of them, or none."""
         return Triggers(*(getattr(self, name)[rows] for name in Triggers.__dataclass_fields__))
 
     @classmethod

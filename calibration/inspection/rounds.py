@@ -19,9 +19,11 @@ from calibration.fine_tuning import TrainableCopy
 from calibration.inspection.neural_cleanse import Triggers
 from calibration.inspection.record import LabelFinding
 from calibration.inspection.scan import Scan, ScanSettings, scan
-from calibration.repair.cases import clean_parts
+from calibration.repair.cases import Part, clean_parts
 from calibration.repair.unlearning import TUNING, repair_by_unlearning
 from guard import Predictor
+
+_OBEYED = 0.5
 
 
 def scan_rounds(
@@ -49,25 +51,18 @@ def scan_rounds(
     """
     engine = engine or Engine()
     first = scan(predictor, clean, settings, engine=engine, checkpoints=checkpoints, progress=progress)
-    known = [row for row, item in enumerate(first.figures.labels) if item.infected]
-    if settings.rounds == 1 or not known:
+    if settings.rounds == 1 or not len(first.infected):
         return first
     findings: list[LabelFinding] = []
     triggers: list[Triggers] = []
 
     def again(copied: TrainableCopy, before: Triggers, number: int) -> Triggers:
         """What is left of the labels that were infected; nothing in the last round, after which nothing is unlearnt."""
-
-        def shown(what: str, done: int, total: int) -> None:
-            progress(f"{what}, round {number + 1}", done, total)
-
-        alone = msgspec.structs.replace(settings, pairs=False, rounds=1, seed=settings.seed + number)
-        found = scan(copied.predictor, clean, alone, engine=engine, progress=shown)
-        labels = set(before.labels.tolist())
-        rows = [row for row, item in enumerate(found.figures.labels) if item.infected and item.label_index in labels]
-        findings.extend(found.figures.labels[row] for row in rows)
-        triggers.append(found.triggers.select(rows))
-        return triggers[-1] if number + 1 < settings.rounds else triggers[-1].select([])
+        items, found = scan_again(copied.predictor, before, clean, settings, number, engine, progress)
+        rows = [row for row in range(len(found)) if _works(predictor, found, row, parts.held_out)]
+        findings.extend(items[row] for row in rows)
+        triggers.append(found.select(rows))
+        return found if number + 1 < settings.rounds else found.select([])
 
     copied = TrainableCopy.of(predictor).faster(first.clean[:2])
     parts = clean_parts(clean, predictor, settings.seed)
@@ -75,7 +70,7 @@ def scan_rounds(
         copied,
         predictor,
         parts,
-        first.triggers.select(known),
+        first.infected,
         TUNING,
         engine,
         settings.seed,
@@ -94,3 +89,40 @@ def scan_rounds(
         ),
         further_triggers=Triggers.together(triggers),
     )
+
+
+def _works(predictor: Predictor, triggers: Triggers, row: int, part: Part) -> bool:
+    """Whether a trigger works on the model itself: one that only the copy obeys is none of the model's."""
+    label = int(triggers.labels[row])
+    others = part.images[part.answers.argmax(dim=1) != label]
+    return float((predictor(triggers.put_on(row, others)).argmax(dim=1) == label).double().mean()) >= _OBEYED
+
+
+def scan_again(
+    predictor: Predictor,
+    before: Triggers,
+    clean: ImageSet,
+    settings: ScanSettings,
+    number: int,
+    engine: Engine,
+    progress: Progress,
+) -> tuple[list[LabelFinding], Triggers]:
+    """What a scan of a copy, that unlearnt some triggers, finds of their labels.
+
+    Args:
+        predictor: The copy.
+        before: What it unlearnt.
+        clean: See `scan`.
+        settings: Of the first scan; this one looks at no pairs, and draws otherwise.
+        number: Of rounds that are done.
+        engine: Where.
+        progress: Told how far it is.
+    """
+
+    def shown(what: str, done: int, total: int) -> None:
+        progress(f"{what}, round {number + 1}", done, total)
+
+    alone = msgspec.structs.replace(settings, pairs=False, rounds=1, seed=settings.seed + number)
+    found, labels = scan(predictor, clean, alone, engine=engine, progress=shown), set(before.labels.tolist())
+    rows = [row for row, item in enumerate(found.figures.labels) if item.infected and item.label_index in labels]
+    return [found.figures.labels[row] for row in rows], found.triggers.select(rows)

@@ -96,6 +96,11 @@ class Scan:
     clean: Tensor
     further_triggers: Triggers | None = None
 
+    @property
+    def infected(self) -> Triggers:
+        """The triggers of the infected labels."""
+        return self.triggers.select([row for row, item in enumerate(self.figures.labels) if item.infected])
+
 
 def scan(
     predictor: Predictor,

@@ -25,8 +25,9 @@ from calibration.checkpoints import Checkpoints
 from calibration.data import ImageSet, Progress, no_progress
 from calibration.engine import Engine
 from calibration.inspection.neural_cleanse import Triggers
-from calibration.inspection.scan import ScanSettings, scan
+from calibration.inspection.scan import ScanSettings
 from calibration.repair.cases import Parts, clean_parts
+from calibration.repair.methods import infected_by_scan
 from calibration.repair.record import Method, Verification
 from calibration.repair.repair import Repaired, repair
 from calibration.repair.settings import NEEDS_TRIGGERS, RepairSettings
@@ -103,14 +104,15 @@ def repair_automatically(
         ModelError: The model can't be trained.
     """
     if clean is None:
-        only = repair(predictor, None, _by(settings, "dhbe"), engine=engine, checkpoints=checkpoints, progress=progress)
+        by = _by(settings, "dhbe")
+        only = repair(predictor, None, by, quarantined, engine=engine, checkpoints=checkpoints, progress=progress)
         only.check()
         return _told(only, ["Chosen automatically: there are no clean images, and dhbe needs none. Nothing was verified."])
     engine = engine or Engine()
     cut = clean_parts(clean, predictor, settings.seed)
     how = ScanSettings(search=settings.search, seed=settings.seed)
     if triggers is None:
-        triggers = _scanned(predictor, cut, how, engine, checkpoints, progress)
+        triggers = infected_by_scan(predictor, cut, how, engine, checkpoints, progress)
     labels = _named(sorted(set(triggers.labels.tolist())), predictor.spec.class_names)
     known = triggers if labels else None
     tried: list[str] = []
@@ -149,15 +151,6 @@ def _by(settings: RepairSettings, method: Method) -> RepairSettings:
 def _told(repaired: Repaired, said: Sequence[str]) -> Repaired:
     figures = repaired.figures
     return replace(repaired, figures=msgspec.structs.replace(figures, said=(*said, *figures.said)))
-
-
-def _scanned(
-    predictor: Predictor, cut: Parts, how: ScanSettings, engine: Engine, checkpoints: Checkpoints | None, progress: Progress
-) -> Triggers:
-    """Of the infected labels, by images that the repair may see."""
-    seen = ImageSet(cut.tuning.images, cut.tuning.labels)
-    found = scan(predictor, seen, how, engine=engine, checkpoints=checkpoints, progress=progress)
-    return found.triggers.select([row for row, item in enumerate(found.figures.labels) if item.infected])
 
 
 def _named(labels: Sequence[int], names: Sequence[str]) -> list[str]:

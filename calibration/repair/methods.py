@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from calibration.checkpoints import Checkpoints
-from calibration.data import ImageSet, Progress
+from calibration.data import ImageSet, Progress, no_progress
 from calibration.engine import Engine
 from calibration.fine_tuning import TrainableCopy
 from calibration.inspection.neural_cleanse import Triggers
+from calibration.inspection.rounds import scan_again
 from calibration.inspection.scan import ScanSettings, scan
 from calibration.repair.batch_norm import switchable
 from calibration.repair.cases import Parts
@@ -147,39 +148,35 @@ def find_triggers(task: Task) -> Triggers:
     Raises:
         RepairError: No label is infected.
     """
-    part = task.clean.tuning
     settings = ScanSettings(search=task.settings.search, seed=task.settings.seed)
-    found = scan(
-        task.original,
-        ImageSet(part.images, part.labels),
-        settings,
-        engine=task.engine,
-        checkpoints=task.checkpoints,
-        progress=task.progress,
-    )
-    rows = [row for row, item in enumerate(found.figures.labels) if item.infected]
-    if not rows:
+    found = infected_by_scan(task.original, task.clean, settings, task.engine, task.checkpoints, task.progress)
+    if not len(found):
         raise RepairError(
             f"a scan finds no label infected, so that there is no trigger to {task.settings.method} by: look at guard scan's "
             "report, or use a method that needs none, like gym"
         )
-    return found.triggers.select(rows)
+    return found
+
+
+def infected_by_scan(
+    predictor: Predictor,
+    clean: Parts,
+    settings: ScanSettings,
+    engine: Engine,
+    checkpoints: Checkpoints | None = None,
+    progress: Progress = no_progress,
+) -> Triggers:
+    """The triggers of the labels that a scan finds infected, by images that a repair may see; none if it finds none."""
+    seen = ImageSet(clean.tuning.images, clean.tuning.labels)
+    return scan(predictor, seen, settings, engine=engine, checkpoints=checkpoints, progress=progress).infected
 
 
 def _unlearn(task: Task) -> Outcome:
-    how, seen = task.settings, task.clean.tuning
+    how, seen = task.settings, ImageSet(task.clean.tuning.images, task.clean.tuning.labels)
+    settings = ScanSettings(search=how.search, seed=how.seed)
 
     def again(copied: TrainableCopy, before: Triggers, number: int) -> Triggers:
-        """What a scan of the copy finds of labels that were infected."""
-
-        def shown(what: str, done: int, total: int) -> None:
-            task.progress(f"{what} {number + 1}", done, total)
-
-        settings = ScanSettings(search=how.search, seed=how.seed + number)
-        found = scan(copied.predictor, ImageSet(seen.images, seen.labels), settings, engine=task.engine, progress=shown)
-        known = set(before.labels.tolist())
-        rows = [row for row, item in enumerate(found.figures.labels) if item.infected and item.label_index in known]
-        return found.triggers.select(rows)
+        return scan_again(copied.predictor, before, seen, settings, number, task.engine, task.progress)[1]
 
     triggers = repair_by_unlearning(
         task.copied,
@@ -235,20 +232,20 @@ def _erase(task: Task) -> Outcome:
     return Outcome(erased=erased, exhibits=(generated(erased),), said=tuple(said))
 
 
-def success_on(predictor: Predictor, triggers: Triggers, images: Tensor, answers: Tensor) -> float | None:
+def success_on(says: Callable[[Tensor], Tensor], triggers: Triggers, images: Tensor, answers: Tensor) -> float | None:
     """The most that one of the triggers sends to its label, of the images that get another one without.
 
     Args:
-        predictor: The model.
-        triggers: Recovered.
+        says: The model: (B, C, H, W), in [0, 1], to what it makes of each label, (B, M).
+        triggers: Recovered; of pairs, those that are for one source count images of that source alone.
         images: (N, C, H, W), in [0, 1].
         answers: (N,), int64: labels without a trigger.
     """
     shares = []
-    for row, label in enumerate(triggers.labels.tolist()):
-        others = images[answers != label]
+    for row, (label, source) in enumerate(zip(triggers.labels.tolist(), triggers.sources.tolist(), strict=True)):
+        others = images[(answers != label) & ((answers == source) if source >= 0 else (answers >= 0))]
         if len(others):
-            got = torch.cat([predictor(triggers.put_on(row, part)).argmax(dim=1).cpu() for part in others.split(256)])
+            got = torch.cat([says(triggers.put_on(row, part)).argmax(dim=1).cpu() for part in others.split(256)])
             shares.append(float((got == label).double().mean()))
     return max(shares, default=None)
 

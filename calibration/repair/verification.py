@@ -11,7 +11,7 @@ A model that was tuned for a preprocessor is asked through it; it is not scanned
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -24,6 +24,7 @@ from calibration.inspection.neural_cleanse import Triggers
 from calibration.inspection.scan import ScanSettings, scan
 from calibration.planting import draw_plants, plant_trigger
 from calibration.repair.cases import Part, Parts
+from calibration.repair.methods import success_on
 from calibration.repair.record import Verification
 from guard import Predictor
 from guard.preprocessors import Preprocessor, answer_through
@@ -32,7 +33,6 @@ LEFT = 0.1
 """Share of images that a recovered trigger may still send to its label."""
 
 _AT_ONCE = 256
-_COPIES = (1, 2, 3)  # in each direction: one, four and nine
 
 
 @final
@@ -83,7 +83,7 @@ def verify(
     recovered = None
     if triggers is not None:
         generator = torch.Generator().manual_seed(settings.seed)
-        once, four, nine = (_still_works(candidate, triggers, side, clean.held_out, generator) for side in _COPIES)
+        once, four, nine = (_still_works(candidate, pasted(triggers, side), clean.held_out, generator) for side in (1, 2, 3))
         recovered = (once, four, nine)
     return Verification(rescan_infected=infected, recovered_success=recovered)
 
@@ -115,35 +115,29 @@ def red_team(original: Predictor, clean: Parts, repair: Repair, seed: int, progr
     return plant.name, before, _attack_success(repaired, plant.attack, clean.held_out, generator)
 
 
-def pasted(mask: Tensor, pattern: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """A trigger that is there `side` times in each direction, evenly, where it was and round the edges.
+def pasted(triggers: Triggers, side: int) -> Triggers:
+    """The same triggers, there `side` times in each direction, evenly, where they were and round the edges.
 
-    Args:
-        mask: (H, W), in [0, 1].
-        pattern: (C, H, W), in [0, 1].
-        side: Copies in each direction.
-
-    Returns:
-        Mask and pattern: of several copies on one pixel the one whose mask is larger there.
+    Of several copies on one pixel the one counts whose mask is larger there.
     """
-    height, width = mask.shape
+    height, width = triggers.masks.shape[1:]
     shifts = [(row * height // side, column * width // side) for row in range(side) for column in range(side)]
-    masks = torch.stack([mask.roll(shift, (0, 1)) for shift in shifts])
-    patterns = torch.stack([pattern.roll(shift, (1, 2)) for shift in shifts])
-    largest, which = masks.max(dim=0)
-    return largest, patterns.gather(0, which.expand(1, *pattern.shape)).squeeze(0)
+    masks, which = torch.stack([triggers.masks.roll(shift, (1, 2)) for shift in shifts]).max(dim=0)
+    patterns = torch.stack([triggers.patterns.roll(shift, (2, 3)) for shift in shifts])
+    chosen = which.unsqueeze(1).expand(triggers.patterns.shape).unsqueeze(0)
+    return replace(triggers, masks=masks, patterns=patterns.gather(0, chosen).squeeze(0))
 
 
-def _still_works(candidate: Candidate, triggers: Triggers, side: int, part: Part, generator: torch.Generator) -> float:
-    """The most that one of the triggers sends to its label, of images that get another one from the original."""
-    own, shares = part.answers.argmax(dim=1), [0.0]
-    for row, (label, source) in enumerate(zip(triggers.labels.tolist(), triggers.sources.tolist(), strict=True)):
-        others = part.images[(own != label) & ((own == source) if source >= 0 else (own >= 0))]
-        if len(others):
-            mask, pattern = pasted(triggers.masks[row], triggers.patterns[row], side)
-            got = _answers(candidate, (1.0 - mask) * others + mask * pattern, generator)
-            shares.append(float((got == label).double().mean()))
-    return max(shares)
+def _still_works(candidate: Candidate, triggers: Triggers, part: Part, generator: torch.Generator) -> float:
+    return (
+        success_on(
+            lambda images: answer_through(candidate.predictor, candidate.preprocessor, images, generator),
+            triggers,
+            part.images,
+            part.answers.argmax(dim=1),
+        )
+        or 0.0
+    )
 
 
 def _attack_success(candidate: Candidate, attack: Attack, part: Part, generator: torch.Generator) -> float:

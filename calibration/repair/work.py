@@ -117,7 +117,9 @@ def _key(
         None if clean is None else _digest(clean.pixels),
         None if clean is None or clean.labels is None else _digest(clean.labels),
         None if quarantined is None else _digest(quarantined),
-        None if triggers is None else [_digest(triggers.masks), _digest(triggers.patterns)],
+        None
+        if triggers is None
+        else [_digest(part) for part in (triggers.labels, triggers.sources, triggers.masks, triggers.patterns)],
     ]
 
 

@@ -210,3 +210,17 @@ def test_several_detectors_need_more_images(digits: Digits, backdoored: nn.Modul
     message = r"0\.01 for 2 detectors together needs at least 199 .* besides the overlays, got 150: .*, or use fewer detectors"
     with pytest.raises(CalibrationError, match=message):
         calibrate(backdoored, few, Settings(), triggers=triggers)
+
+
+def test_a_second_trigger_of_a_label_has_a_filter_of_its_own(
+    tmp_path: Path, digits: Digits, backdoored: nn.Module, triggers: tuple[FoundTrigger, ...]
+) -> None:
+    backend = wrap(backdoored)
+    both = infected_triggers(write_scan(tmp_path / "scan", backend, {7: corner()}, further=[(7, corner())]), backend)
+    assert [trigger.name for trigger in both] == ["7", "7-2"]
+    made = calibrate(backdoored, digits.clean, FILTER, triggers=both)
+    names = ("activation-filter-7", "activation-filter-7-2")
+    assert tuple(part.detector.name for part in made.parts) == names
+    made.save(tmp_path / "profile")
+    assert tuple(record.title for record in load_profile(tmp_path / "profile")[0].detectors) == names
+    assert rejected(Guard.load(tmp_path / "profile", backdoored), digits.triggered.images(slice(0, 100))) >= 98

@@ -20,8 +20,6 @@ from cli.demonstration.digits import Digits
 from guard import Predictor
 from tests.cli.conftest import Command
 
-pytestmark = pytest.mark.usefixtures("small_trigger")
-
 
 @pytest.fixture
 def model(tmp_path: Path, small_trigger: nn.Module) -> Path:

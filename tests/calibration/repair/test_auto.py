@@ -14,6 +14,7 @@ from calibration.inspection.scan import ScanSettings
 from calibration.repair import auto
 from calibration.repair.auto import choices, repair_automatically
 from calibration.repair.cases import Parts, clean_parts
+from calibration.repair.methods import success_on
 from calibration.repair.record import Verification
 from calibration.repair.settings import RepairSettings
 from calibration.repair.verification import Candidate, pasted, red_team, verify
@@ -139,26 +140,47 @@ def test_the_red_team_plants_and_measures(original: Predictor, cut: Parts) -> No
 
 
 def test_copies_of_a_trigger_by_hand() -> None:
-    mask, pattern = torch.zeros(4, 4), torch.zeros(1, 4, 4)
-    mask[0, 0], pattern[0, 0, 0] = 0.5, 1.0
-    four, colours = pasted(mask, pattern, 2)
-    assert torch.nonzero(four).tolist() == [[0, 0], [0, 2], [2, 0], [2, 2]]
-    assert four.sum() == 2.0
-    assert bool((colours[0][four > 0] == 1.0).all())
-    once, same = pasted(mask, pattern, 1)
-    assert torch.equal(once, mask)
-    assert torch.equal(same, pattern)
+    masks, patterns = torch.zeros(1, 4, 4), torch.zeros(1, 2, 4, 4)
+    masks[0, 0, 0], patterns[0, :, 0, 0] = 0.5, torch.tensor([1.0, 0.25])
+    one = Triggers(torch.tensor([3]), torch.tensor([-1]), masks, patterns, torch.ones(1), torch.zeros(1, dtype=torch.int64))
+    four = pasted(one, 2)
+    assert torch.nonzero(four.masks[0]).tolist() == [[0, 0], [0, 2], [2, 0], [2, 2]]
+    assert four.masks.sum() == 2.0
+    assert four.patterns[0][:, four.masks[0] > 0].tolist() == [[1.0] * 4, [0.25] * 4]
+    once = pasted(one, 1)
+    assert torch.equal(once.masks, masks)
+    assert torch.equal(once.patterns, patterns)
+
+
+def test_a_pairs_trigger_counts_images_of_its_source_alone() -> None:
+    ones = Triggers(
+        torch.tensor([3]),
+        torch.tensor([5]),
+        torch.ones(1, 1, 1),
+        torch.ones(1, 1, 1, 1),
+        torch.ones(1),
+        torch.zeros(1, dtype=torch.int64),
+    )
+    own = torch.tensor([5, 5, 1, 1, 3])
+
+    def says(images: Tensor) -> Tensor:
+        assert len(images) == 2
+        return nn.functional.one_hot(torch.tensor([3, 0]), 4)
+
+    assert success_on(says, ones, torch.zeros(5, 1, 1, 1), own) == 0.5
 
 
 def test_without_images_there_is_dhbe_alone(original: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
+    suspects = torch.rand(3, *original.spec.shape)
 
-    def stop(_predictor: Predictor, clean: ImageSet | None, settings: RepairSettings, **_: object) -> None:
+    def stop(_predictor: Predictor, clean: ImageSet | None, settings: RepairSettings, quarantined: Tensor, **_: object) -> None:
         assert clean is None
+        assert quarantined is suspects
         asked.append(settings.method)
         raise RepairError("enough")
 
     monkeypatch.setattr(auto, "repair", stop)
     with pytest.raises(RepairError, match="enough"):
-        repair_automatically(original, None, RepairSettings(method="gym"))
+        repair_automatically(original, None, RepairSettings(method="gym"), suspects)
     assert asked == ["dhbe"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -11,9 +13,11 @@ import pytest
 import torch
 
 from calibration import Hints, ImageSet, Settings, calibrate
+from calibration.checkpoints import Checkpoints
 from calibration.data import digests
 from calibration.discovery import discover
 from calibration.engine import Engine
+from calibration.inspection.neural_cleanse import Triggers
 from calibration.repair.cases import clean_parts, load_quarantined, quarantined_parts
 from calibration.repair.cyclegan import Training
 from calibration.repair.folder import save_repaired
@@ -363,3 +367,37 @@ def test_only_the_original_is_taken_for_a_tripwire(tmp_path: Path, engine: Engin
             open_tripwire(wrong, None, tmp_path, Hints(), again)
     with pytest.raises(ModelError, match="got the same model twice"):
         open_tripwire(original, None, tmp_path, Hints(), source)
+
+
+def test_checkpoints_are_of_the_triggers_that_are_repaired_by(
+    tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, clean = open_model("tests.toy:LearningToy", None, tmp_path), toys(200)
+    predictor = discover(source.backend, clean)
+    settings, said = RepairSettings(method="unlearn"), list[str]()
+    first = Triggers(
+        torch.tensor([1]), torch.tensor([-1]), torch.ones(1, 8, 8), torch.ones(1, 1, 8, 8), torch.ones(1), torch.zeros(1)
+    )
+
+    def interrupted(*args: object, checkpoints: Checkpoints, **kwargs: object) -> Repaired:
+        time.sleep(0.01)
+        checkpoints.save("unlearning", 1, arrays={"some": torch.zeros(1)})
+        raise RepairError("interrupted")
+
+    def attempt(triggers: Triggers) -> bool:
+        """Whether it goes on from the last attempt."""
+
+        def show(what: str, done: int, total: int) -> None:
+            said.append(what)
+
+        said.clear()
+        with pytest.raises(RepairError, match="interrupted"):
+            repair_into(tmp_path / "out", source, predictor, clean, settings, None, engine, show, triggers=triggers)
+        return said == ["going on from .out.checkpoint"]
+
+    monkeypatch.setattr("calibration.repair.work.repair", interrupted)
+    assert not attempt(first)
+    assert attempt(first)
+    for other in (replace(first, labels=first.labels + 1), replace(first, sources=first.sources + 1)):
+        assert not attempt(other)
+        assert attempt(other)

@@ -90,13 +90,10 @@ def test_without_triggers_the_model_is_scanned_first(
 
 
 def test_a_model_without_an_infected_label_has_nothing_to_unlearn(
-    digits: Digits, original: Predictor, monkeypatch: pytest.MonkeyPatch
+    digits: Digits, original: Predictor, recovered: Triggers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Figures:
-        labels = ()
-
     class Nothing:
-        figures = Figures()
+        infected = recovered.select([])
 
     monkeypatch.setattr(methods, "scan", lambda *_, **__: Nothing())
     with pytest.raises(RepairError, match=r"no label infected.*a method that needs none, like gym"):
