@@ -10,7 +10,6 @@ published, on the same models, is in `benchmarks.neural_cleanse`.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,18 +21,17 @@ from benchmarks.entry import enter
 from benchmarks.plans import Plan
 from benchmarks.reports import load_results, markdown, percent, run, versions
 from benchmarks.roster import SCANNED
-from benchmarks.strip import shuffled
+from benchmarks.scans import scanned
 from benchmarks.victims import CACHE, Victim, bars, victim
-from calibration.attacks import Attack, MultiTarget, SourceSpecific
+from calibration.attacks import Attack, MultiTarget
 from calibration.data import ImageSet
-from calibration.discovery import discover
-from calibration.inspection.neural_cleanse import Search, Triggers
-from calibration.inspection.record import LabelFinding, ScanFigures
-from calibration.inspection.scan import Scan, ScanSettings, scan
+from calibration.inspection.neural_cleanse import Search
+from calibration.inspection.record import LabelFinding, ScanFigures, read_scan
+from calibration.inspection.triggers import Triggers
+from calibration.inspection.triggers_file import read_infected
 from calibration.statistics import Estimate, proportion
 from guard.predictors import wrap
 
-_IMAGES = 1500
 _PLAIN = Search(steps=1008).plain()
 
 
@@ -94,27 +92,18 @@ def measure(name: str, parts: Parts, cache: Path = CACHE) -> Report:
     plan = SCANNED[name]
     with bars() as progress:
         found = victim(plan, parts, cache, progress)
-        clean = defenders_images(parts)
-        predictor = discover(wrap(found.model), clean)
-        started = time.monotonic()
-        pairs = isinstance(found.attack, SourceSpecific)
-        scanned = scan(predictor, clean, ScanSettings(pairs=pairs), progress=progress)
-        seconds = time.monotonic() - started
+        folder = scanned(found, parts, cache, progress, again=True)
+    record = read_scan(folder)
     return Report(
         name=name,
         command=f"python -m benchmarks.inspection measure --name {name}",
         plan=plan,
         targets=targets_of(found.attack),
-        figures=scanned.figures,
-        recovered=tuple(_recovered(scanned, found, parts)) if found.attack is not None else (),
-        seconds=seconds,
+        figures=ScanFigures(**{field: getattr(record, field) for field in ScanFigures.__struct_fields__}),
+        recovered=tuple(_recovered(folder, record, found, parts)),
+        seconds=record.seconds,
         libraries=versions(),
     )
-
-
-def defenders_images(parts: Parts) -> ImageSet:
-    """What a scan sees."""
-    return shuffled(parts.defender, 0).select(torch.arange(_IMAGES))
 
 
 def targets_of(attack: Attack | None) -> tuple[int, ...]:
@@ -127,16 +116,13 @@ def targets_of(attack: Attack | None) -> tuple[int, ...]:
     return () if label is None else (int(label),)
 
 
-def _recovered(scanned: Scan, found: Victim, parts: Parts) -> list[Recovered]:
+def _recovered(folder: Path, record: ScanFigures, found: Victim, parts: Parts) -> list[Recovered]:
     attack, images = found.attack, parts.evaluation
-    if attack is None:
+    if attack is None or not record.infected:
         return []
     some = images.images(slice(0, 500))
     true = (attack.trigger(some) - some).abs().amax(dim=(0, 1)) > 1e-3
-    kinds: list[tuple[Sequence[LabelFinding], Triggers | None]] = [
-        (scanned.figures.labels, scanned.triggers),
-        (scanned.figures.pairs, scanned.pair_triggers),
-    ]
+    triggers = read_infected(folder, wrap(found.model), pairs=True)
     return [
         Recovered(
             label_index=item.label_index,
@@ -145,10 +131,7 @@ def _recovered(scanned: Scan, found: Victim, parts: Parts) -> list[Recovered]:
             overlap=float(triggers.masks[row][true].sum() / triggers.masks[row].sum()),
             by_chance=float(true.double().mean()),
         )
-        for findings, triggers in kinds
-        if triggers is not None
-        for row, item in enumerate(findings)
-        if item.infected
+        for row, item in enumerate(item for item in (*record.labels, *record.pairs) if item.infected)
     ]
 
 

@@ -18,18 +18,20 @@ import msgspec
 
 from benchmarks.datasets import Parts
 from benchmarks.entry import enter
-from benchmarks.inspection import defenders_images, listed, targets_of
+from benchmarks.inspection import listed, targets_of
 from benchmarks.plans import Plan
 from benchmarks.reports import load_results, markdown, run, versions
 from benchmarks.roster import SCANNED
+from benchmarks.scans import defenders_images
 from benchmarks.victims import CACHE, bars, victim
 from calibration.data import ImageSet, Progress
 from calibration.discovery import discover
 from calibration.engine import Engine
 from calibration.fine_tuning import TrainableCopy
 from calibration.inspection.anomaly import anomaly_indices
-from calibration.inspection.neural_cleanse import Goals, Search, recover_triggers
+from calibration.inspection.neural_cleanse import Search, recover_triggers
 from calibration.inspection.scan import INDEX
+from calibration.inspection.triggers import Goals
 from guard import Predictor
 from guard.predictors import wrap
 

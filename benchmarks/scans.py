@@ -1,25 +1,49 @@
-"""Scans of victims, kept beside them: what several benchmarks look at is looked for once."""
+"""Scans of models, kept beside them: what several benchmarks look at is looked for once."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import torch
+
 from benchmarks.datasets import Parts
-from benchmarks.inspection import defenders_images
+from benchmarks.strip import shuffled
 from benchmarks.victims import Victim, name_of
-from calibration.data import Progress
+from calibration.attacks import SourceSpecific
+from calibration.data import ImageSet, Progress
 from calibration.discovery import discover
 from calibration.engine import Engine
 from calibration.inspection.scan import ScanSettings
 from calibration.inspection.work import scan_into
 from guard.predictors import wrap
 
+_IMAGES = 1500
 
-def scanned(found: Victim, parts: Parts, cache: Path, progress: Progress) -> Path:
-    """The folder that `guard scan` would write of a victim, with 1,500 of the defender's images."""
+
+def scanned(found: Victim, parts: Parts, cache: Path, progress: Progress, again: bool = False) -> Path:
+    """The folder that `guard scan` would write of a model, with 1,500 of the defender's images.
+
+    Pairs are searched for where the attack works from some labels alone.
+
+    Args:
+        found: The model.
+        parts: Its images.
+        cache: Of the victims; scans lie beside it.
+        progress: Told how far it is.
+        again: Scan even if there is a scan already, which may be by an older search.
+    """
     folder = cache.parent / "scans" / name_of(found.record.plan)
+    if again:
+        shutil.rmtree(folder, ignore_errors=True)
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         clean = defenders_images(parts)
-        scan_into(folder, discover(wrap(found.model), clean), clean, ScanSettings(), Engine(), progress)
+        settings = ScanSettings(pairs=isinstance(found.attack, SourceSpecific))
+        scan_into(folder, discover(wrap(found.model), clean), clean, settings, Engine(), progress)
     return folder
+
+
+def defenders_images(parts: Parts) -> ImageSet:
+    """What a scan sees."""
+    return shuffled(parts.defender, 0).select(torch.arange(_IMAGES))

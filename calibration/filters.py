@@ -13,7 +13,7 @@ from typing import final
 
 from torch import Tensor
 
-from calibration.inspection.neural_cleanse import blend
+from calibration.inspection.triggers import blend
 from calibration.inspection.triggers_file import read_infected
 from guard import Predictor
 from guard.detectors import ActivationFilter, excited_neurons

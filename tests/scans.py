@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from calibration.inspection.neural_cleanse import Triggers
 from calibration.inspection.record import JSON, SCHEMA, TRIGGERS, LabelFinding, ScanRecord
+from calibration.inspection.triggers import Triggers
 from guard import InputSpec
 from guard.predictors import Backend
 from tests.toy import SPEC

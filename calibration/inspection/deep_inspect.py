@@ -33,7 +33,7 @@ from calibration.data import Progress, no_progress
 from calibration.engine import Engine
 from calibration.inspection.anomaly import deviation_factors
 from calibration.inspection.model_inversion import Inversion, Pool, generator_of, invert, labels_of
-from calibration.inspection.neural_cleanse import images_at_once
+from calibration.inspection.passes import images_at_once
 from guard.errors import CalibrationError
 
 _NOISE = 16  # numbers in z, and of a label's embedding

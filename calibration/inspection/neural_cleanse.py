@@ -31,17 +31,16 @@ from calibration.checkpoints import Checkpoints
 from calibration.data import Progress, no_progress
 from calibration.engine import Engine
 from calibration.fine_tuning import Answers
-from guard.errors import CalibrationError, ModelError, one_line
+from calibration.inspection.passes import images_at_once
+from calibration.inspection.triggers import Goals, Triggers, blend, squash, unsquash
+from guard.errors import CalibrationError
 
-_EDGE = 1e-4  # of mask and pattern at the start: tanh has no gradient at its ends
 _BETAS = (0.5, 0.9)
 _MOST_WEIGHT = 1e6
 _NOW = 4  # steps over which success moves the weight
 _SMALLER = 0.98  # a mask that shrinks by less stands still
 _COPIES = 12  # of mask and pattern that a label needs at work: Adam's, gradients, the window's, the best
 _PER_LABEL = 1 << 30  # bytes for these
-_ACTIVATIONS = {"cpu": 1 << 28, "cuda": 1 << 32}  # bytes
-_AT_ONCE = {"cpu": 256, "cuda": 4096}  # images in a pass, at most: more are no faster
 _BETWEEN, _WORTH = 3.0, 20.0  # seconds from one checkpoint to the next, and at least so many times what one takes
 
 
@@ -84,93 +83,6 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
     def plain(self) -> Search:
         """The published schedule: every label gets all steps."""
         return msgspec.structs.replace(self, still=self.steps + 1, first=self.steps + 1)
-
-
-@final
-@dataclass(frozen=True)
-class Goals:
-    """What triggers are looked for.
-
-    Attributes:
-        labels: (K,), int64: to which label each trigger sends images.
-        sources: (K,), int64: only images that the model gives this label are to be sent there; -1 for all images.
-    """
-
-    labels: Tensor
-    sources: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @classmethod
-    def all_labels(cls, classes: int) -> Goals:
-        """To each label from everywhere."""
-        return cls.of(torch.arange(classes))
-
-    @classmethod
-    def of(cls, labels: Tensor) -> Goals:
-        """To these labels from everywhere."""
-        return cls(labels, torch.full_like(labels, -1))
-
-    @classmethod
-    def pairs(cls, classes: int) -> Goals:
-        """From each label to each other one; M (M - 1) of them, by target."""
-        labels = torch.arange(classes).repeat_interleave(classes)
-        sources = torch.arange(classes).repeat(classes)
-        return cls(labels[labels != sources], sources[labels != sources])
-
-    def select(self, rows: Tensor | slice) -> Goals:
-        """Some of them."""
-        return Goals(self.labels[rows], self.sources[rows])
-
-
-@final
-@dataclass(frozen=True)
-class Triggers:
-    """What was found, a row for each goal.
-
-    Attributes:
-        labels: (K,), int64.
-        sources: (K,), int64; -1 for all images.
-        masks: (K, H, W), in [0, 1]; all 1 where none was found.
-        patterns: (K, C, H, W), in [0, 1].
-        success: (K,), share of images that got the label while the mask was found.
-        passes: (K,), int64: images that went through the model for it.
-    """
-
-    labels: Tensor
-    sources: Tensor
-    masks: Tensor
-    patterns: Tensor
-    success: Tensor
-    passes: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def sizes(self) -> Tensor:
-        """(K,), L1 norms of the masks, in pixels."""
-        return self.masks.sum(dim=(1, 2))
-
-    def put_on(self, row: int, images: Tensor) -> Tensor:
-        """One of the triggers on images, (B, C, H, W) in [0, 1]."""
-        return blend(images, self.masks[row], self.patterns[row])
-
-    def select(self, rows: Tensor | list[int]) -> Triggers:
-        """Some of them, or none."""
-        return Triggers(*(getattr(self, name)[rows] for name in Triggers.__dataclass_fields__))
-
-    @classmethod
-    def together(cls, parts: list[Triggers]) -> Triggers:
-        """One after the other."""
-        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
-
-
-def blend(images: Tensor, masks: Tensor, patterns: Tensor) -> Tensor:
-    """(1 - m) x + m d; masks (..., H, W), patterns (..., C, H, W), images broadcast to (..., C, H, W)."""
-    masks = masks.unsqueeze(-3)
-    return (1.0 - masks) * images + masks * patterns
 
 
 def recover_triggers(
@@ -218,35 +130,6 @@ def recover_triggers(
 
         found.append(block.run(checkpoints, f"{name}-{number}", shown))
     return Triggers.together(found)
-
-
-def images_at_once(answers: nn.Module, images: Tensor, engine: Engine) -> int:
-    """How many images may be in a forward pass whose gradients are kept, so that memory stays bounded."""
-    per_image = (_kept_bytes(answers, images[:1], 3, engine) - _kept_bytes(answers, images[:1], 1, engine)) / 2.0
-    kind = "cuda" if engine.device.type == "cuda" else "cpu"
-    return int(min(max(_ACTIVATIONS[kind] / max(per_image, images[0].nbytes), 1), _AT_ONCE[kind]))
-
-
-def _kept_bytes(answers: nn.Module, image: Tensor, count: int, engine: Engine) -> int:
-    """What a forward pass of so many images keeps for its gradients."""
-    kept: dict[int, int] = {}
-
-    def keep(value: Tensor) -> Tensor:
-        storage = value.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return value
-
-    few = image.expand(count, -1, -1, -1).clone().requires_grad_(True)
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value), engine.autocast():
-            logits = answers(few)
-    except ModelError:
-        raise
-    except Exception as error:  # foreign code
-        raise ModelError(f"the model can't be run for gradients: {one_line(error)}") from error
-    if not logits.requires_grad:
-        raise ModelError("expected a model with gradients towards its input, got one without: pass its factory")
-    return sum(kept.values())
 
 
 @final
@@ -358,7 +241,7 @@ class _Block:
         """Some steps; then the trigger at their beginning is kept if it works and is smaller than any before."""
         search = self.search
         with torch.no_grad():
-            masks, patterns = _squash(self.masks), _squash(self.patterns)
+            masks, patterns = squash(self.masks), squash(self.patterns)
         successes = torch.zeros_like(self.weights)
         for step in range(number * search.window, (number + 1) * search.window):
             right = self._step(step)
@@ -389,7 +272,7 @@ class _Block:
         """Gradients of some labels; (R,), share of their images, (R, B), that got the label."""
         count, right = chosen.shape[1], torch.zeros(len(rows), device=rows.device)
         for number, part in enumerate(chosen.split(self.at_once, dim=1)):  # images, where not even one label's fit
-            masks, patterns = _squash(self.masks[rows]), _squash(self.patterns[rows])
+            masks, patterns = squash(self.masks[rows]), squash(self.patterns[rows])
             triggered = blend(self.images[part], masks.unsqueeze(1), patterns.unsqueeze(1)).clamp(0.0, 1.0)
             with self.engine.autocast():
                 logits = self.answers(triggered.flatten(0, 1)).float()
@@ -462,20 +345,12 @@ _STATE = ("rows", "weights", "over", "under", "recent", "since")
 _RESULTS = ("best_masks", "best_patterns", "best", "success", "passes")
 
 
-def _squash(free: Tensor) -> Tensor:
-    return (free.tanh() + 1.0) / 2.0
-
-
-def _unsquash(values: Tensor) -> Tensor:
-    return ((values * 2.0 - 1.0) * (1.0 - _EDGE)).atanh()
-
-
 def _lists(goals: Goals) -> tuple[list[int], list[int]]:
     return goals.labels.tolist(), goals.sources.tolist()
 
 
 def _start(shape: torch.Size, seed: int, label: int, source: int) -> tuple[Tensor, Tensor]:
-    """Uniform mask and pattern, before `_squash`."""
+    """Uniform mask and pattern, before `squash`."""
     generator = torch.Generator().manual_seed((seed * 100_003 + label) * 100_003 + source + 1)
     mask = torch.rand(shape[1:], generator=generator)
-    return _unsquash(mask), _unsquash(torch.rand(shape, generator=generator))
+    return unsquash(mask), unsquash(torch.rand(shape, generator=generator))

@@ -11,9 +11,9 @@ from torch import Tensor
 from calibration.inspection.deep_inspect import DeepInspected
 from calibration.inspection.deep_scan import DeepScan
 from calibration.inspection.figures import candidate_table, factor_table, figure_rows, median_l1, remarks, title, verdict
-from calibration.inspection.neural_cleanse import Triggers
 from calibration.inspection.record import LabelFinding
 from calibration.inspection.scan import Scan
+from calibration.inspection.triggers import Triggers
 from calibration.page import Section, montage, png, render
 
 _USUAL, _INFECTED, _LINE, _NATURAL = "#3b6ea8", "#c8553d", "#222222", "#8a8a8a"

@@ -16,9 +16,9 @@ from calibration.checkpoints import Checkpoints
 from calibration.data import ImageSet, Progress, no_progress
 from calibration.engine import Engine
 from calibration.fine_tuning import TrainableCopy
-from calibration.inspection.neural_cleanse import Triggers
 from calibration.inspection.record import LabelFinding
 from calibration.inspection.scan import Scan, ScanSettings, scan
+from calibration.inspection.triggers import Triggers
 from calibration.repair.cases import Part, clean_parts
 from calibration.repair.unlearning import TUNING, repair_by_unlearning
 from guard import Predictor

@@ -16,6 +16,7 @@ Blind to: triggers that cover the image or change with it, backdoors for which a
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,9 +33,12 @@ from calibration.data import ImageSet, Progress, no_progress
 from calibration.engine import Engine
 from calibration.fine_tuning import TrainableCopy
 from calibration.inspection.anomaly import anomaly_indices
-from calibration.inspection.neural_cleanse import Goals, Search, Triggers, recover_triggers
+from calibration.inspection.neural_cleanse import Search, recover_triggers
+from calibration.inspection.passes import says
 from calibration.inspection.record import LabelFinding, ScanFigures, SecondOpinion
 from calibration.inspection.reference import train_reference
+from calibration.inspection.strengthening import strengthen
+from calibration.inspection.triggers import Goals, Triggers
 from guard import Predictor
 from guard.errors import InspectionError
 
@@ -51,7 +55,6 @@ _TRANSFERS = 0.3  # success on the reference
 _COMPARED = 12  # other labels that the reference is searched for, to know what is usual for it
 _MOST_SEARCHED, _MOST_HELD_OUT = 1000, 500
 _HELD_OUT = 1.0 / 3.0
-_AT_ONCE = 256
 
 
 class ScanSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -140,19 +143,20 @@ def scan(
         how, seed = settings.search, settings.seed
         return recover_triggers(model.answers, searched, goals, how, seed, engine, checkpoints, name, progress)
 
-    known = _says(model.answers, searched, engine.device) if to_search.labels is None else to_search.labels
+    known = says(model.answers, searched, engine.device) if to_search.labels is None else to_search.labels
     judge = _Judge(model, searched, known, held_out.images(slice(None)), settings, engine, checkpoints, progress)
-    triggers = search(Goals.all_labels(classes), "labels")
-    labels = judge.findings(triggers, clean.class_names)
-    pair_triggers = search(Goals.pairs(classes), "pairs") if settings.pairs else None
-    pairs = () if pair_triggers is None else judge.findings(pair_triggers, clean.class_names)
+    triggers, labels = judge.findings(search(Goals.all_labels(classes), "labels"), clean.class_names)
+    pair_triggers: Triggers | None = None
+    pairs: tuple[LabelFinding, ...] = ()
+    if settings.pairs:
+        pair_triggers, pairs = judge.findings(search(Goals.pairs(classes), "pairs"), clean.class_names)
     everything = (*labels, *pairs)
     return Scan(
         ScanFigures(
             infected=any(item.infected for item in everything),
             labels=labels,
             pairs=pairs,
-            median_l1=float(triggers.sizes.double().quantile(0.5)),
+            median_l1=statistics.median(item.mask_l1 for item in labels),
             reference_agreement=judge.agreement,
             clean_images=len(searched),
             held_out=len(held_out),
@@ -214,18 +218,23 @@ class _Judge:
     ) -> None:
         self.model, self.searched, self.known, self.held_out = model, searched, known, held_out
         self.settings, self.engine, self.checkpoints, self.progress = settings, engine, checkpoints, progress
-        self.own = _says(model.answers, held_out, engine.device)
+        self.own = says(model.answers, held_out, engine.device)
         self.reference: nn.Module | None = None
         self.agreement: float | None = None
 
-    def findings(self, triggers: Triggers, names: Sequence[str]) -> tuple[LabelFinding, ...]:
-        """A verdict for each trigger."""
+    def findings(self, triggers: Triggers, names: Sequence[str]) -> tuple[Triggers, tuple[LabelFinding, ...]]:
+        """A verdict for each trigger, and the triggers, of which those of infected labels are strengthened."""
         sizes = triggers.sizes
         indices = anomaly_indices(sizes).tolist() if len(sizes) >= _SMALLEST else [None] * len(sizes)
         nominated = set(sizes.argsort()[:_SMALLEST].tolist())
         nominated |= {row for row, index in enumerate(indices) if index is not None and index > _NOMINATED}
         opinions = self._opinions(triggers, sorted(nominated))
-        return tuple(
+        infected = [row for row, opinion in opinions.items() if opinion.infected]
+        stronger = triggers.replace(
+            infected,
+            strengthen(self.model.answers, self.searched, triggers.select(infected), self.settings.seed, self.engine),
+        )
+        return stronger, tuple(
             LabelFinding(
                 label_index=int(label),
                 label=names[label] if label < len(names) else None,
@@ -233,7 +242,7 @@ class _Judge:
                 anomaly_index=index,
                 mask_l1=float(sizes[row]),
                 success=float(triggers.success[row]),
-                passes=int(triggers.passes[row]),
+                passes=int(stronger.passes[row]),
                 infected_by_index=index is not None and index > INDEX,
                 candidate=row in opinions,
                 second_opinion=opinions.get(row),
@@ -274,7 +283,7 @@ class _Judge:
         return self.held_out[(self.own != label) & ((self.own == source) if source >= 0 else (self.own >= 0))]
 
     def _share(self, answers: nn.Module, triggers: Triggers, row: int, images: Tensor) -> float:
-        found = _says(answers, triggers.put_on(row, images), self.engine.device)
+        found = says(answers, triggers.put_on(row, images), self.engine.device)
         return float((found == triggers.labels[row]).double().mean())
 
     def _natural(self, triggers: Triggers, suspects: Sequence[int]) -> dict[int, _Natural]:
@@ -282,7 +291,7 @@ class _Judge:
         seed = self.settings.seed
         if self.reference is None:
             self.reference = train_reference(self.searched, self.known, self.model.classes, seed, self.engine, self.progress)
-            answers = _says(self.reference, self.held_out, self.engine.device)
+            answers = says(self.reference, self.held_out, self.engine.device)
             self.agreement = float((answers == self.own).double().mean())
         order = torch.randperm(len(triggers), generator=torch.Generator().manual_seed(seed)).tolist()
         drawn = [row for row in order if row not in suspects][:_COMPARED]
@@ -309,12 +318,6 @@ def is_infected(opinion: SecondOpinion) -> bool:
         return False
     natural = opinion.size_ratio >= _SMALLER_THAN_NATURAL * min(1.0, opinion.reference_ratio)
     return opinion.success >= _WORKS and opinion.size_ratio < _SMALL and not natural and opinion.reference_success < _TRANSFERS
-
-
-def _says(answers: nn.Module, images: Tensor, device: torch.device) -> Tensor:
-    """Labels; (B,), int64."""
-    with torch.inference_mode():
-        return torch.cat([answers(part.to(device)).argmax(dim=1).cpu() for part in images.split(_AT_ONCE)])
 
 
 def spread(mask: Tensor) -> float:

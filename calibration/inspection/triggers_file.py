@@ -8,8 +8,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from calibration.inspection.neural_cleanse import Triggers
 from calibration.inspection.record import TRIGGERS, LabelFinding, ScanRecord, read_scan
+from calibration.inspection.triggers import Triggers
 from guard.errors import InspectionError
 from guard.predictors import Backend
 

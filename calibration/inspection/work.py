@@ -15,11 +15,11 @@ from calibration.checkpoints import Checkpoints
 from calibration.data import ImageSet, Progress, no_progress
 from calibration.engine import Engine
 from calibration.inspection.deep_scan import DeepScan, DeepScanSettings, deep_scan
-from calibration.inspection.neural_cleanse import Triggers
 from calibration.inspection.record import JSON, KIND, REPORT, SCHEMA, TRIGGERS, ScanFigures, ScanRecord
 from calibration.inspection.report import deep_scan_report, scan_report
 from calibration.inspection.rounds import scan_rounds
 from calibration.inspection.scan import Scan, ScanSettings
+from calibration.inspection.triggers import Triggers
 from calibration.versions import versions
 from guard import Predictor
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from calibration.checkpoints import Checkpoints
 from calibration.data import ImageSet, Progress, no_progress
 from calibration.engine import Engine
-from calibration.inspection.neural_cleanse import Triggers
 from calibration.inspection.scan import ScanSettings
+from calibration.inspection.triggers import Triggers
 from calibration.repair.cases import Parts, clean_parts
 from calibration.repair.methods import infected_by_scan
 from calibration.repair.record import Method, Verification

@@ -14,9 +14,9 @@ from calibration.checkpoints import Checkpoints
 from calibration.data import ImageSet, Progress, no_progress
 from calibration.engine import Engine
 from calibration.fine_tuning import TrainableCopy
-from calibration.inspection.neural_cleanse import Triggers
 from calibration.inspection.rounds import scan_again
 from calibration.inspection.scan import ScanSettings, scan
+from calibration.inspection.triggers import Triggers
 from calibration.repair.batch_norm import switchable
 from calibration.repair.cases import Parts
 from calibration.repair.codefend import TUNING, Learnt, fine_tune_codefend

@@ -24,7 +24,7 @@ from torch import Tensor
 from calibration.data import Progress, no_progress
 from calibration.engine import Engine
 from calibration.fine_tuning import TrainableCopy, trainable
-from calibration.inspection.neural_cleanse import Triggers
+from calibration.inspection.triggers import Triggers
 from calibration.repair.cases import Part, Parts
 from guard import Predictor
 from guard.errors import RepairError

@@ -21,7 +21,7 @@ from calibration.checkpoints import Checkpoints
 from calibration.data import ImageSet, Progress, digests, no_progress
 from calibration.engine import Engine
 from calibration.fine_tuning import TrainableCopy
-from calibration.inspection.neural_cleanse import Triggers
+from calibration.inspection.triggers import Triggers
 from calibration.repair.cases import Part, Parts, clean_parts, quarantined_parts
 from calibration.repair.codefend import Learnt
 from calibration.repair.exhibits import Exhibit

@@ -21,7 +21,7 @@ from calibration.checkpoints import Checkpoints
 from calibration.data import Progress, no_progress
 from calibration.engine import Engine
 from calibration.fine_tuning import TrainableCopy
-from calibration.inspection.neural_cleanse import Triggers, blend
+from calibration.inspection.triggers import Triggers, blend
 from calibration.repair.cases import Part, Parts, logits
 from calibration.repair.tuning import Lesson, Tuning, likeness, mix, tune
 from guard import Predictor

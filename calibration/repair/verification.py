@@ -20,8 +20,8 @@ from torch import Tensor
 from calibration.attacks import Attack
 from calibration.data import ImageSet, Progress
 from calibration.engine import Engine
-from calibration.inspection.neural_cleanse import Triggers
 from calibration.inspection.scan import ScanSettings, scan
+from calibration.inspection.triggers import Triggers
 from calibration.planting import draw_plants, plant_trigger
 from calibration.repair.cases import Part, Parts
 from calibration.repair.methods import success_on

@@ -12,7 +12,7 @@ from torch import Tensor
 from calibration.checkpoints import Checkpoints
 from calibration.data import ImageSet, Progress, no_progress
 from calibration.engine import Engine
-from calibration.inspection.neural_cleanse import Triggers
+from calibration.inspection.triggers import Triggers
 from calibration.repair.auto import repair_automatically
 from calibration.repair.folder import save_repaired
 from calibration.repair.record import RepairRecord

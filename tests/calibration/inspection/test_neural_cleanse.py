@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from calibration.checkpoints import Checkpoints
 from calibration.engine import Engine
-from calibration.inspection import neural_cleanse
+from calibration.inspection import neural_cleanse, passes
 from calibration.inspection.anomaly import anomaly_indices
-from calibration.inspection.neural_cleanse import Goals, Search, Triggers, blend, images_at_once, recover_triggers
+from calibration.inspection.neural_cleanse import Search, recover_triggers
+from calibration.inspection.passes import images_at_once
+from calibration.inspection.triggers import Goals, Triggers, blend
 from cli.demonstration.digits import ATTACK, Digits
 from guard.errors import CalibrationError, ModelError
 
@@ -68,7 +70,7 @@ def test_labels_do_not_disturb_each_other(
     images, search = digits.clean.images(slice(0, 200)), Search(steps=24, window=2).plain()
     together = recover_triggers(backdoored, images, Goals.all_labels(10), search, 0, engine)
     alone = recover_triggers(backdoored, images, Goals.of(torch.tensor([TARGET])), search, 0, engine)
-    monkeypatch.setitem(neural_cleanse._AT_ONCE, "cpu", 24)  # not even one label's images fit
+    monkeypatch.setitem(passes._AT_ONCE, "cpu", 24)  # not even one label's images fit
     monkeypatch.setattr(neural_cleanse, "_PER_LABEL", 1)  # several blocks
     in_blocks = recover_triggers(backdoored, images, Goals.all_labels(10), search, 0, engine)
     for name in ("masks", "patterns"):
@@ -93,7 +95,7 @@ def test_memory_is_bounded(digits: Digits, engine: Engine, monkeypatch: pytest.M
         return nn.Sequential(nn.Conv2d(1, channels, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * channels, 10))
 
     images, wide = digits.clean.images(slice(0, 64)), net(64)
-    monkeypatch.setitem(neural_cleanse._ACTIVATIONS, "cpu", 1 << 19)
+    monkeypatch.setitem(passes._ACTIVATIONS, "cpu", 1 << 19)
     few = images_at_once(wide, images, engine)
     assert 16 <= few <= 64  # 64 channels of 64 pixels are 8 or 16 KiB
     assert images_at_once(net(128), images, engine) == pytest.approx(few / 2, abs=1.0)

@@ -15,11 +15,12 @@ from calibration.discovery import discover
 from calibration.engine import Engine
 from calibration.inspection import scan as scanning
 from calibration.inspection.figures import candidate_table, remarks, verdict
-from calibration.inspection.neural_cleanse import Goals, Search, Triggers, recover_triggers
+from calibration.inspection.neural_cleanse import Search, recover_triggers
 from calibration.inspection.record import LabelFinding, ScanFigures, SecondOpinion, read_scan
 from calibration.inspection.reference import train_reference
 from calibration.inspection.report import scan_report, sizes_figure
 from calibration.inspection.scan import Scan, ScanSettings, is_infected, scan, spread
+from calibration.inspection.triggers import Goals, Triggers
 from calibration.inspection.work import scan_into
 from cli.demonstration.digits import Digits, train_backdoored
 from guard import Predictor

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from calibration.data import ImageSet
-from calibration.inspection.neural_cleanse import Triggers
+from calibration.inspection.triggers import Triggers
 from calibration.repair.cases import Part, Parts, clean_parts
 from cli.demonstration.digits import ATTACK, Digits
 from guard import Predictor

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from calibration import ImageSet
 from calibration.discovery import discover
 from calibration.engine import Engine
-from calibration.inspection.neural_cleanse import Search, Triggers
+from calibration.inspection.neural_cleanse import Search
 from calibration.inspection.scan import ScanSettings
+from calibration.inspection.triggers import Triggers
 from calibration.repair import auto
 from calibration.repair.auto import choices, repair_automatically
 from calibration.repair.cases import Parts, clean_parts

@@ -17,7 +17,7 @@ from calibration.checkpoints import Checkpoints
 from calibration.data import digests
 from calibration.discovery import discover
 from calibration.engine import Engine
-from calibration.inspection.neural_cleanse import Triggers
+from calibration.inspection.triggers import Triggers
 from calibration.repair.cases import clean_parts, load_quarantined, quarantined_parts
 from calibration.repair.cyclegan import Training
 from calibration.repair.folder import save_repaired

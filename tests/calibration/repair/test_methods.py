@@ -12,7 +12,7 @@ from calibration import ImageSet
 from calibration.checkpoints import Checkpoints
 from calibration.discovery import discover
 from calibration.engine import Engine
-from calibration.inspection.neural_cleanse import Triggers
+from calibration.inspection.triggers import Triggers
 from calibration.repair import methods
 from calibration.repair.figures import figure_rows, is_reliable, remarks
 from calibration.repair.record import Method

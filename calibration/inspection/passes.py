@@ -1,0 +1,48 @@
+"""Passes through a model: how many images at once, and what it says of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from calibration.engine import Engine
+from guard.errors import ModelError, one_line
+
+_ACTIVATIONS = {"cpu": 1 << 28, "cuda": 1 << 32}  # bytes
+_AT_ONCE = {"cpu": 256, "cuda": 4096}  # images in a pass, at most: more are no faster
+_WITHOUT_GRADIENTS = 256  # images
+
+
+def images_at_once(answers: nn.Module, images: Tensor, engine: Engine) -> int:
+    """How many images may be in a forward pass whose gradients are kept, so that memory stays bounded."""
+    per_image = (_kept_bytes(answers, images[:1], 3, engine) - _kept_bytes(answers, images[:1], 1, engine)) / 2.0
+    kind = "cuda" if engine.device.type == "cuda" else "cpu"
+    return int(min(max(_ACTIVATIONS[kind] / max(per_image, images[0].nbytes), 1), _AT_ONCE[kind]))
+
+
+def _kept_bytes(answers: nn.Module, image: Tensor, count: int, engine: Engine) -> int:
+    """What a forward pass of so many images keeps for its gradients."""
+    kept: dict[int, int] = {}
+
+    def keep(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    few = image.expand(count, -1, -1, -1).clone().requires_grad_(True)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value), engine.autocast():
+            logits = answers(few)
+    except ModelError:
+        raise
+    except Exception as error:  # foreign code
+        raise ModelError(f"the model can't be run for gradients: {one_line(error)}") from error
+    if not logits.requires_grad:
+        raise ModelError("expected a model with gradients towards its input, got one without: pass its factory")
+    return sum(kept.values())
+
+
+def says(answers: nn.Module, images: Tensor, device: torch.device) -> Tensor:
+    """Labels, (B,), int64, on the processor, that a model on the device gives images, (B, C, H, W)."""
+    with torch.inference_mode():
+        return torch.cat([answers(part.to(device)).argmax(dim=1).cpu() for part in images.split(_WITHOUT_GRADIENTS)])
