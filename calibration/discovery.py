@@ -18,6 +18,7 @@ from calibration.data import ImageSet
 from guard.errors import GuardError, InputError, ModelError, one_line
 from guard.images import Container, DType, InputSpec, Layout
 from guard.predictors import Backend, OutputKind, Predictor
+from guard.predictors.exported import ExportedBackend
 from guard.predictors.onnx import OnnxBackend
 from guard.predictors.outputs import as_tensor, detect_kind
 
@@ -62,7 +63,7 @@ class _Trial:
 
 def declared_shape(backend: Backend) -> tuple[int, int, int] | None:
     """(C, H, W) that a model file declares, where it does."""
-    if not isinstance(backend, OnnxBackend) or len(backend.input_shape) != 4:
+    if not isinstance(backend, OnnxBackend | ExportedBackend) or len(backend.input_shape) != 4:
         return None
     _, first, second, third = backend.input_shape
     shape = (third, first, second) if first not in (1, 3) and third in (1, 3) else (first, second, third)

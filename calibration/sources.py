@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, final
 import msgspec
 from safetensors.torch import save_file
 
-from calibration.discovery import Hints
+from calibration.discovery import Hints, declared_shape
 from calibration.repair.record import RepairRecord, is_repaired, read_learnt, read_record
 from guard.errors import ModelError, ProfileError, RepairError
 from guard.loading import load_profile_backend
@@ -45,6 +45,11 @@ class ModelSource:
     def preprocessor(self) -> AnyPreprocessor | None:
         """That the model was tuned for."""
         return None if self.repair is None else self.repair.preprocessor
+
+    @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """(C, H, W) of the images, where the file declares it or a repaired model's folder knows."""
+        return declared_shape(self.backend) if self.repair is None else self.repair.input.shape
 
     def hints(self, given: Hints) -> Hints:
         """What the user says and, for what he leaves open, what a repaired model's folder knows of its input."""

@@ -159,7 +159,7 @@ def calibrate_command(
     with needs("calibration"):
         from calibration import DetectorChoice, Settings, calibrate, load_images
         from calibration.calibrate import without
-        from calibration.discovery import declared_shape, discover
+        from calibration.discovery import discover
         from calibration.filters import infected_triggers
         from calibration.fine_tuning import trainable
         from calibration.red_team_report import red_team_sections
@@ -203,7 +203,7 @@ def calibrate_command(
         looked_at = source.backend if watched is None else watched[0].backend
         triggers = () if scan is None else infected_triggers(scan, looked_at)
         settings = msgspec.structs.replace(settings, triggers=len(triggers))
-        size = options.shape(shape) or (declared_shape(source.backend) if data.is_dir() else None)
+        size = options.shape(shape) or (source.image_shape if data.is_dir() else None)
         clean = load_images(data, size, skip_unreadable=skip_unreadable, progress=progress)
         skipped = clean.skipped
         if red_team:

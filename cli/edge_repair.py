@@ -187,10 +187,9 @@ def _write_sets(
 ) -> dict[str, Path]:
     """The clean set and the quarantine as `.npz`, by name."""
     from calibration.data import ImageSet, load_images
-    from calibration.discovery import declared_shape
     from calibration.repair.cases import check_enough, load_quarantined
 
-    size = images.shape or (declared_shape(source.backend) if images.clean.is_dir() else None)
+    size = images.shape or (source.image_shape if images.clean.is_dir() else None)
     clean = load_images(images.clean, size, skip_unreadable=images.skip_unreadable, progress=progress)
     for name, reason in clean.skipped:
         typer.echo(f"skipped {name}: {reason}", err=True)

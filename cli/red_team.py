@@ -57,7 +57,7 @@ def red_team_command(
     """
     with needs("calibration"):
         from calibration import load_images, red_team
-        from calibration.discovery import declared_shape, discover
+        from calibration.discovery import discover
         from calibration.fine_tuning import trainable
         from calibration.red_team import check_images
         from calibration.red_team_report import red_team_report
@@ -69,7 +69,7 @@ def red_team_command(
     with tempfile.TemporaryDirectory(prefix="guard-") as scratch, progress_bars() as progress:
         source = open_model(model, weights, Path(scratch))
         trainable(source.backend)
-        size = options.shape(shape) or (declared_shape(source.backend) if data.is_dir() else None)
+        size = options.shape(shape) or (source.image_shape if data.is_dir() else None)
         clean = load_images(data, size, skip_unreadable=skip_unreadable, progress=progress)
         check_images(len(clean), frr, overlays)
         predictor = discover(source.backend, clean, source.hints(hints))

@@ -111,12 +111,12 @@ def read_inputs(
     """
     with needs("repair"):
         from calibration.data import load_images
-        from calibration.discovery import declared_shape, discover, discover_without_images
+        from calibration.discovery import discover, discover_without_images
         from calibration.repair.cases import check_enough, load_quarantined
 
     hints, clean = source.hints(given), None
     if data is None:
-        shape = shape or (declared_shape(source.backend) if source.repair is None else source.repair.input.shape)
+        shape = shape or source.image_shape
         if shape is None:
             raise InputError(
                 "expected --shape C,H,W without --data, as the model does not say what images it takes, got none: add it, like "
@@ -124,7 +124,7 @@ def read_inputs(
             )
         predictor = discover_without_images(source.backend, shape, hints)
     else:
-        shape = shape or (declared_shape(source.backend) if data.is_dir() else None)
+        shape = shape or (source.image_shape if data.is_dir() else None)
         clean = load_images(data, shape, skip_unreadable=skip_unreadable, progress=progress)
         check_enough(clean, None)
         predictor = discover(source.backend, clean, hints)

@@ -107,8 +107,8 @@ def scan_command(
     of all classes do; labels are optional.
 
     Without any image, --method deep-inspect recovers some from the model, and
-    learns to make triggers for them. Give --shape, and --mean and --std if the
-    model does not normalise for itself: nothing else could tell.
+    learns to make triggers for them. Give --shape if the model's file does not
+    say it, and --mean and --std if the model does not normalise for itself.
 
     The exit code is 0 if the model seems clean, 1 if it is infected, and 2 if
     something went wrong. DIR then holds scan.json, the triggers and report.html.
@@ -117,7 +117,7 @@ def scan_command(
 
     Example: guard scan model.pt2 --data clean/ --out scanned
 
-    Example: guard scan model.pt2 --method deep-inspect --shape 3,32,32 --out scanned
+    Example: guard scan model.pt2 --method deep-inspect --out scanned
 
     Ctrl-C leaves DIR as it was; the same command goes on from there.
     """
@@ -131,7 +131,7 @@ def scan_command(
     _check_options(method, data, [name for name, given in needless.items() if given])
     with needs("repair"):
         from calibration.data import load_images
-        from calibration.discovery import declared_shape, discover
+        from calibration.discovery import discover
         from calibration.engine import Engine
         from calibration.fine_tuning import trainable
         from calibration.inspection.deep_inspect import DeepInspectSettings
@@ -155,7 +155,7 @@ def scan_command(
         if data is None:
             predictor = _without_images(source, size, given)
         else:
-            size = size or (declared_shape(source.backend) if data.is_dir() else None)
+            size = size or (source.image_shape if data.is_dir() else None)
             clean = load_images(data, size, skip_unreadable=skip_unreadable, progress=progress)
             predictor = discover(source.backend, clean, source.hints(given))
         settle_threads(predictor)
@@ -200,10 +200,9 @@ def _without_images(source: ModelSource, size: tuple[int, int, int] | None, give
     Raises:
         InputError: Their shape is not.
     """
-    from calibration.discovery import declared_shape, discover_without_images
+    from calibration.discovery import discover_without_images
 
-    if size is None:
-        size = declared_shape(source.backend) if source.repair is None else source.repair.input.shape
+    size = size or source.image_shape
     if size is None:
         raise InputError(
             "expected --shape C,H,W with --method deep-inspect, for a model that does not say what images it takes, got none: "

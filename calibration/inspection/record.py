@@ -53,8 +53,9 @@ class LabelFinding(msgspec.Struct, frozen=True, kw_only=True):
         source_index: From which; None for all.
         anomaly_index: How far its size lies below the median, in robust standard deviations; negative above; None of fewer
             than three labels. Of DeepInspect the deviation factor.
-        mask_l1: Size of its trigger, in pixels: L1 norm of the mask, or of what is added to an image.
-        success: Share of images that the trigger sends to the label, while it was found.
+        mask_l1: Size of the smallest trigger that was found, in pixels: L1 norm of the mask, or of what is added to an image.
+            Of an infected label a scan stores a stronger one, see `strengthening`.
+        success: Share of images that the smallest trigger sends to the label, while it was found.
         passes: Images that went through the model for it.
         infected_by_index: What the index alone would say: over 2.
         candidate: Whether it got a second opinion; of DeepInspect, whether its factor is over 2, so that its size decides.

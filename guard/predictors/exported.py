@@ -25,13 +25,13 @@ class ExportedBackend:
 
     Args:
         run: The program as a function.
-        batch_size: The fixed batch size it was exported with; None when the batch is dynamic.
+        input_shape: Declared shape; None where an axis is dynamic.
         sha256: Of its file.
         device: Where it runs.
     """
 
     run: Callable[[Tensor], object]
-    batch_size: int | None
+    input_shape: tuple[int | None, ...]
     sha256: str
     device: str = "cpu"
 
@@ -55,13 +55,18 @@ class ExportedBackend:
         shapes = [node.meta["val"].shape for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs]
         if len(shapes) != 1 or len(shapes[0]) == 0:
             raise ModelError(f"expected a program of one batch of images, got {path.name} with {len(shapes)} inputs")
-        size = shapes[0][0]
-        return cls(program.module(), size if isinstance(size, int) else None, file_sha256(path), device)
+        shape = tuple(size if isinstance(size, int) else None for size in shapes[0])
+        return cls(program.module(), shape, file_sha256(path), device)
 
     @property
     def kind(self) -> BackendKind:
         """`torch-export`."""
         return "torch-export"
+
+    @property
+    def batch_size(self) -> int | None:
+        """The fixed batch size that it was exported with; None when the batch is dynamic."""
+        return self.input_shape[0]
 
     def __call__(self, batch: Array) -> object:
         """Run the program, in chunks where its batch size is fixed."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -10,11 +13,12 @@ from torch import Tensor, nn
 
 from calibration import Hints
 from calibration.discovery import discover_without_images
+from calibration.sources import open_model
 from guard import InputSpec
 from guard.errors import InputError, ModelError
 from guard.predictors import wrap
-from tests.guard.models import predict_function
-from tests.toy import SPEC, ToyNet, toy_images
+from tests.guard.models import predict_function, save_exported, save_onnx, save_torchscript
+from tests.toy import SPEC, LearningToy, ToyNet, toy_images
 
 SHAPE = SPEC.shape
 
@@ -74,3 +78,15 @@ def test_the_global_generator_is_left_alone() -> None:
     before = torch.get_rng_state()
     discover_without_images(wrap(ToyNet()), SHAPE)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_shape_that_a_file_declares(tmp_path: Path) -> None:
+    for file in (
+        save_onnx(tmp_path / "a.onnx"),
+        save_onnx(tmp_path / "b.onnx", msgspec.structs.replace(SPEC, layout="NHWC")),
+        save_exported(LearningToy(), tmp_path / "c.pt2"),
+        save_exported(LearningToy(), tmp_path / "d.pt2", batch=5),
+    ):
+        assert open_model(str(file), None, tmp_path).image_shape == SPEC.shape
+    assert open_model("tests.toy:LearningToy", None, tmp_path).image_shape is None
+    assert open_model(str(save_torchscript(LearningToy(), tmp_path / "e.pt")), None, tmp_path).image_shape is None

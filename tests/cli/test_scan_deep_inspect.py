@@ -32,7 +32,7 @@ def clean_model(tmp_path_factory: pytest.TempPathFactory, digits: Digits, clean_
 
 def test_an_infected_model_and_what_others_say_to_its_scan(tmp_path: Path, files: Files, guard: Command) -> None:
     out = tmp_path / "scan"
-    run = guard("scan", files.model, *BLIND, *SHAPE, "--out", out, "--steps", 240)
+    run = guard("scan", files.model, *BLIND, "--out", out, "--steps", 240)  # its file says the shape
     assert run.code == 1, run.err
     assert f"The model is backdoored: label {ATTACK.target_label}." in run.out
     assert "deviation factor" in run.out
@@ -85,7 +85,6 @@ def test_a_repaired_model_knows_its_shape(tmp_path: Path, clean_model: Path, gua
     ("given", "problem"),
     [
         ((), "expected --data CLEAN with --method neural-cleanse, which puts triggers on clean images, got none: add it"),
-        (BLIND, "expected --shape C,H,W with --method deep-inspect, for a model that does not say what images it takes"),
         ((*BLIND, *SHAPE, "--data", "DATA"), "expected --data with --method neural-cleanse alone, got deep-inspect"),
         ((*BLIND, *SHAPE, "--pairs", "--plain"), "expected --pairs and --plain with --method neural-cleanse alone, got"),
         ((*BLIND, *SHAPE, "--skip-unreadable"), "expected --skip-unreadable with --method neural-cleanse alone, got"),
@@ -99,6 +98,11 @@ def test_options_that_do_not_fit(tmp_path: Path, files: Files, guard: Command, g
     given = tuple(files.clean if item == "DATA" else item for item in given)
     assert problem in guard("scan", files.model, "--out", tmp_path / "scan", *given).problem
     assert not any(tmp_path.iterdir())
+
+
+def test_a_factory_does_not_say_the_shape(tmp_path: Path, guard: Command) -> None:
+    run = guard("scan", "tests.toy:LearningToy", *BLIND, "--out", tmp_path / "scan")
+    assert "expected --shape C,H,W with --method deep-inspect, for a model that does not say what images" in run.problem
 
 
 def test_two_labels_are_too_few(tmp_path: Path, guard: Command) -> None:
