@@ -52,7 +52,7 @@ def test_a_clean_model_ends_with_0(tmp_path: Path, files: Files, digits: Digits,
 
 def test_an_interrupted_scan_goes_on(tmp_path: Path, files: Files, infected: Path, guard: Command) -> None:
     out = tmp_path / "scan"
-    arguments = ("scan", infected, "--data", files.clean, "--out", out, "--plain", "--steps", 480)
+    arguments = ("scan", infected, "--data", files.clean, "--out", out, "--plain", "--steps", 320)
     command = [sys.executable, "-m", "cli.main", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
