@@ -39,7 +39,7 @@ from calibration.repair.repair import repair
 from calibration.repair.settings import NEEDS_TRIGGERS, RepairSettings
 from calibration.statistics import Estimate
 from guard import Predictor
-from guard.errors import InputError, InspectionError, RepairError
+from guard.errors import InputError, InspectionError, ModelError, RepairError
 from guard.predictors import wrap
 from guard.preprocessors import Preprocessor
 
@@ -136,7 +136,7 @@ def measure_plan(name: str, plan: Plan, parts: Parts, cache: Path = CACHE) -> Re
             minutes = (time.monotonic() - started) / 60.0
             figures = repaired.figures
             after = exams(repaired.predictor, found.attack, parts.evaluation, repaired.preprocessor)
-        except (RepairError, InspectionError) as reason:
+        except (RepairError, InspectionError, ModelError) as reason:
             gave_up, minutes = str(reason), (time.monotonic() - started) / 60.0
     return Report(
         name=name,
