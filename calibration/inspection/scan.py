@@ -5,7 +5,7 @@ others, which is not much: it misses backdoors, and accuses labels that are mere
 candidates, the three smallest sizes and every index over 1, and a second opinion decides. A candidate is infected if
 
 1. its trigger works on images that the search has not seen,
-2. it needs less than 0.4 times what the other labels need, by their median, and
+2. it needs less than 0.4 times what the other labels need, by their median (a pair less than 0.25 times what others do), and
 3. a clean reference of the same task (`reference`) does not speak for an easy label: there, the trigger does not work, and the
    label needs not as little: the ratio is less than 0.6 times the one that the label has in the reference.
 
@@ -50,6 +50,7 @@ _NOMINATED = 1.0  # an index over it gets a second opinion
 _SMALLEST = 3  # and so do the smallest
 _WORKS = 0.9
 _SMALL = 0.4  # of the median
+_SMALL_PAIR = 0.25  # likewise, of a pair: the smallest of M (M - 1) sizes is naturally smaller than that of M
 _SMALLER_THAN_NATURAL = 0.6  # of the ratio in the reference
 _TRANSFERS = 0.3  # success on the reference
 _COMPARED = 12  # other labels that the reference is searched for, to know what is usual for it
@@ -256,7 +257,8 @@ class _Judge:
     def _opinions(self, triggers: Triggers, rows: Sequence[int]) -> dict[int, SecondOpinion]:
         ratios = {row: _ratio(triggers.sizes, row) for row in rows}
         successes = {row: self._success(triggers, row) for row in rows}
-        suspects = [row for row in rows if ratios[row] < _SMALL and successes[row] >= _WORKS]
+        limits = {row: _SMALL if int(triggers.sources[row]) < 0 else _SMALL_PAIR for row in rows}
+        suspects = [row for row in rows if ratios[row] < limits[row] and successes[row] >= _WORKS]
         natural = self._natural(triggers, suspects) if suspects else {}
         opinions = {}
         for row in rows:
@@ -270,7 +272,7 @@ class _Judge:
                 reference_success=None if reference is None else reference.success,
                 infected=False,
             )
-            opinions[row] = msgspec.structs.replace(opinion, infected=is_infected(opinion))
+            opinions[row] = msgspec.structs.replace(opinion, infected=is_infected(opinion, limits[row]))
         return opinions
 
     def _success(self, triggers: Triggers, row: int) -> float:
@@ -312,12 +314,17 @@ class _Judge:
         }
 
 
-def is_infected(opinion: SecondOpinion) -> bool:
-    """The rule; see the top of this file."""
+def is_infected(opinion: SecondOpinion, limit: float = _SMALL) -> bool:
+    """The rule; see the top of this file.
+
+    Args:
+        opinion: Of a label, or of a pair.
+        limit: Of the ratio.
+    """
     if opinion.reference_ratio is None or opinion.reference_success is None:
         return False
     natural = opinion.size_ratio >= _SMALLER_THAN_NATURAL * min(1.0, opinion.reference_ratio)
-    return opinion.success >= _WORKS and opinion.size_ratio < _SMALL and not natural and opinion.reference_success < _TRANSFERS
+    return opinion.success >= _WORKS and opinion.size_ratio < limit and not natural and opinion.reference_success < _TRANSFERS
 
 
 def spread(mask: Tensor) -> float:
