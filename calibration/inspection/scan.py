@@ -231,9 +231,9 @@ class _Judge:
         nominated |= {row for row, index in enumerate(indices) if index is not None and index > _NOMINATED}
         opinions = self._opinions(triggers, sorted(nominated))
         infected = [row for row, opinion in opinions.items() if opinion.infected]
+        chosen, seed = triggers.select(infected), self.settings.seed
         stronger = triggers.replace(
-            infected,
-            strengthen(self.model.answers, self.searched, triggers.select(infected), self.settings.seed, self.engine),
+            infected, strengthen(self.model.answers, self.searched, chosen, seed, self.engine, self.progress)
         )
         return stronger, tuple(
             LabelFinding(

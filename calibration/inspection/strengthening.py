@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from calibration.data import Progress, no_progress
 from calibration.engine import Engine
 from calibration.fine_tuning import Answers
 from calibration.inspection.passes import images_at_once, says
@@ -23,7 +24,14 @@ _WEIGHT = 0.01
 _INSIDE = 1e-3  # of mask and pattern: further out there is hardly a gradient
 
 
-def strengthen(answers: Answers | nn.Module, images: Tensor, triggers: Triggers, seed: int, engine: Engine) -> Triggers:
+def strengthen(
+    answers: Answers | nn.Module,
+    images: Tensor,
+    triggers: Triggers,
+    seed: int,
+    engine: Engine,
+    progress: Progress = no_progress,
+) -> Triggers:
     """The triggers, stronger; a trigger that does not get stronger stays as it is, but for the passes.
 
     Args:
@@ -32,6 +40,7 @@ def strengthen(answers: Answers | nn.Module, images: Tensor, triggers: Triggers,
         triggers: That it found.
         seed: Of the draws.
         engine: Where.
+        progress: Told how far it is, in triggers.
     """
     at_once = min(_IMAGES, images_at_once(answers, images.to(engine.device), engine))
     own = says(answers, images, engine.device)
@@ -40,6 +49,7 @@ def strengthen(answers: Answers | nn.Module, images: Tensor, triggers: Triggers,
         one, label, source = triggers.select([row]), int(triggers.labels[row]), int(triggers.sources[row])
         others = images[(own != label) & ((own == source) if source >= 0 else (own >= 0))]
         found.append(_one(answers, others, one, seed, engine, at_once) if len(others) else one)
+        progress("strengthening triggers", row + 1, len(triggers))
     return Triggers.together(found) if found else triggers
 
 
