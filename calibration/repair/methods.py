@@ -119,17 +119,16 @@ def apply(task: Task) -> Outcome:
             return _unlearn(task)
         case "prune":
             pruned = repair_by_pruning(copied, original, clean, _given(task), Pruning(), task.engine, task.progress)
-            return Outcome(triggers=_given(task), said=(_pruned(pruned),))
+            return Outcome(
+                triggers=_given(task), said=(_pruned(pruned, "neurons that the layer after the last convolution hears"),)
+            )
         case "gdm":
             return _unlearn_modelled(task)
         case "dhbe":
             return _erase(task)
         case "fine-prune":
-            return Outcome(
-                said=(
-                    _pruned(repair_by_fine_pruning(copied, original, clean, FinePruning(fine_tuning=_fine_tuning(how)), *rest)),
-                )
-            )
+            pruned = repair_by_fine_pruning(copied, original, clean, FinePruning(fine_tuning=_fine_tuning(how)), *rest)
+            return Outcome(said=(_pruned(pruned, "channels of the last convolution"),))
         case "fine-tune":
             repair_by_fine_tuning(copied, original, clean, _fine_tuning(how), *rest)
         case "nad":
@@ -271,5 +270,5 @@ def _mcr(how: RepairSettings) -> Mcr:
     return msgspec.structs.replace(usual, end=_fine_tuning(how), bend=bend)
 
 
-def _pruned(pruned: Pruned) -> str:
-    return f"{len(pruned.channels)} of {pruned.total} channels of the last convolution were silenced."
+def _pruned(pruned: Pruned, of_what: str) -> str:
+    return f"{len(pruned.channels):,} of {pruned.total:,} {of_what} were silenced."

@@ -1,4 +1,4 @@
-"""Activations inside a model: of its second-to-last layer, or of its last convolution.
+"""Activations inside a model: of its second-to-last layer, of its last convolution, or what a linear layer takes from that.
 
 A forward pass is watched function by function (`torch.overrides.TorchFunctionMode`), so that "last" means executed last and a
 plain module and a `torch.export` program are looked into alike. The module is never touched, and the watch is its thread's
@@ -22,10 +22,11 @@ from guard.predictors.module import ModuleBackend
 from guard.predictors.outputs import as_tensor
 from guard.predictors.predictor import Backend, Predictor
 
-Layer = Literal["penultimate", "last_convolution"]
+Layer = Literal["penultimate", "last_convolution", "features"]
 """`penultimate`: what the last linear layer takes, (B, F); in a model without one, the spatial mean of what its last
 convolution takes. `last_convolution`: what the last 2-D convolution gives, after the batch norm and the activation that
-directly follow it, (B, C, H, W).
+directly follow it, (B, C, H, W). `features`: what the first linear layer after the last convolution takes, (B, F), so its
+neurons one by one where they are flattened; in a model without such a layer the same as `penultimate`.
 """
 
 _INSTEAD = "pass package.module:factory or a .pt2 file instead"
@@ -121,8 +122,8 @@ def activations(predictor: Predictor, images: Tensor, layer: Layer) -> Tensor:
 def silence(module: nn.Module, layer: Layer, channels: Tensor, batch: Tensor) -> None:
     """Make neurons or channels count as 0 for every input, by weights alone, in place.
 
-    Of the penultimate layer, the last layer's weights for them become 0: they still fire, unheard. Of the last convolution,
-    its weights and biases and those of the batch norm behind it become 0: the channels are 0.
+    Of the penultimate layer and of the features, the next layer's weights for them become 0: they still fire, unheard. Of the
+    last convolution, its weights and biases and those of the batch norm behind it become 0: the channels are 0.
 
     Args:
         module: A copy that may change.
@@ -165,7 +166,7 @@ def _watched(tap: Tap, batch: Tensor) -> _Watch:
 
 def _silent(watch: _Watch, layer: Layer, channels: Tensor) -> bool:
     """Whether zeros that were written are what the model used: not so where it computes its weights."""
-    found = watch.weights(layer) if layer == "penultimate" else [(watch.activations(layer), 1)]
+    found = [(watch.activations(layer), 1)] if layer == "last_convolution" else watch.weights(layer)
     return not any(bool(values.index_select(axis, channels.to(values.device)).any()) for values, axis in found)
 
 
@@ -192,7 +193,7 @@ class _Executed:
 
 @final
 class _Watch(TorchFunctionMode):
-    """Remembers the last linear layer and the last convolution of one forward pass.
+    """Remembers the last linear layer and the last convolution of one forward pass, and the first linear layer after that.
 
     Args:
         module: Whose pass.
@@ -203,6 +204,7 @@ class _Watch(TorchFunctionMode):
         self._own = {_memory(value) for values in (module.parameters(), module.buffers()) for value in values}
         self._linear: _Executed | None = None
         self._convolution: _Executed | None = None
+        self._features: _Executed | None = None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -226,15 +228,19 @@ class _Watch(TorchFunctionMode):
         """The layer's, as `Layer` defines them."""
         if layer == "last_convolution":
             return self._last(layer).given
-        return self._last(layer).taken.flatten(1) if self._linear else self._last(layer).taken.mean(dim=(2, 3))
+        taken = self._last(layer).taken
+        return taken.flatten(1) if self._linear else taken.mean(dim=(2, 3))
 
     def weights(self, layer: Layer) -> list[tuple[Tensor, int]]:
         """Weights that hear the penultimate layer, or that make the last convolution's channels; the axis over those."""
         last = self._last(layer)
-        return [(last.weight, last.axis)] if layer == "penultimate" else [(part, 0) for part in (last.weight, *last.parts)]
+        if layer == "last_convolution":
+            return [(part, 0) for part in (last.weight, *last.parts)]
+        return [(last.weight, last.axis)]
 
     def _last(self, layer: Layer) -> _Executed:
-        last = self._convolution if layer == "last_convolution" else self._linear or self._convolution
+        head = self._linear or self._convolution
+        last = {"last_convolution": self._convolution, "features": self._features or head, "penultimate": head}[layer]
         if last is None:
             what = "a 2-D convolution" if layer == "last_convolution" else "a linear layer or a 2-D convolution"
             raise ModelError(f"expected a model with {what} for its {layer} activations, got one that runs none")
@@ -252,7 +258,7 @@ class _Watch(TorchFunctionMode):
     def _spare(self, targets: list[Tensor], followed: bool) -> None:
         """Copy what is remembered before a function writes over it."""
         written = {_memory(target) for target in targets}
-        for last in filter(None, (self._linear, self._convolution)):
+        for last in filter(None, (self._linear, self._convolution, self._features)):
             if _memory(last.taken) in written:
                 last.taken = last.taken.clone()
             if _memory(last.given) in written and not followed:
@@ -266,11 +272,17 @@ class _Watch(TorchFunctionMode):
         if not (isinstance(taken, Tensor) and isinstance(weight, Tensor) and isinstance(result, Tensor)):
             return
         if name == "linear":
-            self._linear = _Executed(taken, weight, 1, result)
+            self._note_linear(_Executed(taken, weight, 1, result))
         elif name in _PRODUCTS and weight.ndim == 2 and _memory(weight) in self._own:
-            self._linear = _Executed(taken, weight, 0, result)
+            self._note_linear(_Executed(taken, weight, 0, result))
         elif name in _CONVOLUTIONS and weight.ndim == 4:
             self._convolution = _Executed(taken, weight, 1, result, _tensors(_argument(args, kwargs, 2, "bias")))
+            self._features = None
+
+    def _note_linear(self, layer: _Executed) -> None:
+        self._linear = layer
+        if self._convolution is not None and self._features is None:
+            self._features = layer
 
 
 def _may_write(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

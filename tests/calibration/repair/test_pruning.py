@@ -19,6 +19,7 @@ from tests.calibration.repair.channels import (
     NORTH_WEST,
     SOUTH_EAST,
     Channels,
+    accuracy,
     corner_triggers,
     digit_predictor,
     first,
@@ -36,7 +37,8 @@ from tests.toy import toy_images, toy_trigger
 def test_only_the_triggers_own_channels_go(engine: Engine, labels: tuple[int, ...], channels: tuple[int, ...]) -> None:
     original = toy_predictor()
     copied = TrainableCopy.of(original)
-    pruned = repair_by_pruning(copied, original, toy_parts(original), corner_triggers(*labels), Pruning(), engine)
+    whole = Pruning(layer="last_convolution")
+    pruned = repair_by_pruning(copied, original, toy_parts(original), corner_triggers(*labels), whole, engine)
     assert pruned.channels == channels
     assert pruned.total == 5
     assert pruned.accuracy_before == pruned.accuracy_after == 1.0
@@ -44,10 +46,11 @@ def test_only_the_triggers_own_channels_go(engine: Engine, labels: tuple[int, ..
     assert pruned.success_after == (0.0,) * len(labels)
 
 
-def test_neurons_of_the_layer_before_the_last_are_pruned_too(engine: Engine) -> None:
+@pytest.mark.parametrize("layer", ["penultimate", "features"])
+def test_neurons_are_pruned_one_by_one(engine: Engine, layer: Layer) -> None:
     original = toy_predictor()
     copied = TrainableCopy.of(original)
-    pruned = repair_by_pruning(copied, original, toy_parts(original), corner_triggers(0), Pruning(layer="penultimate"), engine)
+    pruned = repair_by_pruning(copied, original, toy_parts(original), corner_triggers(0), Pruning(layer=layer), engine)
     assert pruned.channels == (SOUTH_EAST * 4 + 3,)  # the channel in its corner
     assert pruned.total == 20
     images, labels = toy_images(40, seed=5)
@@ -60,7 +63,7 @@ def test_a_trigger_from_some_labels_only_is_tried_on_these(engine: Engine) -> No
     partial = Triggers(trigger.labels, torch.tensor([2]), trigger.masks, trigger.patterns, trigger.success, trigger.passes)
     parts = toy_parts(original)
     pruned = repair_by_pruning(TrainableCopy.of(original), original, parts, partial, Pruning(), engine)
-    assert pruned.channels == (SOUTH_EAST,)
+    assert pruned.channels == (SOUTH_EAST * 4 + 3,)
     keep = parts.stopping.labels != 2
     stopping = parts.stopping
     without = type(stopping)(stopping.images[keep], stopping.labels[keep], stopping.answers[keep])
@@ -100,6 +103,20 @@ def test_digits(
     assert float((answers == ATTACK.target_label).double().mean()) > 0.01
 
 
+def test_neurons_one_by_one_cost_less_accuracy_than_channels(
+    digits: Digits, backdoored: nn.Module, digit_case: tuple[Parts, Triggers], engine: Engine
+) -> None:
+    original, (parts, triggers) = digit_predictor(backdoored), digit_case
+    cost = {}
+    for layer in ("last_convolution", "features"):
+        copied = TrainableCopy.of(original)
+        pruned = repair_by_pruning(copied, original, parts, triggers, Pruning(layer=layer), engine)
+        assert pruned.success_after[0] <= 0.01
+        cost[layer] = accuracy(original, digits) - accuracy(copied.predictor, digits)
+    assert success(copied.predictor, digits) <= 0.05
+    assert cost["features"] <= 0.1 * cost["last_convolution"]
+
+
 class Bypassed(nn.Module):
     """A trigger that the last convolution has no part in."""
 
@@ -118,7 +135,7 @@ class Bypassed(nn.Module):
 
 def test_what_pruning_can_not_stop_is_told(engine: Engine) -> None:
     original = toy_predictor(Bypassed())
-    with pytest.raises(RepairError, match=r"to label 0.* works on 100% of the images with all 5 channels"):
+    with pytest.raises(RepairError, match=r"to label 0.* works on 100% of the images with all 20 neurons"):
         repair_by_pruning(TrainableCopy.of(original), original, toy_parts(original), corner_triggers(0), Pruning(), engine)
 
 

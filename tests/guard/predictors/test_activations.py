@@ -21,7 +21,7 @@ from tests.guard.models import predictor, save_exported, save_onnx, save_torchsc
 from tests.toy import SIDE, SPEC, LearningToy, ToyNet
 
 ROWS = 6
-LAYERS: tuple[Layer, ...] = ("penultimate", "last_convolution")
+LAYERS: tuple[Layer, ...] = ("penultimate", "last_convolution", "features")
 
 
 def pictures(count: int = ROWS, seed: int = 0) -> Tensor:
@@ -244,7 +244,8 @@ def test_predictors_normalise_and_cut_batches(layer: Layer, batch: int | None, t
     original = net()
     images = pictures(11)
     world = (images - 0.5) / 0.25
-    expected = original.penultimate(world) if layer == "penultimate" else original.convolved(world)
+    maps = original.convolved(world)
+    expected = {"penultimate": original.penultimate(world), "last_convolution": maps, "features": maps.mean(dim=(2, 3))}[layer]
     backends = [wrap(original), load_backend(save_exported(original, tmp_path / "net.pt2", batch))]
     for backend in backends:
         for memory in (2**30, 3 * SIDE * SIDE * 4 * 64):
@@ -273,7 +274,7 @@ def test_models_without_the_layer() -> None:
         Tap.of(ToyNet(), "penultimate").run(pictures())
     with pytest.raises(ModelError, match="expected a model with a 2-D convolution"):
         Tap.of(drawn(LearningToy), "last_convolution").run(pictures())
-    with pytest.raises(ModelError, match="expected a layer of penultimate, last_convolution, got 'first'"):
+    with pytest.raises(ModelError, match="expected a layer of penultimate, last_convolution, features, got 'first'"):
         Tap.of(ToyNet(), "first")  # type: ignore[arg-type]
     tokens = drawn(lambda: nn.Sequential(nn.Flatten(0, 2), nn.Linear(SIDE, 4)))
     with pytest.raises(ModelError, match="activations of 6 images, got 48 rows"):
@@ -306,6 +307,31 @@ def test_silent_neurons_are_unheard(form: str, tmp_path: Path) -> None:
     torch.testing.assert_close(module(images), expected)
     silence(module, "penultimate", torch.tensor([], dtype=torch.int64), pictures())
     torch.testing.assert_close(module(images), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_features_are_what_the_first_linear_layer_takes_from_the_convolutions(form: str, tmp_path: Path) -> None:
+    original, images = net(), pictures()
+    pooled = original.convolved(images).mean(dim=(2, 3)).detach()
+    module = FORMS[form](original, tmp_path)
+    torch.testing.assert_close(Tap.of(module, "features").run(images)[1], pooled)
+    silence(module, "features", torch.tensor([1, 5]), pictures(seed=9))
+    pooled[:, [1, 5]] = 0.0
+    torch.testing.assert_close(module(images), original.head(torch.relu(original.features(pooled))).detach())
+
+
+def test_features_of_other_nets() -> None:
+    dense = drawn(lambda: nn.Sequential(nn.Flatten(), nn.Linear(SIDE * SIDE, 5), nn.ReLU(), nn.Linear(5, 4)))
+    maps = drawn(
+        lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    )
+    for module in (dense, maps):
+        found, expected = (Tap.of(module, layer).run(pictures())[1] for layer in ("features", "penultimate"))
+        assert torch.equal(found, expected)
+    gated = drawn(
+        lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.Linear(6, 6), nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(48, 4))
+    )
+    assert Tap.of(gated, "features").run(pictures())[1].shape == (ROWS, 48)  # not what came before the last convolution
 
 
 @pytest.mark.parametrize("form", ["eager", "exported", "decomposed"])
