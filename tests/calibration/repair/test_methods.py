@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,15 @@ from calibration import ImageSet
 from calibration.checkpoints import Checkpoints
 from calibration.discovery import discover
 from calibration.engine import Engine
+from calibration.fine_tuning import TrainableCopy
 from calibration.inspection.triggers import Triggers
-from calibration.repair import methods
+from calibration.repair import methods, unlearning
+from calibration.repair.cases import clean_parts
 from calibration.repair.figures import figure_rows, is_reliable, remarks
 from calibration.repair.record import Method
 from calibration.repair.repair import Repaired, repair
 from calibration.repair.settings import RepairSettings
+from calibration.repair.tuning import Tuning
 from calibration.repair.unlearning import put_drawn, repair_by_unlearning
 from cli.demonstration.digits import ATTACK, Digits
 from guard import Predictor
@@ -102,10 +106,6 @@ def test_a_model_without_an_infected_label_has_nothing_to_unlearn(
 def test_what_is_left_after_a_round_is_unlearnt_together_with_what_was_found_before(
     digits: Digits, original: Predictor, recovered: Triggers
 ) -> None:
-    from calibration.fine_tuning import TrainableCopy
-    from calibration.repair.cases import clean_parts
-    from calibration.repair.tuning import Tuning
-
     elsewhere = Triggers(
         recovered.labels, recovered.sources, recovered.masks.flip(-1), recovered.patterns, recovered.success, recovered.passes
     )
@@ -128,6 +128,22 @@ def test_what_is_left_after_a_round_is_unlearnt_together_with_what_was_found_bef
     )
     assert rounds == [1, 2]
     assert len(unlearnt) == 2
+
+
+def test_a_trigger_that_was_recovered_badly_will_do(
+    digits: Digits, original: Predictor, recovered: Triggers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that lies beside the true one, hardly works, and without turns leaves most of the backdoor."""
+    beside, parts = replace(recovered, masks=recovered.masks.roll((-1, -1), (1, 2))), clean_parts(digits.clean, original, 0)
+    left = {}
+    for turns in (1, unlearning.TURNS):
+        monkeypatch.setattr(unlearning, "TURNS", turns)
+        copied = TrainableCopy.of(original)
+        repair_by_unlearning(copied, original, parts, beside, unlearning.TUNING, Engine(), 0)
+        left[turns] = attack_success(copied.predictor, digits)
+        assert accuracy(copied.predictor, digits) >= accuracy(original, digits) - 0.03
+    assert left[1] >= 0.5
+    assert left[4] <= 0.02
 
 
 def test_triggers_are_drawn_for_each_image() -> None:
