@@ -227,7 +227,7 @@ def test_models_that_can_not_be_repaired(tmp_path: Path, files: Files, guard: Co
         assert message in run.problem
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sign", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupted_repair_leaves_nothing_half_written_and_is_gone_on_with(
     sign: signal.Signals, tmp_path: Path, files: Files, few: Path, rejected: Path
 ) -> None:
@@ -261,6 +261,7 @@ def test_an_interrupted_repair_leaves_nothing_half_written_and_is_gone_on_with(
     assert not checkpoint.exists()
 
 
+@pytest.mark.slow
 def test_two_devices_give_one_model(tmp_path: Path, files: Files, few: Path) -> None:
     out = tmp_path / "repaired"
     arguments = [

@@ -29,7 +29,7 @@ def infected(tmp_path_factory: pytest.TempPathFactory, digits: Digits, small_tri
 
 
 def test_an_infected_model_ends_with_1(tmp_path: Path, files: Files, infected: Path, guard: Command) -> None:
-    run = guard("scan", infected, "--data", files.clean, "--steps", 480, "--out", tmp_path / "scan", "--json")
+    run = guard("scan", infected, "--data", files.clean, "--steps", 256, "--out", tmp_path / "scan", "--json")
     assert run.code == 1, run.err
     record = run.lines[0]
     assert record["infected"] is True
@@ -43,7 +43,7 @@ def test_an_infected_model_ends_with_1(tmp_path: Path, files: Files, infected: P
 
 def test_a_clean_model_ends_with_0(tmp_path: Path, files: Files, digits: Digits, clean_twin: nn.Module, guard: Command) -> None:
     save_exported(clean_twin, digits.train.images(slice(0, 2)), tmp_path / "clean.pt2")
-    run = guard("scan", tmp_path / "clean.pt2", "--data", files.clean, "--out", tmp_path / "scan")
+    run = guard("scan", tmp_path / "clean.pt2", "--data", files.clean, "--steps", 256, "--out", tmp_path / "scan")
     assert run.code == 0, run.err
     assert "No label needs a trigger so small" in run.out
     assert "no proof that a model is clean" in run.err
@@ -52,7 +52,7 @@ def test_a_clean_model_ends_with_0(tmp_path: Path, files: Files, digits: Digits,
 
 def test_an_interrupted_scan_goes_on(tmp_path: Path, files: Files, infected: Path, guard: Command) -> None:
     out = tmp_path / "scan"
-    arguments = ("scan", infected, "--data", files.clean, "--out", out, "--plain", "--steps", 320)
+    arguments = ("scan", infected, "--data", files.clean, "--out", out, "--plain", "--steps", 256)
     command = [sys.executable, "-m", "cli.main", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(

@@ -163,6 +163,7 @@ def test_the_device_has_nothing_that_trains(device: Path) -> None:
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
+@pytest.mark.slow
 def test_a_job_survives_a_killed_server(
     tmp_path: Path, digits: Digits, backdoored: nn.Module, files: Files, device: Path, edge: Edge
 ) -> None:

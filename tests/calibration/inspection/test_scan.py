@@ -31,7 +31,7 @@ from guard.predictors import wrap
 from tests.conftest import SMALL
 
 TARGET = SMALL.target_label
-QUICK = ScanSettings(search=Search(steps=480))
+QUICK = ScanSettings(search=Search(steps=256))
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +261,7 @@ def test_pairs_must_be_smaller_still_than_labels(
         return search(answers, images, goals, how, *rest)
 
     monkeypatch.setattr(scanning, "recover_triggers", known)
-    pairs = scan(suspect, digits.clean, ScanSettings(pairs=True, search=Search(steps=160))).figures.pairs
+    pairs = scan(suspect, digits.clean, ScanSettings(pairs=True, search=Search(steps=96))).figures.pairs
     assert [(item.source_index, item.label_index) for item in pairs] == [(source, TARGET) for source in (0, 1, 2, 4)]
     opinion = pairs[0].second_opinion
     assert opinion is not None

@@ -25,7 +25,7 @@ from guard.errors import RepairError
 from guard.predictors import wrap
 from tests.conftest import SMALL
 
-QUICK = Search(steps=320)
+QUICK = Search(steps=208)
 
 
 @pytest.fixture(scope="module")
