@@ -50,6 +50,7 @@ def test_a_clean_model_ends_with_0(tmp_path: Path, files: Files, digits: Digits,
     assert "The smallest triggers" in run.out
 
 
+@pytest.mark.slow
 def test_an_interrupted_scan_goes_on(tmp_path: Path, files: Files, infected: Path, guard: Command) -> None:
     out = tmp_path / "scan"
     arguments = ("scan", infected, "--data", files.clean, "--out", out, "--plain", "--steps", 256)
