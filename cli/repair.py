@@ -78,7 +78,8 @@ def repair_command(
         int | None,
         typer.Option(
             min=1,
-            help="Of fine-tuning; of dhbe, whose 300 take many hours on a CPU: with fewer its learning rates fall sooner.",
+            help="Of fine-tuning, for unlearn in each of its turns; of dhbe, whose 300 take many hours on a CPU: with fewer "
+            "its learning rates fall sooner.",
             show_default="the method's own",
             rich_help_panel=_HOW,
         ),

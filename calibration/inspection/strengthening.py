@@ -42,7 +42,7 @@ def strengthen(
         engine: Where.
         progress: Told how far it is, in triggers.
     """
-    at_once = min(_IMAGES, images_at_once(answers, images.to(engine.device), engine))
+    at_once = min(_IMAGES, images_at_once(answers, images[:1].to(engine.device), engine))
     own = says(answers, images, engine.device)
     found = []
     for row in range(len(triggers)):

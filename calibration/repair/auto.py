@@ -8,7 +8,7 @@
 | there are no clean images | dhbe |
 
 The first one is taken that keeps to the allowed loss of accuracy, whose rescan finds no label infected, and on which no
-recovered trigger works any more. How the order came about: `docs/methods.md`. A scan that finds nothing is no proof that there
+recovered trigger works any more. A scan that finds nothing is no proof that there
 is nothing: it is blind to triggers that cover the image. So `gym`, which needs to know no trigger, is the last resort.
 """
 
@@ -65,9 +65,7 @@ def choices(infected: Sequence[str], quarantined: bool) -> list[Choice]:
         ]
     labels = f"label {infected[0]}" if len(infected) == 1 else f"labels {', '.join(infected)}"
     found = [
-        Choice(
-            "unlearn", f"a scan finds {labels} infected; unlearn removes the triggers that it recovered, and costs the least"
-        ),
+        Choice("unlearn", f"a scan finds {labels} infected; unlearn removes the triggers that it recovered"),
         Choice("gdm", "gdm unlearns all triggers that work at the place of the recovered ones"),
     ]
     return [*found, codefend, gym] if quarantined else [*found, gym]

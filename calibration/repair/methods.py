@@ -119,9 +119,7 @@ def apply(task: Task) -> Outcome:
             return _unlearn(task)
         case "prune":
             pruned = repair_by_pruning(copied, original, clean, _given(task), Pruning(), task.engine, task.progress)
-            return Outcome(
-                triggers=_given(task), said=(_pruned(pruned, "neurons that the layer after the last convolution hears"),)
-            )
+            return Outcome(triggers=_given(task), said=(_pruned(pruned, "neurons"),))
         case "gdm":
             return _unlearn_modelled(task)
         case "dhbe":

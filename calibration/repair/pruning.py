@@ -162,7 +162,7 @@ def _prune(
             f"{test.success(copy.predictor):.0%} of the images with all {copy.total} neurons of {settings.layer} "
             "silent: unlearn it instead, or prune another layer"
         )
-    enough(count)
+    copy.silence(chosen + order[:count])
     lowest = accuracy_of(copy.predictor, stopping) - _COST
     for times in _MORE if settings.layer == "features" else ():
         more = min(int(times * count), useful)

@@ -43,7 +43,7 @@ class RepairSettings(msgspec.Struct, frozen=True, kw_only=True):
         max_accuracy_drop: Points of clean accuracy that it may cost; None for the method's own, see `MAX_ACCURACY_DROP`.
         recipe: Of gym: `distilled` is ours, `paper` the paper's.
         views: Of gym: draws whose answers are averaged when serving.
-        epochs: Of fine-tuning, at most; of dhbe, in all; None for the method's own.
+        epochs: Of fine-tuning, at most; of unlearn, in each turn; of dhbe, in all; None for the method's own.
         gan: Of codefend's CycleGAN.
         search: For triggers, where the method needs them and none are given.
         rounds: Of unlearn: searches for what is left, and unlearns it, too.
