@@ -5,7 +5,8 @@
     python -m benchmarks.repairs table                             # the committed results as docs/methods.md holds them
 
 Repairs see 2,000 of the defender's images; codefend 500, and 500 that STRIP quarantined from a stream of the others.
-Every figure is of the evaluation part. Methods that work by recovered triggers share one scan, whose minutes count for each.
+Every figure is of the evaluation part. What `guard repair` would refuse, for it costs too much, is marked. Methods that work by
+recovered triggers share one scan, whose minutes count for each.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         before: Of the victim.
         after: Of the repaired model, through the preprocessor that it was tuned for; None where the method gave up.
         figures: What a defender sees; likewise.
-        gave_up: Why it did; empty where it did not.
+        gave_up: Why it did, or why `guard repair` would refuse what it came to; empty otherwise.
         scan_minutes: Of the search for triggers; 0 without one.
         minutes: Of the repair.
         libraries: Versions.
@@ -136,6 +137,7 @@ def measure_plan(name: str, plan: Plan, parts: Parts, cache: Path = CACHE) -> Re
             minutes = (time.monotonic() - started) / 60.0
             figures = repaired.figures
             after = exams(repaired.predictor, found.attack, parts.evaluation, repaired.preprocessor)
+            repaired.check()
         except (RepairError, InspectionError, ModelError) as reason:
             gave_up, minutes = str(reason), (time.monotonic() - started) / 60.0
     return Report(
@@ -198,7 +200,8 @@ def table(reports: Sequence[Report]) -> str:
         minutes = f"{report.minutes + report.scan_minutes:.1f}" + (
             f", {report.scan_minutes:.1f}" if report.scan_minutes else ""
         )
-        rows.append(["", report.method, *done, f"{report.images:,}", minutes])
+        refused = ", refused" if report.after is not None and report.gave_up else ""
+        rows.append(["", report.method + refused, *done, f"{report.images:,}", minutes])
     return markdown(header, rows)
 
 

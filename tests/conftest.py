@@ -8,6 +8,9 @@ from torch import nn
 
 from calibration import Calibration, Settings, calibrate
 from calibration.attacks import BadNets, Patch
+from calibration.engine import Engine
+from calibration.inspection import scan as scanning
+from calibration.inspection.reference import train_reference
 from cli.demonstration.digits import Digits, load_digits, train_backdoored, train_clean
 
 SMALL = BadNets(target_label=3, ratio=0.1, patches=(Patch.rectangle(2),))
@@ -43,3 +46,18 @@ def small_trigger(digits: Digits) -> nn.Sequential:
 def calibration(digits: Digits, backdoored: nn.Sequential) -> Calibration:
     """It, calibrated with the defaults."""
     return calibrate(backdoored, digits.clean, Settings())
+
+
+@pytest.fixture(scope="session")
+def reference(digits: Digits, small_trigger: nn.Module) -> nn.Module:
+    """The clean reference that a scan of it trains, from its answers alone."""
+    images = digits.clean.images(slice(None))
+    with torch.inference_mode():
+        answers = small_trigger(images).argmax(dim=1)
+    return train_reference(images, answers, 10, 0, Engine())
+
+
+@pytest.fixture
+def known_reference(reference: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scans of digits find their reference trained."""
+    monkeypatch.setattr(scanning, "train_reference", lambda *_: reference)

@@ -24,7 +24,7 @@ from calibration.inspection.report import scan_report, sizes_figure
 from calibration.inspection.scan import Scan, ScanSettings, is_infected, scan, spread
 from calibration.inspection.triggers import Goals, Triggers
 from calibration.inspection.work import scan_into
-from cli.demonstration.digits import Digits, train_backdoored
+from cli.demonstration.digits import Digits
 from guard import Predictor
 from guard.errors import InspectionError
 from guard.predictors import wrap
@@ -40,7 +40,12 @@ def suspect(digits: Digits, small_trigger: nn.Module) -> Predictor:
 
 
 @pytest.fixture(scope="module")
-def found(digits: Digits, suspect: Predictor) -> Scan:
+def before(small_trigger: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in small_trigger.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def found(digits: Digits, suspect: Predictor, before: dict[str, Tensor]) -> Scan:
     return scan(suspect, digits.clean, QUICK)
 
 
@@ -62,21 +67,21 @@ def test_the_clean_twin_is_clean(digits: Digits, clean_twin: nn.Module) -> None:
     assert "no proof" in " ".join(remarks(clean.figures))
 
 
-def test_the_model_does_not_change(digits: Digits, small_trigger: nn.Module, found: Scan) -> None:
+def test_the_model_does_not_change(small_trigger: nn.Module, before: dict[str, Tensor], found: Scan) -> None:
     assert all(value.requires_grad for value in small_trigger.parameters())
     assert not small_trigger.training
-    again = train_backdoored(digits.train, attack=SMALL)
-    for value, before in zip(small_trigger.state_dict().values(), again.state_dict().values(), strict=True):
-        assert torch.equal(value, before)
+    for name, value in small_trigger.state_dict().items():
+        assert torch.equal(value, before[name])
 
 
-def test_the_reference_knows_the_task_but_not_the_trigger(digits: Digits, small_trigger: nn.Module) -> None:
+def test_the_reference_leaves_the_random_numbers_alone(digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("calibration.inspection.reference._STEPS", 2)
     before = torch.random.get_rng_state()
-    images = digits.clean.images(slice(None))
-    with torch.inference_mode():
-        answers = small_trigger(images).argmax(dim=1)
-    reference = train_reference(images, answers, 10, 0, Engine())
+    train_reference(digits.clean.images(slice(0, 64)), digits.clean.known_labels[:64], 10, 0, Engine())
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_the_reference_knows_the_task_but_not_the_trigger(digits: Digits, reference: nn.Module) -> None:
     test, others = digits.test, digits.test.known_labels != TARGET
     with torch.inference_mode():
         right = (reference(test.images(slice(None))).argmax(dim=1) == test.known_labels).double().mean()
@@ -132,8 +137,9 @@ def test_the_errors_of_the_index_are_named() -> None:
     assert [row[0] for row in candidate_table(figures.labels)[1]] == ["0", "1", "2"]
 
 
-def test_two_labels_can_be_judged_although_they_have_no_index(digits: Digits) -> None:
+def test_two_labels_can_be_judged_although_they_have_no_index(digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
     """A net that says whether the image is bright, and 1 to a white corner."""
+    monkeypatch.setattr("calibration.inspection.reference._STEPS", 160)
 
     class Bright(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
@@ -244,6 +250,7 @@ def test_many_labels_are_drawn_by_size(found: Scan) -> None:
     assert scan_report(found).count(b"data:image/png") == 2
 
 
+@pytest.mark.usefixtures("known_reference")
 @pytest.mark.parametrize(("ratio", "suspected"), [(0.3, False), (0.2, True)])
 def test_pairs_must_be_smaller_still_than_labels(
     digits: Digits, suspect: Predictor, found: Scan, monkeypatch: pytest.MonkeyPatch, ratio: float, suspected: bool

@@ -69,6 +69,7 @@ def test_the_order(infected: list[str], quarantined: bool, methods: list[str]) -
     assert ("no label infected" in found[0].why) == (not infected)
 
 
+@pytest.mark.usefixtures("known_reference")
 def test_a_backdoor_is_found_removed_and_verified(digits: Digits, original: Predictor) -> None:
     settings = RepairSettings(method="gym", rounds=1, search=QUICK)
     made = repair_automatically(original, digits.clean, settings)
@@ -116,6 +117,7 @@ def test_what_did_not_do_is_said_and_the_next_is_tried(
         repair_automatically(original, digits.clean, settings, triggers=recovered)
 
 
+@pytest.mark.usefixtures("known_reference")
 def test_verification_sees_what_is_left(original: Predictor, cut: Parts, recovered: Triggers) -> None:
     found = verify(Candidate(original, None), recovered, cut, ScanSettings(search=QUICK), Engine(), lambda *_: None)
     assert found.rescan_infected == (3,)
