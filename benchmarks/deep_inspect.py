@@ -2,7 +2,7 @@
 
 python -m benchmarks.deep_inspect measure --name gtsrb-b    # one model, trained if it is not cached
 python -m benchmarks.deep_inspect measure --all
-python -m benchmarks.deep_inspect table                     # the committed results as docs/inspection.md holds them
+python -m benchmarks.deep_inspect table                     # the committed results as docs/inspection-figures.md holds them
 
 It sees no image, only their shape.
 """

@@ -2,7 +2,7 @@
 
     python -m benchmarks.dhbe measure --name cifar10-c    # hours on a processor; the same command goes on from where it was
     python -m benchmarks.dhbe measure --all
-    python -m benchmarks.dhbe table                       # the committed results as docs/methods.md holds them
+    python -m benchmarks.dhbe table                       # the committed results as docs/repair.md holds them
 
 All 300 epochs of the published schedule, with batches of 64 instead of 256, which is what two cores allow. Every figure is of
 the evaluation part, and none of them chooses anything.

@@ -2,7 +2,7 @@
 
     python -m benchmarks.inspection measure --name gtsrb-b    # one model, trained if it is not cached
     python -m benchmarks.inspection measure --all
-    python -m benchmarks.inspection table                     # the committed results as docs/inspection.md holds them
+    python -m benchmarks.inspection table                     # the committed results as docs/inspection-figures.md holds them
 
 Scans see 1,500 of the defender's images. How often a recovered trigger works is of the evaluation part. The method as it was
 published, on the same models, is in `benchmarks.neural_cleanse`.

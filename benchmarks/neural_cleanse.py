@@ -2,7 +2,7 @@
 
     python -m benchmarks.neural_cleanse measure --name gtsrb-b    # one model, trained if it is not cached
     python -m benchmarks.neural_cleanse measure --all
-    python -m benchmarks.neural_cleanse table                     # the committed results as docs/inspection.md holds them
+    python -m benchmarks.neural_cleanse table     # the committed results as docs/inspection-figures.md holds them
 
 The plain schedule, 1,000 steps for every label, and the verdict by the anomaly index alone, for three seeds. All labels of a
 model are optimised together, as in a scan, so that the seconds say what leaving labels save and not what batching does.

@@ -1,7 +1,7 @@
 """What labels that leave the batch save: the search for triggers with the schedule of a scan, and with the published one.
 
     python -m benchmarks.scan_cost measure --name gtsrb-b    # on an idle machine
-    python -m benchmarks.scan_cost table                     # the committed results as docs/inspection.md holds them
+    python -m benchmarks.scan_cost table                     # the committed results as docs/inspection-figures.md holds them
 
 The published schedule is timed with all labels in one batch, and for some labels one at a time, as its authors ran it.
 """

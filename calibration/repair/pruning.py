@@ -6,9 +6,9 @@ convolution, too, one by one as the next layer takes them (`features`): where a 
 which clean images hardly need, while whole channels serve everything. Their order is by what they add to the trigger's success
 for what they add on clean images: the gap times the gradient of the target's lead, over the same of the clean activation.
 
-The recovered trigger is weaker than the attacker's. So, beyond the fewest neurons that stop it, up to three times as many go,
-as long as that costs no more than half a point of accuracy. Of several triggers one after the other is pruned, on what the
-ones before have left.
+The recovered trigger is weaker than the attacker's. So, beyond the fewest neurons that stop it, up to four times as many go,
+as long as that costs no more than half a point of accuracy on all images at hand: those that stop are too few to tell. Of
+several triggers one after the other is pruned, on what the ones before have left.
 
 Where a model passes the last convolution by, all of its neurons may not be enough.
 
@@ -39,7 +39,7 @@ from guard.predictors.module import ModuleBackend
 
 _AT_ONCE = 256
 _STRIDES = 32  # of a layer's neurons, in which it is searched; then within one of them
-_MORE = (3.0, 2.5, 2.0, 1.5)  # times the fewest
+_MORE = (4.0, 3.5, 3.0, 2.5, 2.0, 1.5)  # times the fewest
 _COST = 0.005  # of accuracy, that these may cost
 _DORMANT = 1.0  # of the mean of what neurons add on clean images: so much is added to what one does
 
@@ -114,7 +114,7 @@ def repair_by_pruning(
     accuracy, before = accuracy_of(copied.predictor, clean.stopping), tuple(test.success(copied.predictor) for test in tests)
     chosen: list[int] = []
     for row, test in enumerate(tests):
-        chosen += _prune(copy, chosen, clean.tuning, clean.stopping, triggers, row, test, settings, progress)
+        chosen += _prune(copy, chosen, clean, triggers, row, test, settings, progress)
     return Pruned(
         tuple(chosen),
         copy.total,
@@ -128,8 +128,7 @@ def repair_by_pruning(
 def _prune(
     copy: Prunable,
     chosen: list[int],
-    part: Part,
-    stopping: Part,
+    clean: Parts,
     triggers: Triggers,
     row: int,
     test: _Test,
@@ -137,7 +136,7 @@ def _prune(
     progress: Progress,
 ) -> list[int]:
     """Silence what one trigger needs, besides what was chosen before; what it needs."""
-    images = part.images[_others(part, triggers, row)]
+    images = clean.tuning.images[_others(clean.tuning, triggers, row)]
     if len(images) == 0:
         raise _none_to_put_it_on(triggers, row)
     triggered = triggers.put_on(row, images)
@@ -163,10 +162,10 @@ def _prune(
             "silent: unlearn it instead, or prune another layer"
         )
     copy.silence(chosen + order[:count])
-    lowest = accuracy_of(copy.predictor, stopping) - _COST
+    lowest = accuracy_of(copy.predictor, clean.tuning, clean.stopping) - _COST
     for times in _MORE if settings.layer == "features" else ():
         more = min(int(times * count), useful)
-        if more > count and enough(more) and accuracy_of(copy.predictor, stopping) >= lowest:
+        if more > count and enough(more) and accuracy_of(copy.predictor, clean.tuning, clean.stopping) >= lowest:
             count = more
             break
     copy.silence(chosen + order[:count])
@@ -294,10 +293,10 @@ def fewest(total: int, enough: Callable[[int], bool]) -> int | None:
     return None
 
 
-def accuracy_of(predictor: Predictor, part: Part) -> float:
-    """Share of a part's images that a model answers with their label."""
-    answers = torch.cat([predictor(images).argmax(dim=1).cpu() for images in part.images.split(_AT_ONCE)])
-    return float((answers == part.labels).double().mean())
+def accuracy_of(predictor: Predictor, *parts: Part) -> float:
+    """Share of parts' images that a model answers with their label."""
+    answers = torch.cat([predictor(images).argmax(dim=1).cpu() for part in parts for images in part.images.split(_AT_ONCE)])
+    return float((answers == torch.cat([part.labels for part in parts])).double().mean())
 
 
 def _share(predictor: Predictor, images: Tensor, label: int) -> float:

@@ -1,0 +1,53 @@
+"""Committed results of inspection, and of the repairs and filters that go by it, meet the figures that the documents quote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from benchmarks import deep_inspect, detectors, inspection, neural_cleanse, repairs
+from benchmarks.plans import Plan
+from benchmarks.roster import DETECTED, SCANNED
+
+SCANS = inspection.load_reports()
+PUBLISHED = neural_cleanse.load_reports()
+DEEP = deep_inspect.load_reports()
+REPAIRS = {report.name: report for report in repairs.load_reports()}
+DETECTED_ON = detectors.load_reports()
+MOST_MISSED = 0.0163
+"""Neural Cleanse's Table III: the most that its filter misses of BadNets at a false rejection rate of 5%."""
+
+
+@pytest.mark.parametrize("reports", [SCANS, PUBLISHED, DEEP], ids=["scans", "published", "deep-inspect"])
+def test_models_are_as_they_are_planned(
+    reports: Sequence[inspection.Report | neural_cleanse.Report | deep_inspect.Report],
+) -> None:
+    plans: dict[str, Plan] = {report.name: report.plan for report in reports}
+    assert all(SCANNED[name] == plan for name, plan in plans.items())
+
+
+@pytest.mark.parametrize("report", SCANS, ids=lambda report: report.name)
+def test_a_scan_misses_nothing_and_accuses_nobody(report: inspection.Report) -> None:
+    assert report.right
+
+
+@pytest.mark.parametrize("report", SCANS, ids=lambda report: report.name)
+def test_labels_that_leave_save_most_of_the_passes(report: inspection.Report) -> None:
+    labels = report.figures.labels
+    plain = len(labels) * 1008 * 32
+    assert sum(item.passes for item in labels) <= plain * (0.305 if len(labels) == 43 else 0.5)
+
+
+def test_published_runs_have_three_seeds_and_every_labels_index() -> None:
+    for report in PUBLISHED:
+        assert [run.seed for run in report.runs] == [0, 1, 2]
+        assert {len(run.indices) for run in report.runs} == {43 if report.plan.images == "gtsrb" else 10}
+
+
+@pytest.mark.parametrize("report", DETECTED_ON, ids=lambda report: report.name)
+def test_a_filter_sees_the_attackers_trigger(report: detectors.Report) -> None:
+    found = report.of("activation-filter")
+    if not found.gave_up and DETECTED[report.name].attack == "badnets":
+        assert found.far_at_paper_rate is not None
+        assert found.far_at_paper_rate.value <= MOST_MISSED
