@@ -121,7 +121,9 @@ def measure_plan(name: str, plan: Plan, parts: Parts, cache: Path = CACHE) -> Me
         stream, suspects = quarantined(found, parts, clean, images.select(torch.arange(_CLEAN, len(images))), cache, progress)
         predictor = discover(wrap(found.model), clean)
         started = time.monotonic()
-        repaired = repair(predictor, clean, RepairSettings(method="codefend"), suspects, progress=progress)
+        repaired = repair(
+            predictor, clean, RepairSettings(method="codefend", allow_missing_classes=True), suspects, progress=progress
+        )
         seconds = time.monotonic() - started
         exam = Exam.of(found.attack, parts.evaluation)
         report = Report(

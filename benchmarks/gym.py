@@ -148,7 +148,7 @@ def measure_plan(name: str, plan: Plan, parts: Parts, cache: Path = CACHE) -> Re
 def tuned(predictor: Predictor, clean: ImageSet, exam: Exam, recipe: Recipe, progress: Progress) -> Tuned:
     """Tune by a recipe, and examine."""
     started = time.monotonic()
-    settings = RepairSettings(method="gym", recipe=recipe)
+    settings = RepairSettings(method="gym", recipe=recipe, allow_missing_classes=True)
     made = repair(predictor, clean, settings, progress=lambda what, *rest: progress(f"{what}, {recipe}, {len(clean)}", *rest))
     seconds = time.monotonic() - started
     if made.preprocessor is None:

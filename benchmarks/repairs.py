@@ -133,7 +133,14 @@ def measure_plan(name: str, plan: Plan, parts: Parts, cache: Path = CACHE) -> Re
             if method == "codefend":
                 suspects = _suspects(found, parts, clean, images, cache, progress)
             started = time.monotonic()
-            repaired = repair(predictor, clean, RepairSettings(method=method), suspects, triggers=triggers, progress=progress)
+            repaired = repair(
+                predictor,
+                clean,
+                RepairSettings(method=method, allow_missing_classes=True),
+                suspects,
+                triggers=triggers,
+                progress=progress,
+            )
             minutes = (time.monotonic() - started) / 60.0
             figures = repaired.figures
             after = exams(repaired.predictor, found.attack, parts.evaluation, repaired.preprocessor)

@@ -309,14 +309,19 @@ def check_labels(clean: ImageSet, predictor: Predictor) -> None:
         )
 
 
+def missing_classes(labels: Tensor, predictor: Predictor) -> str:
+    """Classes that no label is of, as `3 (stop, yield, road works)`; empty where there is none."""
+    missing = sorted(set(range(predictor.num_classes)) - set(labels.tolist()))
+    shown = ", ".join(predictor.spec.label_name(label) for label in missing[:5]) + (" ..." if len(missing) > 5 else "")
+    return f"{len(missing)} ({shown})" if missing else ""
+
+
 def _check_missing(clean: ImageSet, predictor: Predictor, settings: Settings) -> None:
     if clean.labels is None or settings.allow_missing_classes:
         return
-    classes = predictor.num_classes
-    missing = sorted(set(range(classes)) - set(clean.labels.tolist()))
+    missing = missing_classes(clean.labels, predictor)
     if missing:
-        shown = ", ".join(predictor.spec.label_name(label) for label in missing[:5]) + (" ..." if len(missing) > 5 else "")
         raise CalibrationError(
-            f"expected clean images of all {classes} classes, got none of {len(missing)} ({shown}): "
+            f"expected clean images of all {predictor.num_classes} classes, got none of {missing}: "
             "add some, or pass --allow-missing-classes; inputs of those classes may be rejected more often"
         )

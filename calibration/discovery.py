@@ -91,8 +91,8 @@ def discover(backend: Backend, clean: ImageSet, hints: Hints | None = None, memo
     trials, problems = _try_all(backend, clean, hints, images)
     if not trials:
         raise ModelError(
-            f"expected images that the model takes, got shape {clean.shape} (C, H, W), on which it runs in none of "
-            f"{len(problems)} conventions tried: is it the model's? The last said: {problems[-1]}"
+            f"expected images that the model takes, got shape {clean.shape} (C, H, W), on which it does not run "
+            f"({len(problems)} tried: layouts and types): is it the model's? The last said: {problems[-1]}"
         )
     best = _choose(trials, labels)
     num_classes = _count_classes(best, clean)

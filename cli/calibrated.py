@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from calibration.repair.record import RepairRecord
 
 
+_NEARLY_ALL = 1.9  # of an L1 distance of two distributions, which is 2 at most
+
+
 @final
 @dataclass(frozen=True)
 class Calibrated:
@@ -110,15 +113,23 @@ def _accuracy(made: Calibrated) -> str:
 
 def _show_remarks(made: Calibrated) -> None:
     from calibration.accuracy import NEAR_CHANCE, near_chance
+    from guard.records import FeatureSqueezingRecord
 
     profile = made.calibration.profile
     model, accuracy = profile.model, profile.clean_accuracy
     if made.repaired is not None and profile.tripwire is None:
         typer.echo(
-            "note: detectors look at the repaired model, which has no backdoor left to be seen; with --tripwire ORIGINAL the "
-            "original goes on detecting",
+            "note: detectors look at the repaired model, where what may be left of a backdoor is hard to see; with --tripwire "
+            "ORIGINAL the original goes on detecting",
             err=True,
         )
+    for detector in profile.detectors:
+        if isinstance(detector, FeatureSqueezingRecord) and detector.threshold.value >= _NEARLY_ALL:
+            typer.echo(
+                f"warning: feature squeezing turns the answers to many clean images round, so that its threshold is "
+                f"{detector.threshold.value:.2f} of at most 2: it will hardly reject any, and takes its share of the rate",
+                err=True,
+            )
     if model.output == "labels":
         typer.echo("warning: the model returns labels only, which tells triggers less well apart than probabilities", err=True)
     if accuracy is not None and near_chance(accuracy, model.num_classes):

@@ -17,7 +17,7 @@ from cli.display import progress_bars
 from cli.edge_sending import declared, write_images, write_model
 from cli.edge_token import VARIABLE, read_token
 from cli.extras import needs
-from cli.repaired import calibrate_with_tripwire, show_next, show_repaired
+from cli.repaired import calibrate_with_tripwire, exit_code, show_next, show_repaired
 from guard import Guard, load_profile
 from guard.errors import EdgeError
 from guard.loading import load_profile_backend
@@ -275,7 +275,7 @@ def _show(record: RepairRecord, manifest: Manifest, out: Path, otherwise: str, a
         figures = msgspec.to_builtins(record)
         body = {**figures, "out": str(out), "profile": None if profile is None else str(profile), "note": note}
         typer.echo(msgspec.json.encode(body).decode())
-        return
+        raise typer.Exit(exit_code(record))
     show_repaired(record, f"Repaired model {out}", *_profile_rows(profile), ("report", str(out / "report.html")))
     if profile is None:
         typer.echo(f"no profile: {note or 'the edge server made none'}", err=True)
@@ -283,6 +283,7 @@ def _show(record: RepairRecord, manifest: Manifest, out: Path, otherwise: str, a
     else:
         typer.echo("in its profile the original goes on detecting, and the repaired model answers", err=True)
         show_next(record, f"guard check {profile} IMAGE, guard serve {profile}")
+    raise typer.Exit(exit_code(record))
 
 
 def _profile_rows(folder: Path | None) -> list[tuple[str, str]]:

@@ -18,7 +18,7 @@ from cli.display import progress_bars
 from cli.edge_repair import EdgeChoice, EdgeJobOption, EdgeOption, EdgeTokenOption, InsecureEdgeOption, repair_on_edge
 from cli.extras import needs
 from cli.repair_inputs import METHODS, RepairMethod, check_choice, read_inputs
-from cli.repaired import calibrate_with_tripwire, show_next, show_repaired
+from cli.repaired import calibrate_with_tripwire, exit_code, show_next, show_repaired
 from cli.threads import settle_threads
 from cli.time_left import telling_time
 from guard.errors import InputError
@@ -46,7 +46,8 @@ def repair_command(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Of unlearn, prune and gdm: what guard scan wrote; without, the model is scanned with --data.",
+            help="What guard scan wrote: triggers that unlearn, prune and gdm work by, which scan for themselves without, and "
+            "by which the other methods are measured.",
         ),
     ] = None,
     weights: options.WeightsOption = None,
@@ -103,6 +104,10 @@ def repair_command(
         ),
     ] = None,
     skip_unreadable: options.SkipOption = False,
+    allow_missing_classes: Annotated[
+        bool,
+        typer.Option("--allow-missing-classes", help="Go on when a class has no clean image: the copy may forget it."),
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of the cut into parts and of all draws.")] = 0,
     as_json: options.JsonOption = False,
     edge: EdgeOption = None,
@@ -127,6 +132,9 @@ def repair_command(
 
     Ctrl-C leaves DIR as it was; the same command goes on from the last epoch.
 
+    The exit code is 0, 1 if the repair was written, but its figures speak against
+    relying on it, and 2 if something went wrong.
+
     With --edge, a guard edge serve elsewhere does the work, and makes a profile
     too: this machine needs only pip install 'backdoor-guard\[device]'.
     """
@@ -140,6 +148,8 @@ def repair_command(
     if edge is not None:
         if data is None or (method != "gym" and method != "codefend"):
             raise InputError(f"expected --method gym or codefend with --edge, got {method}: repair here, without --edge")
+        if scan is not None:
+            raise InputError("expected --scan without --edge, to which no scan is sent, got both: drop one")
         repair_on_edge(
             EdgeChoice(edge, edge_token_file, edge_job, insecure_edge),
             model,
@@ -168,6 +178,7 @@ def repair_command(
         from calibration.inspection.triggers_file import read_infected
         from calibration.repair.cyclegan import Training
         from calibration.repair.dhbe import ERASING
+        from calibration.repair.dhbe_settings import Dhbe
         from calibration.repair.record import KIND
         from calibration.repair.settings import RepairSettings
         from calibration.repair.work import repair_into
@@ -181,9 +192,16 @@ def repair_command(
         epochs=epochs,
         gan=Training(epochs=gan_epochs),
         rounds=rounds,
+        allow_missing_classes=allow_missing_classes,
         seed=seed,
     )
     KIND.check_target(out)
+    if method == "auto" and data is None:
+        typer.echo(
+            f"no clean images: chose dhbe, which learns for {epochs or Dhbe().epochs} epochs, hours on a CPU; how long they "
+            "take will be said after the first",
+            err=True,
+        )
     given = options.hints(mean, std, output, layout, dtype, container)
     with tempfile.TemporaryDirectory(prefix="guard-") as scratch:
         source = open_model(model, weights, Path(scratch))
@@ -216,9 +234,10 @@ def repair_command(
         typer.echo(f"skipped {name}: {reason}", err=True)
     if as_json:
         typer.echo(msgspec.json.encode({**msgspec.to_builtins(record), "out": str(out)}).decode())
-        return
-    show_repaired(record, f"Repaired model {out}", ("report", str(out / "report.html")))
-    show_next(record, calibrate_with_tripwire(out, model, weights, data))
+    else:
+        show_repaired(record, f"Repaired model {out}", ("report", str(out / "report.html")))
+        show_next(record, calibrate_with_tripwire(out, model, weights, data))
+    raise typer.Exit(exit_code(record))
 
 
 @contextlib.contextmanager

@@ -52,10 +52,9 @@ def check_choice(method: RepairMethod, data: Path | None, quarantine: Path | Non
         )
     if method == "codefend" and quarantine is None and not again:
         raise InputError("expected --quarantine DIR with --method codefend, which learns the trigger from it, got none")
-    if scan is not None and (data is None or method not in ("auto", "unlearn", "prune", "gdm")):
+    if scan is not None and data is None:
         raise InputError(
-            f"expected --scan with --data and --method auto, unlearn, prune or gdm, which work by its triggers, got {method}: "
-            "drop it"
+            "expected --data CLEAN with --scan, whose triggers are put on clean images, got none: add it or drop --scan"
         )
 
 

@@ -42,3 +42,10 @@ def show_next(record: RepairRecord, command: str) -> None:
 
     if is_reliable(record):
         typer.echo(f"next: {command}")
+
+
+def exit_code(record: RepairRecord) -> int:
+    """0, or 1 where the figures speak against relying on a repair."""
+    from calibration.repair.figures import is_reliable
+
+    return 0 if is_reliable(record) else 1

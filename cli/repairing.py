@@ -118,7 +118,12 @@ def repair_first(
         known = frozenset(digests(rest.images(slice(None))))
         suspects = replace(suspects.select(torch.nonzero(~suspects.among(known)).squeeze(1)), skipped=suspects.skipped)
     check_enough(ours, suspects)
-    how = RepairSettings(method=asked.method, max_accuracy_drop=asked.max_accuracy_drop, seed=asked.seed)
+    how = RepairSettings(
+        method=asked.method,
+        max_accuracy_drop=asked.max_accuracy_drop,
+        allow_missing_classes=settings.allow_missing_classes,
+        seed=asked.seed,
+    )
     folder, work = scratch / "repaired", checkpoints_beside(out)
     rejected = None if suspects is None else suspects.images(slice(None))
     repair_into(folder, source, predictor, ours, how, rejected, Engine(), progress, work)

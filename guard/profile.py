@@ -191,9 +191,9 @@ def load_profile(folder: str | Path) -> tuple[Profile, dict[str, Tensor]]:
 
 
 def overlays_to_array(overlays: Tensor) -> Tensor:
-    """Overlays, or other images, as uint8 where that is exact, to keep profiles small."""
+    """A copy of overlays, or of other images, as uint8 where that is exact, to keep profiles small."""
     pixels = overlays.mul(255.0).round()
-    return pixels.to(torch.uint8) if bool(((pixels / 255.0) - overlays).abs().max() < 1e-6) else overlays
+    return pixels.to(torch.uint8) if bool(((pixels / 255.0) - overlays).abs().max() < 1e-6) else overlays.clone()
 
 
 def array_to_overlays(array: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from guard import Predictor
 from guard.errors import InspectionError
 from guard.images import InputSpec
 
-_FEWEST = 3  # labels: a median of two says nothing
+_FEWEST = 5  # labels: with four, the deviation factor can't be over 1.35
 
 
 class DeepScanSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,19 +75,19 @@ def deep_scan(
         progress: Told how far it is.
 
     Raises:
-        InspectionError: The model has fewer than three labels.
+        InspectionError: The model has fewer than five labels.
         CalibrationError: It gives all recovered images one label.
         ModelError: It has no gradients.
     """
     started = time.monotonic()
-    classes, spec = predictor.num_classes, predictor.spec
+    classes, spec, copied = predictor.num_classes, predictor.spec, TrainableCopy.of(predictor)
     if classes < _FEWEST:
         raise InspectionError(
             f"expected a model with at least {_FEWEST} labels, whose triggers are compared, got {classes}: scan it with clean "
             "images, by neural-cleanse"
         )
     engine = engine or Engine()
-    copied = TrainableCopy.of(predictor).faster(torch.rand(2, *spec.shape, generator=torch.Generator().manual_seed(0)))
+    copied = copied.faster(torch.rand(2, *spec.shape, generator=torch.Generator().manual_seed(0)))
     for parameter in copied.parameters:
         parameter.requires_grad_(False)
     answers = engine.place(copied.answers())

@@ -24,11 +24,10 @@ _SMALLEST = 3  # labels that are shown though they don't stand out
 
 def verdict(figures: ScanFigures) -> str:
     """In a sentence."""
-    infected = [title(item) for item in (*figures.labels, *figures.pairs) if item.infected]
+    infected = [item for item in (*figures.labels, *figures.pairs) if item.infected]
     if not infected:
         return "No label needs a trigger so small that a backdoor must be behind it."
-    what = "label" if len(infected) == 1 else "labels"
-    return f"The model is backdoored: {what} {', '.join(infected)}."
+    return f"The model is backdoored: {titles(infected)}."
 
 
 def title(finding: LabelFinding) -> str:
@@ -37,13 +36,18 @@ def title(finding: LabelFinding) -> str:
     return name if finding.source_index is None else f"{finding.source_index} to {name}"
 
 
+def titles(findings: Sequence[LabelFinding]) -> str:
+    """`label 3`, or `labels 3, 5 to 3`."""
+    return f"label{'' if len(findings) == 1 else 's'} {', '.join(map(title, findings))}"
+
+
 def candidate_table(findings: Sequence[LabelFinding]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header, and a row for each label that got a second opinion, the smallest trigger first."""
     header = (
         "label",
         "L1",
         "index",
-        "of the median",
+        "of the others' median",
         "spread",
         "works on others",
         "L1 in a clean reference",
@@ -105,16 +109,19 @@ def median_l1(findings: Sequence[LabelFinding]) -> float:
 def remarks(figures: ScanFigures) -> list[str]:
     """What must be said with them."""
     said = list(figures.said)
-    by_index = [title(item) for item in (*figures.labels, *figures.pairs) if item.infected_by_index and not item.infected]
-    missed = [title(item) for item in (*figures.labels, *figures.pairs) if item.infected and not item.infected_by_index]
+    by_index = [item for item in (*figures.labels, *figures.pairs) if item.infected_by_index and not item.infected]
+    missed = [item for item in (*figures.labels, *figures.pairs) if item.infected and not item.infected_by_index]
     if figures.method == "deep-inspect":
         if by_index:
-            said.append(f"The deviation factor alone would accuse {', '.join(by_index)}; beside the median, the size does not.")
+            said.append(f"The deviation factor alone would accuse {titles(by_index)}; beside the median, the size does not.")
         return [*said, LIMITS_WITHOUT_DATA]
     if by_index:
-        said.append(f"The anomaly index alone would accuse {', '.join(by_index)}; the second opinion does not.")
+        said.append(f"The anomaly index alone would accuse {titles(by_index)}; the second opinion does not.")
     if missed:
-        said.append(f"The anomaly index alone would miss {', '.join(missed)}.")
+        said.append(f"The anomaly index alone would miss {titles(missed)}.")
+    infected = {item.label_index for item in figures.labels if item.infected}
+    if any(item.label_index in infected for item in figures.pairs):
+        said.append("Pairs that lead to an infected label are no further backdoors: its trigger works from every label.")
     if figures.reference_agreement is not None:
         said.append(
             f"The clean reference answers {figures.reference_agreement:.1%} of {figures.held_out} held-out images as the model "

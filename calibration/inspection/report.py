@@ -22,6 +22,12 @@ _RECOVERED = 4  # images for each label
 _NAMED = 50  # labels, at most, for each to have its name on the axis
 
 
+_OPINIONS = (
+    "L1 is the size in pixels, also as a share of the median of the others. Spread says how far the mask reaches, 1 as far as "
+    "one over the whole image; it decides nothing."
+)
+
+
 def scan_report(scan: Scan) -> bytes:
     """HTML in one file."""
     figures = scan.figures
@@ -40,11 +46,11 @@ def scan_report(scan: Scan) -> bytes:
                 "scaled to that median.",
             ),
             Section(
-                "The smallest triggers",
+                f"The smallest triggers of {what}s",
                 picture=triggers_figure([findings[row] for row in shown], triggers.select(shown), scan.clean),
                 caption="The mask, the pattern where the mask shows it, and a held-out image without and with it.",
             ),
-            Section("Second opinions", header=header, rows=rows),
+            Section(f"Second opinions on {what}s", (_OPINIONS,), header=header, rows=rows),
         ]
     if scan.further_triggers is not None and figures.further:
         header, rows = candidate_table(figures.further)

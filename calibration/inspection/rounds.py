@@ -55,13 +55,18 @@ def scan_rounds(
         return first
     findings: list[LabelFinding] = []
     triggers: list[Triggers] = []
+    passes, said = first.figures.passes, list(first.figures.said)
 
     def again(copied: TrainableCopy, before: Triggers, number: int) -> Triggers:
         """What is left of the labels that were infected; nothing in the last round, after which nothing is unlearnt."""
-        items, found = scan_again(copied.predictor, before, clean, settings, number, engine, progress)
+        nonlocal passes
+        items, found, more = scan_again(copied.predictor, before, clean, settings, number, engine, progress)
+        passes += more
         rows = [row for row in range(len(found)) if _works(predictor, found, row, parts.held_out)]
         findings.extend(items[row] for row in rows)
         triggers.append(found.select(rows))
+        what = ", ".join(str(items[row].label_index) for row in rows)
+        said.append(f"Round {number + 1} found " + (f"further triggers to {what}." if rows else "no further trigger."))
         return found if number + 1 < settings.rounds else found.select([])
 
     copied = TrainableCopy.of(predictor).faster(first.clean[:2])
@@ -84,7 +89,8 @@ def scan_rounds(
         figures=msgspec.structs.replace(
             first.figures,
             further=tuple(findings),
-            passes=first.figures.passes + sum(item.passes for item in findings),
+            passes=passes,
+            said=tuple(said),
             seconds=first.figures.seconds if checkpoints is None else checkpoints.seconds,
         ),
         further_triggers=Triggers.together(triggers),
@@ -106,8 +112,8 @@ def scan_again(
     number: int,
     engine: Engine,
     progress: Progress,
-) -> tuple[list[LabelFinding], Triggers]:
-    """What a scan of a copy, that unlearnt some triggers, finds of their labels.
+) -> tuple[list[LabelFinding], Triggers, int]:
+    """What a scan of a copy, that unlearnt some triggers, finds of their labels, and the passes that it took.
 
     Args:
         predictor: The copy.
@@ -125,4 +131,4 @@ def scan_again(
     alone = msgspec.structs.replace(settings, pairs=False, rounds=1, seed=settings.seed + number)
     found, labels = scan(predictor, clean, alone, engine=engine, progress=shown), set(before.labels.tolist())
     rows = [row for row, item in enumerate(found.figures.labels) if item.infected and item.label_index in labels]
-    return [found.figures.labels[row] for row in rows], found.triggers.select(rows)
+    return [found.figures.labels[row] for row in rows], found.triggers.select(rows), found.figures.passes

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from calibration.accuracy import NEAR_CHANCE, answers, near_chance
-from calibration.calibrate import check_labels
+from calibration.calibrate import check_labels, missing_classes
 from calibration.checkpoints import Checkpoints
 from calibration.data import ImageSet, Progress, no_progress
 from calibration.engine import Engine
@@ -163,6 +163,7 @@ def scan(
             held_out=len(held_out),
             passes=sum(item.passes for item in everything),
             seconds=time.monotonic() - started if checkpoints is None else checkpoints.seconds,
+            said=_missing(predictor, torch.cat([known.cpu(), judge.own.cpu()])),
         ),
         triggers,
         pair_triggers,
@@ -336,6 +337,17 @@ def spread(mask: Tensor) -> float:
         places = torch.arange(size, dtype=torch.float64)
         variance += float((share * (places - (share * places).sum()).square()).sum())
     return math.sqrt(variance / ((height**2 - 1 + width**2 - 1) / 12.0))
+
+
+def _missing(predictor: Predictor, labels: Tensor) -> tuple[str, ...]:
+    """What the images can't tell, in words."""
+    missing = missing_classes(labels, predictor)
+    if not missing:
+        return ()
+    return (
+        f"The clean images hold none of {missing}: the clean reference can't tell whether these labels are easy to reach in "
+        "any model. Add images of every class.",
+    )
 
 
 def _ratio(sizes: Tensor, row: int) -> float:

@@ -36,6 +36,11 @@ def read_infected(
             f"expected a scan by neural-cleanse, whose triggers can be worked by, got one by {record.method}, {folder}: "
             "scan with --method neural-cleanse and --data"
         )
+    if backend.kind == "onnx":
+        raise InspectionError(
+            "expected a model whose neurons can be looked into, as filters and repairs by a scan do, got an ONNX file: take "
+            "the .pt2 file or package.module:factory that was scanned"
+        )
     if record.model_sha256 is None or record.model_sha256 != backend.fingerprint():
         raise InspectionError(
             f"the scan in {folder} is of another model (SHA-256 differs): scan the one that detects, or is to be repaired"

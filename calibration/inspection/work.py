@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from calibration.checkpoints import Checkpoints
@@ -113,7 +113,7 @@ def _write(
     )
     with KIND.writing(out) as draft:
         (draft / JSON).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
-        save_file(arrays, draft / TRIGGERS)
+        (draft / TRIGGERS).write_bytes(save(arrays))  # save_file makes it private
         (draft / REPORT).write_bytes(report)
     checkpoints.remove()
     return record

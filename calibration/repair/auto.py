@@ -14,6 +14,7 @@ is nothing: it is blind to triggers that cover the image. So `gym`, which needs 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import final
@@ -29,8 +30,8 @@ from calibration.inspection.triggers import Triggers
 from calibration.repair.cases import Parts, clean_parts
 from calibration.repair.methods import infected_by_scan
 from calibration.repair.record import Method, Verification
-from calibration.repair.repair import Repaired, repair
-from calibration.repair.settings import NEEDS_TRIGGERS, RepairSettings
+from calibration.repair.repair import Repaired, check_classes, repair
+from calibration.repair.settings import RepairSettings
 from calibration.repair.verification import LEFT, Candidate, red_team, verify
 from guard import Predictor
 from guard.errors import GuardError, RepairError
@@ -106,7 +107,8 @@ def repair_automatically(
         only = repair(predictor, None, by, quarantined, engine=engine, checkpoints=checkpoints, progress=progress)
         only.check()
         return _told(only, ["Chosen automatically: there are no clean images, and dhbe needs none. Nothing was verified."])
-    engine = engine or Engine()
+    engine, started = engine or Engine(), time.monotonic()
+    check_classes(clean, predictor, settings)
     cut = clean_parts(clean, predictor, settings.seed)
     how = ScanSettings(search=settings.search, seed=settings.seed)
     if triggers is None:
@@ -121,7 +123,7 @@ def repair_automatically(
                 clean,
                 _by(settings, choice.method),
                 quarantined,
-                triggers=known if choice.method in NEEDS_TRIGGERS else None,
+                triggers=known,
                 engine=engine,
                 checkpoints=checkpoints,
                 progress=progress,
@@ -138,7 +140,9 @@ def repair_automatically(
             continue
         found, warning = _with_red_team(found, predictor, clean, cut, _by(settings, choice.method), engine, progress)
         said = [f"Chosen automatically: {choice.why}.", *(f"Before, {line}" for line in tried), *warning]
-        return _told(replace(repaired, figures=msgspec.structs.replace(repaired.figures, verification=found)), said)
+        seconds = max(repaired.figures.seconds, time.monotonic() - started)  # checkpoints count the time of earlier attempts
+        figures = msgspec.structs.replace(repaired.figures, verification=found, seconds=seconds)
+        return _told(replace(repaired, figures=figures), said)
     raise RepairError(f"no method repairs this model: {'; '.join(tried)}")
 
 

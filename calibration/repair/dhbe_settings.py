@@ -92,7 +92,7 @@ class Dhbe(msgspec.Struct, frozen=True, kw_only=True):
         if min(sides) < _SMALLEST or max(sides) > _LARGEST:
             raise RepairError(
                 f"expected images of {_SMALLEST} to {_LARGEST} pixels a side for dhbe, got {spec.height}x{spec.width}: "
-                "use another method, like gym"
+                "use another method, like gym, with --data"
             )
         return msgspec.structs.replace(
             usual,

@@ -1,11 +1,14 @@
 """Where GDM models triggers: around those that a scan recovered.
 
 A scan finds some trigger that works, which lies near the attacker's rather than on it. So its box is widened: where triggers
-are modelled in a box beside the true one, the true one goes on working.
+are modelled in a box beside the true one, the true one goes on working. A stray pixel of the mask, far from the others, would
+make a box of the whole image, and is left out.
 """
 
 from __future__ import annotations
 
+import cv2
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +18,7 @@ from calibration.repair.mesa import Place
 from guard.errors import RepairError
 
 _HALF = 0.5  # of a mask's largest value: what belongs to the patch
+_STRAY = 0.25  # of the largest piece: what weighs less is none
 
 
 def backdoors_of(triggers: Triggers, margin: float) -> list[Backdoor]:
@@ -36,7 +40,9 @@ def backdoors_of(triggers: Triggers, margin: float) -> list[Backdoor]:
 
 
 def bounding_box(mask: Tensor) -> Place:
-    """The smallest box around what is at least half of a mask's largest value.
+    """The smallest box around what is at least half of a mask's largest value, without pieces that weigh next to nothing.
+
+    Pixels with one pixel or less between them are of one piece.
 
     Args:
         mask: (H, W), in [0, 1].
@@ -46,7 +52,13 @@ def bounding_box(mask: Tensor) -> Place:
     """
     if not float(mask.max()) > 0.0:
         raise RepairError("expected the mask of a trigger, got an empty one: scan the model again")
-    rows, columns = torch.nonzero(mask >= _HALF * mask.max()).unbind(dim=1)
+    patch = (mask >= _HALF * mask.max()).cpu()
+    near = cv2.dilate(patch.numpy().astype(np.uint8), np.ones((3, 3), np.uint8))
+    count, pieces = cv2.connectedComponents(near, connectivity=8)
+    found = torch.from_numpy(pieces)
+    weights = torch.stack([(mask.cpu() * patch * (found == piece)).sum() for piece in range(1, count)])
+    kept = torch.nonzero(weights >= _STRAY * weights.max()).flatten() + 1
+    rows, columns = torch.nonzero(patch & torch.isin(found, kept)).unbind(dim=1)
     top, left = int(rows.min()), int(columns.min())
     return top, left, int(rows.max()) - top + 1, int(columns.max()) - left + 1
 

@@ -188,7 +188,12 @@ def _unlearn(task: Task) -> Outcome:
         task.checkpoints,
         task.progress,
     )
-    return Outcome(triggers=triggers, said=(f"{len(triggers)} recovered triggers were unlearnt.",))
+    return Outcome(
+        triggers=triggers,
+        said=(
+            "1 recovered trigger was unlearnt." if len(triggers) == 1 else f"{len(triggers)} recovered triggers were unlearnt.",
+        ),
+    )
 
 
 def _unlearn_modelled(task: Task) -> Outcome:

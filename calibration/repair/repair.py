@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from calibration.accuracy import NEAR_CHANCE, near_chance
-from calibration.calibrate import check_labels
+from calibration.calibrate import check_labels, missing_classes
 from calibration.checkpoints import Checkpoints
 from calibration.data import ImageSet, Progress, digests, no_progress
 from calibration.engine import Engine
@@ -34,6 +34,7 @@ from guard.preprocessors import Gym, Preprocessor, answer_through
 
 _ROUNDING = 1e-9  # of points: 0.97 - 0.94 is more than 0.03 in floating point
 _EXAMPLES = 10
+_USABLE = 25.0  # points: nobody wants a model that loses more
 _DRAWS = 4  # of a preprocessor that draws, to measure accuracy through it
 
 
@@ -81,10 +82,10 @@ class Repaired:
         more = "give more clean images" if self.settings.epochs is None else "give more clean images, or more --epochs"
         if self.settings.method in DATA_FREE:
             more = "give it more --epochs"
+        allow = f", or allow it with --max-accuracy-drop {math.ceil(figures.drop * 10.0) / 10.0:g}"
         raise RepairError(
             f"the repair costs {figures.drop:.1f} points of clean accuracy ({what}, {figures.held_out_clean} held-out images)"
-            f", more than --max-accuracy-drop {allowed:g}: {more}, or allow it with "
-            f"--max-accuracy-drop {math.ceil(figures.drop * 10.0) / 10.0:g}"
+            f", more than --max-accuracy-drop {allowed:g}: {more}{allow if figures.drop <= _USABLE else ''}"
         )
 
     def _check_collapse(self) -> None:
@@ -171,6 +172,8 @@ def _cases(
         cases, known = Parts.none(predictor), frozenset[str]()
     else:
         check_labels(clean, predictor)
+        if learns:
+            check_classes(clean, predictor, settings)
         cases = clean_parts(clean, predictor, settings.seed, learns)
         part = cases.tuning if learns else cases.held_out
         right = _share(part.answers, part.labels)
@@ -182,6 +185,22 @@ def _cases(
     return cases, quarantined_parts(quarantined, predictor, settings.seed, known, learns)
 
 
+def check_classes(clean: ImageSet, predictor: Predictor, settings: RepairSettings) -> None:
+    """Refuse labelled images that hold none of a class, which the copy may forget, unless the settings allow it.
+
+    Raises:
+        RepairError: It names the classes.
+    """
+    if clean.labels is None or settings.allow_missing_classes:
+        return
+    missing = missing_classes(clean.labels, predictor)
+    if missing:
+        raise RepairError(
+            f"expected clean images of all {predictor.num_classes} classes, got none of {missing}: the copy may forget these, "
+            "and nothing would show it; add some, or pass --allow-missing-classes"
+        )
+
+
 def _figures(task: Task, outcome: Outcome, labelled: bool) -> RepairFigures:
     """What the copy came to; the time is not known yet."""
     original, repaired, erased = task.original, task.copied.predictor, outcome.erased
@@ -191,8 +210,13 @@ def _figures(task: Task, outcome: Outcome, labelled: bool) -> RepairFigures:
     )
     agreement = shares.agreement if erased is None or len(clean) else erased.agreement
 
-    def success(of: Predictor) -> float | None:
-        return None if triggers is None else success_on(of, triggers, clean.images, clean.answers.argmax(dim=1))
+    def success(of: Predictor, preprocessor: Preprocessor | None = None) -> float | None:
+        generator = torch.Generator().manual_seed(task.settings.seed)
+
+        def says(images: Tensor) -> Tensor:
+            return of(images) if preprocessor is None else answer_through(of, preprocessor, images, generator)
+
+        return None if triggers is None else success_on(says, triggers, clean.images, clean.answers.argmax(dim=1))
 
     return RepairFigures(
         clean_accuracy_before=_share(clean.answers, clean.labels) if labelled else None,
@@ -211,13 +235,21 @@ def _figures(task: Task, outcome: Outcome, labelled: bool) -> RepairFigures:
         seconds=0.0,
         recovered_triggers=0 if outcome.triggers is None else len(outcome.triggers),
         recovered_success_before=success(original),
-        recovered_success_after=success(repaired),
+        recovered_success_after=success(repaired, outcome.preprocessor),
         generated_samples=0 if erased is None else erased.compared,
         generated_agreement=None if erased is None else erased.agreement,
         generated_steadiness=None if erased is None else erased.steadiness,
         generated_labels=0 if erased is None else erased.labels,
-        said=outcome.said,
+        said=(*outcome.said, *_missing(task)),
     )
+
+
+def _missing(task: Task) -> list[str]:
+    """What the images can't tell, in words."""
+    parts = (task.clean.tuning, task.clean.stopping, task.clean.held_out)
+    labels = torch.cat([part.labels for part in parts])
+    missing = missing_classes(labels, task.original) if len(labels) else ""
+    return [f"The clean images hold none of {missing}: what the copy makes of these, nothing here tells."] if missing else []
 
 
 def _learnt_from(*sets: Parts | None) -> list[Part]:

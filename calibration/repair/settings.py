@@ -49,6 +49,7 @@ class RepairSettings(msgspec.Struct, frozen=True, kw_only=True):
         rounds: Of unlearn: searches for what is left, and unlearns it, too.
         gdm: How; None for the method's own.
         dhbe: How; None for what the model needs, see `Dhbe.suited`.
+        allow_missing_classes: Learn from clean images though they hold none of a class, which the copy may forget.
         seed: Of the cut and of every draw.
     """
 
@@ -62,6 +63,7 @@ class RepairSettings(msgspec.Struct, frozen=True, kw_only=True):
     rounds: int = 3
     gdm: Gdm | None = None
     dhbe: Dhbe | None = None
+    allow_missing_classes: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

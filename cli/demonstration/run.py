@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -231,7 +233,15 @@ def _show(result: Result, out: Path, profile: Path) -> None:
     typer.echo(f"report: {result.report}\npicture of the two entropy distributions: {result.picture}\n")
     if result.repair is not None:
         _show_repair(result.repair)
-    typer.echo(f"try: guard check {profile} {out / 'images'}")
+    typer.echo(f"try: {_guard()} check {profile} {out / 'images'}")
+
+
+def _guard() -> str:
+    """The command as a shell finds it: by its name, or by its path where its environment is not active."""
+    beside = Path(sys.executable).parent / "guard"
+    if shutil.which("guard") is not None or not beside.is_file():
+        return "guard"
+    return os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else str(beside)
 
 
 def _show_repair(repair: Repair) -> None:

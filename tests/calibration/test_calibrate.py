@@ -315,3 +315,11 @@ def test_a_function_that_always_fails_tells_its_own_error() -> None:
 
     with pytest.raises(ModelError, match="RuntimeError: no such host"):
         discover(wrap(predict), toy_set())
+
+
+def test_images_off_the_grid_of_eight_bits_can_be_saved(tmp_path: Path, backdoored: nn.Module, digits: Digits) -> None:
+    made = calibrate(
+        backdoored, ImageSet(digits.clean.images(slice(0, 300)) * 0.99, digits.clean.known_labels[:300]), Settings()
+    )
+    folder = made.save(tmp_path / "profile")
+    assert len(Guard.load(tmp_path / "profile", backdoored)(digits.test.images(slice(0, 4)))) == 4, folder

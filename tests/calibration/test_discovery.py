@@ -68,7 +68,7 @@ def test_what_noise_can_not_tell_must_be_said() -> None:
 
 def test_another_shape_and_contradicting_hints_are_refused() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).eval()
-    with pytest.raises(ModelError, match=r"got shape \(3, 9, 9\) \(C, H, W\), on which it runs in none"):
+    with pytest.raises(ModelError, match=r"got shape \(3, 9, 9\) \(C, H, W\), on which it does not run"):
         discover_without_images(wrap(net), (3, 9, 9))
     with pytest.raises(InputError, match="expected 1 values of mean, one per channel, got 3"):
         discover_without_images(wrap(net), SHAPE, Hints(mean=(0.5, 0.5, 0.5)))

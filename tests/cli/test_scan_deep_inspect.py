@@ -88,7 +88,7 @@ def test_a_repaired_model_knows_its_shape(tmp_path: Path, clean_model: Path, gua
         ((*BLIND, *SHAPE, "--data", "DATA"), "expected --data with --method neural-cleanse alone, got deep-inspect"),
         ((*BLIND, *SHAPE, "--pairs", "--plain"), "expected --pairs and --plain with --method neural-cleanse alone, got"),
         ((*BLIND, *SHAPE, "--skip-unreadable"), "expected --skip-unreadable with --method neural-cleanse alone, got"),
-        ((*BLIND, "--shape", "3,9,9"), "got shape (3, 9, 9) (C, H, W), on which it runs in none"),
+        ((*BLIND, "--shape", "3,9,9"), "got shape (3, 9, 9) (C, H, W), on which it does not run"),
         ((*BLIND, *SHAPE, "--mean", "0.5,0.5,0.5"), "expected 1 values of mean, one per channel, got 3"),
         ((*BLIND, *SHAPE, "--steps", 15), "'--steps'"),
         (("--method", "magic"), "'magic' is not one of 'neural-cleanse', 'deep-inspect'"),
@@ -110,7 +110,7 @@ def test_two_labels_are_too_few(tmp_path: Path, guard: Command) -> None:
     nn.init.constant_(last.weight, 1.0)  # logits that are no probabilities
     save_exported(nn.Sequential(nn.Flatten(), last).eval(), torch.rand(2, 1, 8, 8), tmp_path / "two.pt2")
     run = guard("scan", tmp_path / "two.pt2", *BLIND, *SHAPE, "--out", tmp_path / "scan")
-    assert "expected a model with at least 3 labels" in run.problem
+    assert "expected a model with at least 5 labels" in run.problem
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path, files: Files, guard: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,7 +189,7 @@ class Two(nn.Module):
 
 def test_what_can_not_be_scanned_without_data(tmp_path: Path) -> None:
     two = discover_without_images(wrap(Two().eval()), (1, 8, 8))
-    with pytest.raises(InspectionError, match="at least 3 labels, whose triggers are compared, got 2"):
+    with pytest.raises(InspectionError, match="at least 5 labels, whose triggers are compared, got 2"):
         deep_scan(two, SHORT)
     spec = InputSpec(channels=1, height=8, width=8, container="numpy", layout="NHWC")
     function = discover_without_images(wrap(predict_function(spec, "logits")), (1, 8, 8))

@@ -132,8 +132,8 @@ def test_the_errors_of_the_index_are_named() -> None:
         seconds=1.0,
     )
     said = " ".join(remarks(figures))
-    assert "index alone would accuse 1;" in said
-    assert "index alone would miss 0." in said
+    assert "index alone would accuse label 1;" in said
+    assert "index alone would miss label 0." in said
     assert [row[0] for row in candidate_table(figures.labels)[1]] == ["0", "1", "2"]
 
 
@@ -156,6 +156,14 @@ def test_two_labels_can_be_judged_although_they_have_no_index(digits: Digits, mo
     found = scan(predictor, ImageSet(images), ScanSettings(search=Search(steps=160)))
     assert [item.anomaly_index for item in found.figures.labels] == [None, None]
     assert found.figures.labels[1].mask_l1 < 2.0
+
+
+def test_labels_without_a_clean_image_are_named(digits: Digits, suspect: Predictor) -> None:
+    short = ScanSettings(search=Search(steps=32, success=0.5))
+    some = digits.clean.select(torch.nonzero(digits.clean.known_labels < 3).squeeze(1))
+    said = remarks(scan(suspect, some, short).figures)
+    assert "The clean images hold none of" in said[0]
+    assert not any("hold none of" in line for line in remarks(scan(suspect, digits.clean, short).figures))
 
 
 def test_a_seed_says_it_all(digits: Digits, suspect: Predictor) -> None:

@@ -82,6 +82,15 @@ def test_the_box_of_a_mask() -> None:
     assert bounding_box(mask) == (2, 3, 2, 4)
 
 
+def test_a_stray_pixel_is_no_part_of_a_place() -> None:
+    mask = torch.zeros(12, 12)
+    mask[8:11:2, 8:11:2] = 1.0  # a pixel between them
+    mask[0, 0] = 0.9
+    assert bounding_box(mask) == (8, 8, 3, 3)
+    mask[0:2, 0] = 1.0  # half as heavy: it has two places
+    assert bounding_box(mask) == (0, 0, 11, 11)
+
+
 @pytest.mark.parametrize(
     ("place", "margin", "expected"),
     [
