@@ -68,7 +68,7 @@ def test_from_a_backdoored_model_to_one_that_was_verified(tmp_path: Path, model:
     ("arguments", "problem"),
     [
         ([], "expected images of 28 to 64 pixels a side for dhbe, got 8x8"),  # its file says the shape
-        (["--shape", "1,8,8", "--scan", "scanned"], "expected --scan with --data and --method auto"),
+        (["--shape", "1,8,8", "--scan", "scanned"], "expected --data CLEAN with --scan"),
         (["--data", "clean.npz", "--devices", 2], "expected --devices with a method of repair, got --method auto"),
         (["--data", "clean.npz", "--edge", "https://edge"], "expected --method gym or codefend with --edge, got auto"),
     ],

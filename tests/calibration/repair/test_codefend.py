@@ -14,7 +14,7 @@ from calibration.repair.cases import Part, clean_parts
 from calibration.repair.codefend import old_answers, still_triggered
 from calibration.repair.cyclegan import CycleGan, Generator, Training
 from calibration.repair.figures import remarks
-from calibration.repair.repair import repair
+from calibration.repair.repair import Repaired, repair
 from calibration.repair.settings import RepairSettings
 from cli.demonstration.digits import ATTACK, Digits
 from guard import Predictor
@@ -27,24 +27,24 @@ def share(predictor: Predictor, images: torch.Tensor, wanted: torch.Tensor) -> f
     return float((predictor(images).argmax(dim=1) == wanted).double().mean())
 
 
-def test_the_backdoor_is_gone_and_the_digits_are_read_as_before(case: Case, digits: Digits) -> None:
+def test_the_backdoor_is_gone_and_the_digits_are_read_as_before(case: Case, repaired: Repaired, digits: Digits) -> None:
     triggered, true = digits.triggered.images(slice(150, None)), digits.triggered.known_labels[150:]
     target = torch.full_like(true, ATTACK.target_label)
     clean, labels = digits.test.images(slice(None)), digits.test.known_labels
     assert share(case.original, triggered, target) >= 0.95
-    assert share(case.repaired.predictor, triggered, target) <= 0.05
+    assert share(repaired.predictor, triggered, target) <= 0.05
     before = share(case.original, clean, labels)
-    assert share(case.repaired.predictor, clean, labels) >= before - 0.03
-    assert share(case.repaired.predictor, triggered, true) >= 0.9 * before
+    assert share(repaired.predictor, clean, labels) >= before - 0.03
+    assert share(repaired.predictor, triggered, true) >= 0.9 * before
 
 
-def test_the_original_is_as_it_was(case: Case) -> None:
+def test_the_original_is_as_it_was(case: Case, repaired: Repaired) -> None:
     assert case.original.backend.fingerprint() == case.fingerprint
-    assert case.repaired.predictor.backend.fingerprint() != case.fingerprint
+    assert repaired.predictor.backend.fingerprint() != case.fingerprint
 
 
-def test_what_the_defender_sees_tells_the_same_story(case: Case) -> None:
-    figures = case.repaired.figures
+def test_what_the_defender_sees_tells_the_same_story(repaired: Repaired) -> None:
+    figures = repaired.figures
     assert figures.clean_images == 500
     assert figures.quarantined_images == 158
     assert (figures.held_out_clean, figures.held_out_quarantined) == (100, 32)
@@ -56,11 +56,11 @@ def test_what_the_defender_sees_tells_the_same_story(case: Case) -> None:
     assert figures.agreement >= 0.93
     assert figures.rounds == 1
     assert figures.drop <= 3.0
-    case.repaired.check()
+    repaired.check()
 
 
-def test_the_trigger_that_was_learnt_is_the_trigger(case: Case) -> None:
-    learnt = case.repaired.learnt[0]
+def test_the_trigger_that_was_learnt_is_the_trigger(repaired: Repaired) -> None:
+    learnt = repaired.learnt[0]
     change = learnt.triggered - learnt.clean
     corner = change[:, 0, -3:, -3:].abs().mean()
     elsewhere = change[:, 0, :-3, :-3].abs().mean()
@@ -124,7 +124,9 @@ def test_a_trigger_that_is_left_goes_through_another_round(monkeypatch: pytest.M
     assert share(made.predictor, fresh, true) >= 0.95
 
 
-def test_what_is_left_is_what_strip_finds_among_those_with_their_old_answers(case: Case, digits: Digits) -> None:
+def test_what_is_left_is_what_strip_finds_among_those_with_their_old_answers(
+    case: Case, repaired: Repaired, digits: Digits
+) -> None:
     sevens = digits.test.images(torch.nonzero(digits.test.known_labels == ATTACK.target_label).squeeze(1))
     triggered = digits.triggered.images(slice(0, 60))
     images = torch.cat([triggered, sevens])
@@ -138,7 +140,7 @@ def test_what_is_left_is_what_strip_finds_among_those_with_their_old_answers(cas
     assert (
         float((left[:, 0, -3:, -3:] == 1.0).flatten(1).all(dim=1).double().mean()) >= 0.9
     )  # hardly a seven without the trigger
-    assert len(still_triggered(case.repaired.predictor, part, old, clean)) <= 0.1 * len(triggered)
+    assert len(still_triggered(repaired.predictor, part, old, clean)) <= 0.1 * len(triggered)
 
 
 def test_a_quarantine_of_false_alarms_is_told_and_does_no_harm(engine: Engine) -> None:
