@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 
 import typer
 
@@ -93,6 +94,9 @@ def _main() -> None:
         sys.exit(130)
     except OSError as error:
         _fail(f"{error.filename or 'output'}: {error.strerror or error}")
+    except Exception as error:  # a mistake of ours; 1 would be a verdict of some commands
+        traceback.print_exception(error)
+        raise SystemExit(2) from error
     sys.exit(code if isinstance(code, int) else 0)
 
 

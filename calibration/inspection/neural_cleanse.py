@@ -351,6 +351,6 @@ def _lists(goals: Goals) -> tuple[list[int], list[int]]:
 
 def _start(shape: torch.Size, seed: int, label: int, source: int) -> tuple[Tensor, Tensor]:
     """Uniform mask and pattern, before `squash`."""
-    generator = torch.Generator().manual_seed((seed * 100_003 + label) * 100_003 + source + 1)
+    generator = torch.Generator().manual_seed(((seed * 100_003 + label) * 100_003 + source + 1) % 2**63)
     mask = torch.rand(shape[1:], generator=generator)
     return unsquash(mask), unsquash(torch.rand(shape, generator=generator))

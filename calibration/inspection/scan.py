@@ -336,7 +336,8 @@ def spread(mask: Tensor) -> float:
     for size, share in ((height, shares.sum(dim=1)), (width, shares.sum(dim=0))):
         places = torch.arange(size, dtype=torch.float64)
         variance += float((share * (places - (share * places).sum()).square()).sum())
-    return math.sqrt(variance / ((height**2 - 1 + width**2 - 1) / 12.0))
+    most = (height**2 - 1 + width**2 - 1) / 12.0
+    return math.sqrt(variance / most) if most > 0.0 else 1.0
 
 
 def _missing(predictor: Predictor, labels: Tensor) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -67,7 +68,10 @@ def read_infected(
 
 
 def _all(arrays: dict[str, Tensor], kind: str) -> Triggers:
-    return Triggers(*(arrays[f"{kind}.{name}"] for name in Triggers.__dataclass_fields__))
+    parts = [arrays[f"{kind}.{name}"] for name in Triggers.__dataclass_fields__]
+    if {part.dtype for part in parts} != {torch.float32, torch.int64}:
+        raise TypeError(f"expected float32 and int64, got {', '.join(str(part.dtype) for part in parts)}")
+    return Triggers(*parts)
 
 
 def _rows(arrays: dict[str, Tensor], kind: str, wanted: list[LabelFinding]) -> Triggers:
@@ -80,7 +84,20 @@ def _rows(arrays: dict[str, Tensor], kind: str, wanted: list[LabelFinding]) -> T
 
 
 def _check(found: Triggers, record: ScanRecord, folder: Path) -> None:
-    sizes = (found.masks.shape[1:], record.input.shape[1:]), (found.patterns.shape[1:], record.input.shape)
-    within = all(bool(((value >= 0.0) & (value <= 1.0)).all()) for value in (found.masks, found.patterns))
-    if not within or any(tuple(got) != expected for got, expected in sizes):
-        raise InspectionError(f"expected masks (H, W) and patterns (C, H, W) in [0, 1] in {folder / TRIGGERS}: scan again")
+    count, classes = found.labels.numel(), len(record.labels)
+    shapes = [(found.masks, (count, *record.input.shape[1:])), (found.patterns, (count, *record.input.shape))]
+    shapes += [(part, (count,)) for part in (found.labels, found.sources, found.success, found.passes)]
+    pixels = all(
+        value.dtype == torch.float32 and bool(((value >= 0.0) & (value <= 1.0)).all())
+        for value in (found.masks, found.patterns)
+    )
+    known = all(
+        part.dtype == torch.int64 and bool(((part >= lowest) & (part < classes)).all())
+        for part, lowest in ((found.labels, 0), (found.sources, -1))
+    )
+    empty = not bool((found.masks.flatten(1).amax(dim=1) > 0.0).all()) if pixels and found.masks.numel() else True
+    if not pixels or not known or any(tuple(part.shape) != shape for part, shape in shapes) or empty:
+        raise InspectionError(
+            f"expected masks (H, W) that are not empty and patterns (C, H, W), float32 in [0, 1], and labels of the model in "
+            f"{folder / TRIGGERS}: scan again"
+        )

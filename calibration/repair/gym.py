@@ -91,7 +91,8 @@ def fine_tune_gym(
         engine,
         score,
         checkpoints,
-        progress=progress,
+        "gym",  # codefend's may lie beside it
+        progress,
     )
     return light
 

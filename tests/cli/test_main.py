@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cli import main
 from guard import __version__
 from tests.cli.conftest import Command, Files
 
@@ -87,3 +88,14 @@ def test_other_trouble_is_one_line_too(guard: Command, profile: Path, files: Fil
     assert guard("calibrate", files.model, "--data", files.clean, "--out", tmp_path / "p", "--seed", 2**64).problem
     assert "letters, digits" in guard("export", profile, "--format", "onnx", "--out", tmp_path, "--name", "../x").problem
     assert guard("evaluate", profile, "--data", files.test, "--report", tmp_path).problem  # a folder: figures come first
+
+
+def test_a_mistake_of_ours_is_no_verdict(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def app(**_: object) -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(main, "app", app)
+    with pytest.raises(SystemExit) as ended:
+        main._main()
+    assert ended.value.code == 2
+    assert "ZeroDivisionError: ours" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from calibration.checkpoints import Checkpoints
 from calibration.engine import Engine
 from calibration.inspection import neural_cleanse, passes
 from calibration.inspection.anomaly import anomaly_indices
-from calibration.inspection.neural_cleanse import Search, recover_triggers
+from calibration.inspection.neural_cleanse import Search, _start, recover_triggers
 from calibration.inspection.passes import images_at_once
 from calibration.inspection.triggers import Goals, Triggers, blend
 from cli.demonstration.digits import ATTACK, Digits
@@ -188,3 +188,8 @@ def test_blend_by_hand() -> None:
     image, mask, pattern = torch.full((1, 2, 2), 0.2), torch.tensor([[0.0, 1.0], [0.5, 0.25]]), torch.ones(1, 2, 2)
     wanted = torch.tensor([[[0.2, 1.0], [0.6, 0.4]]])
     torch.testing.assert_close(blend(image, mask, pattern), wanted)
+
+
+def test_any_seed_that_the_command_takes_will_do() -> None:
+    mask, _ = _start(torch.Size((1, 4, 4)), 2**31 - 1, 42, 41)
+    assert bool(mask.isfinite().all())

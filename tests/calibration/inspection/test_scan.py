@@ -250,6 +250,7 @@ def test_spread_by_hand() -> None:
     single = torch.zeros(5, 9)
     single[2, 3] = 1.0
     assert spread(single) == 0.0
+    assert spread(torch.ones(1, 1)) == 1.0  # the whole image
 
 
 def test_many_labels_are_drawn_by_size(found: Scan) -> None:

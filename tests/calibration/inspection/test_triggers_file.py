@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from calibration.inspection.record import read_scan
 from calibration.inspection.triggers_file import read_infected
@@ -71,3 +72,23 @@ def test_damaged_pairs(damage: str, tmp_path: Path, backend: Backend) -> None:
         read_infected(folder, backend, pairs=True)
     if damage in ("no such pair", "over 1"):
         assert read_infected(folder, backend).labels.tolist() == [3]  # the labels' are whole
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("labels.masks", lambda value: value.bool()),
+        ("labels.masks", lambda value: value.double()),
+        ("labels.masks", torch.zeros_like),
+        ("labels.labels", lambda value: value.float()),
+        ("further.labels", lambda value: value + 70),
+        ("further.success", lambda value: value.repeat(2)),
+    ],
+)
+def test_damaged_triggers(name: str, change: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path, backend: Backend) -> None:
+    folder = write_scan(tmp_path / "scan", backend, {3: corner()}, classes=4, further=[(3, corner(2))])
+    assert read_infected(folder, backend).labels.tolist() == [3, 3]
+    arrays = load_file(folder / "triggers.safetensors")
+    (folder / "triggers.safetensors").write_bytes(save(arrays | {name: change(arrays[name])}))
+    with pytest.raises(InspectionError, match=r"triggers\.safetensors.*: scan again"):
+        read_infected(folder, backend)

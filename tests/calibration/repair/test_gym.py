@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from calibration.checkpoints import Checkpoints
 from calibration.data import ImageSet
 from calibration.engine import Engine
 from calibration.repair.cases import clean_parts
@@ -77,3 +80,10 @@ def test_mirror_images_are_used_where_the_original_bears_them(case: Case) -> Non
     assert bears_flips(both_sides, clean_parts(halves, both_sides, 0).tuning)
     one_side = Predictor(wrap(LearningToy()), TOY, 4, "logits")
     assert not bears_flips(one_side, clean_parts(halves, one_side, 0).tuning)
+
+
+def test_what_another_method_has_kept_is_not_gone_on_with(case: Case, engine: Engine, tmp_path: Path) -> None:
+    kept, settings = Checkpoints(tmp_path / "work", []), RepairSettings(method="gym", epochs=1)
+    repair(case.original, case.clean, RepairSettings(method="fine-tune", epochs=1), engine=engine, checkpoints=kept)
+    after, alone = (repair(case.original, case.clean, settings, engine=engine, checkpoints=place) for place in (kept, None))
+    assert after.predictor.backend.fingerprint() == alone.predictor.backend.fingerprint()
