@@ -95,15 +95,15 @@ def replaced(text: str, table: str) -> str:
 def main() -> None:
     """Run from the command line."""
     for quoted in QUOTED:
-        path = ROOT / quoted.document
+        path, table = ROOT / quoted.document, quoted.table()
         before = path.read_text(encoding="utf-8")
         try:
-            after = replaced(before, quoted.table())
+            after = replaced(before, table)
         except InputError as error:
             raise InputError(f"{quoted.document}: {error}") from error
         if after != before:
             path.write_text(after, encoding="utf-8")
-            print(f"{quoted.document}: {quoted.table().split(chr(10), 1)[0]}")
+            print(f"{quoted.document}: {table.splitlines()[0]}")
 
 
 if __name__ == "__main__":

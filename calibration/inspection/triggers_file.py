@@ -14,6 +14,8 @@ from calibration.inspection.triggers import Triggers
 from guard.errors import InspectionError
 from guard.predictors import Backend
 
+_TYPES = (torch.int64, torch.int64, torch.float32, torch.float32, torch.float32, torch.int64)  # of the fields of `Triggers`
+
 
 def read_infected(
     folder: str | Path, backend: Backend, *, pairs: bool = False, shape: tuple[int, int, int] | None = None
@@ -69,8 +71,8 @@ def read_infected(
 
 def _all(arrays: dict[str, Tensor], kind: str) -> Triggers:
     parts = [arrays[f"{kind}.{name}"] for name in Triggers.__dataclass_fields__]
-    if {part.dtype for part in parts} != {torch.float32, torch.int64}:
-        raise TypeError(f"expected float32 and int64, got {', '.join(str(part.dtype) for part in parts)}")
+    if tuple(part.dtype for part in parts) != _TYPES:
+        raise TypeError(f"expected {_TYPES}, got {', '.join(str(part.dtype) for part in parts)}")
     return Triggers(*parts)
 
 
@@ -87,16 +89,10 @@ def _check(found: Triggers, record: ScanRecord, folder: Path) -> None:
     count, classes = found.labels.numel(), len(record.labels)
     shapes = [(found.masks, (count, *record.input.shape[1:])), (found.patterns, (count, *record.input.shape))]
     shapes += [(part, (count,)) for part in (found.labels, found.sources, found.success, found.passes)]
-    pixels = all(
-        value.dtype == torch.float32 and bool(((value >= 0.0) & (value <= 1.0)).all())
-        for value in (found.masks, found.patterns)
-    )
-    known = all(
-        part.dtype == torch.int64 and bool(((part >= lowest) & (part < classes)).all())
-        for part, lowest in ((found.labels, 0), (found.sources, -1))
-    )
-    empty = not bool((found.masks.flatten(1).amax(dim=1) > 0.0).all()) if pixels and found.masks.numel() else True
-    if not pixels or not known or any(tuple(part.shape) != shape for part, shape in shapes) or empty:
+    pixels = all(bool(((value >= 0.0) & (value <= 1.0)).all()) for value in (found.masks, found.patterns))
+    known = all(bool(((part >= lowest) & (part < classes)).all()) for part, lowest in ((found.labels, 0), (found.sources, -1)))
+    fits = pixels and known and all(tuple(part.shape) == shape for part, shape in shapes)
+    if not fits or not bool((found.masks.flatten(1) > 0.0).any(dim=1).all()):
         raise InspectionError(
             f"expected masks (H, W) that are not empty and patterns (C, H, W), float32 in [0, 1], and labels of the model in "
             f"{folder / TRIGGERS}: scan again"
