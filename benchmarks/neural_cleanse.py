@@ -27,7 +27,7 @@ from benchmarks.victims import CACHE, bars, victim
 from calibration.data import ImageSet, Progress
 from calibration.discovery import discover
 from calibration.engine import Engine
-from calibration.fine_tuning import TrainableCopy
+from calibration.frozen import frozen
 from calibration.inspection.anomaly import anomaly_indices
 from calibration.inspection.neural_cleanse import Search, recover_triggers
 from calibration.inspection.scan import INDEX
@@ -102,12 +102,10 @@ def measure(name: str, parts: Parts, cache: Path = CACHE) -> Report:
 
 def _run(predictor: Predictor, clean: ImageSet, seed: int, progress: Progress) -> Run:
     engine, images = Engine(), clean.images(slice(0, 1000))
-    copied = TrainableCopy.of(predictor).faster(images[:2])
-    for parameter in copied.parameters:
-        parameter.requires_grad_(False)
+    answers = frozen(predictor, images[:2])
     started = time.monotonic()
     goals = Goals.all_labels(predictor.num_classes)
-    found = recover_triggers(copied.answers(), images, goals, _PLAIN, seed, engine, progress=progress)
+    found = recover_triggers(answers, images, goals, _PLAIN, seed, engine, progress=progress)
     return Run(
         seed=seed,
         indices=tuple(anomaly_indices(found.sizes).tolist()),

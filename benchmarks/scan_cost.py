@@ -25,7 +25,7 @@ from benchmarks.victims import CACHE, bars, victim
 from calibration.data import Progress
 from calibration.discovery import discover
 from calibration.engine import Engine
-from calibration.fine_tuning import TrainableCopy
+from calibration.frozen import frozen
 from calibration.inspection.neural_cleanse import Search, recover_triggers
 from calibration.inspection.triggers import Goals
 from guard import Predictor
@@ -97,12 +97,10 @@ def measure(name: str, parts: Parts, cache: Path = CACHE) -> Report:
 
 
 def _cost(predictor: Predictor, images: torch.Tensor, goals: Sequence[Goals], search: Search, progress: Progress) -> Cost:
-    engine, copied, passes = Engine(), TrainableCopy.of(predictor).faster(images[:2]), 0
-    for parameter in copied.parameters:
-        parameter.requires_grad_(False)
+    engine, answers, passes = Engine(), frozen(predictor, images[:2]), 0
     clock, processor = time.monotonic(), time.process_time()
     for some in goals:
-        found = recover_triggers(copied.answers(), images, some, search, 0, engine, progress=progress)
+        found = recover_triggers(answers, images, some, search, 0, engine, progress=progress)
         passes += int(found.passes.sum())
     return Cost(passes=passes, seconds=time.monotonic() - clock, processor_seconds=time.process_time() - processor)
 

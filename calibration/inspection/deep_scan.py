@@ -19,7 +19,7 @@ import torch
 from calibration.checkpoints import Checkpoints
 from calibration.data import Progress, no_progress
 from calibration.engine import Engine
-from calibration.fine_tuning import TrainableCopy
+from calibration.frozen import frozen
 from calibration.inspection.deep_inspect import CUTOFF, DeepInspected, DeepInspectSettings, deep_inspect
 from calibration.inspection.record import LabelFinding, ScanFigures
 from guard import Predictor
@@ -80,18 +80,17 @@ def deep_scan(
         ModelError: It has no gradients.
     """
     started = time.monotonic()
-    classes, spec, copied = predictor.num_classes, predictor.spec, TrainableCopy.of(predictor)
+    classes, spec = predictor.num_classes, predictor.spec
+    answers = frozen(predictor, torch.rand(2, *spec.shape, generator=torch.Generator().manual_seed(0)))
     if classes < _FEWEST:
         raise InspectionError(
             f"expected a model with at least {_FEWEST} labels, whose triggers are compared, got {classes}: scan it with clean "
             "images, by neural-cleanse"
         )
     engine = engine or Engine()
-    copied = copied.faster(torch.rand(2, *spec.shape, generator=torch.Generator().manual_seed(0)))
-    for parameter in copied.parameters:
-        parameter.requires_grad_(False)
-    answers = engine.place(copied.answers())
-    found = deep_inspect(answers, spec.shape, classes, settings.search, settings.seed, engine, checkpoints, progress)
+    found = deep_inspect(
+        engine.place(answers), spec.shape, classes, settings.search, settings.seed, engine, checkpoints, progress
+    )
     labels = _findings(found, spec, settings.search)
     figures = ScanFigures(
         method="deep-inspect",

@@ -31,7 +31,7 @@ from calibration.calibrate import check_labels, missing_classes
 from calibration.checkpoints import Checkpoints
 from calibration.data import ImageSet, Progress, no_progress
 from calibration.engine import Engine
-from calibration.fine_tuning import TrainableCopy
+from calibration.frozen import frozen
 from calibration.inspection.anomaly import anomaly_indices
 from calibration.inspection.neural_cleanse import Search, recover_triggers
 from calibration.inspection.passes import says
@@ -187,10 +187,7 @@ class _Model:
 
     @classmethod
     def of(cls, predictor: Predictor, images: Tensor, engine: Engine) -> _Model:
-        copied = TrainableCopy.of(predictor).faster(images[:2])
-        for parameter in copied.parameters:
-            parameter.requires_grad_(False)
-        return cls(engine.place(copied.answers()), predictor.num_classes)
+        return cls(engine.place(frozen(predictor, images[:2])), predictor.num_classes)
 
 
 @final

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from calibration.engine import Engine
 from calibration.fine_tuning import Answers, TrainableCopy, arrange
+from calibration.frozen import frozen
 from calibration.repair.dhbe_generators import SampleGenerator, TriggerGenerator, paste, total_variation
 from calibration.repair.dhbe_settings import Dhbe
 from guard import Predictor
@@ -87,17 +88,14 @@ class Game:
     def __init__(self, copied: TrainableCopy, original: Predictor, settings: Dhbe, engine: Engine, seed: int) -> None:
         self._settings, self._engine = settings, engine
         self._mean, self._std = (values.to(engine.device) for values in settings.pixels(original.spec))
-        frozen = TrainableCopy.of(original)
         with torch.random.fork_rng(devices=[]):  # first weights draw from the global generator
             torch.manual_seed(seed)
             probe = torch.rand(2, *original.spec.shape)
             samples = SampleGenerator(original.spec.shape, settings.latent, settings.width, settings.doublings)
             triggers = TriggerGenerator(original.spec.channels, settings.patch, settings.latent, settings.width)
-        for parameter in frozen.parameters:
-            parameter.requires_grad_(False)
         for module in (samples, triggers):
             arrange(engine.place(module), torch.channels_last)
-        self._teacher = engine.place(frozen.faster(probe).answers())
+        self._teacher = engine.place(frozen(original, probe))
         self._parameters, self.student = copied.parameters, copied.faster(probe).answers()
         self.modules: dict[str, nn.Module] = {"student": self.student, "samples": samples, "triggers": triggers}
         self.optimizers: dict[str, torch.optim.Optimizer] = {

@@ -49,12 +49,13 @@ class Normed(nn.Module):
 
 
 class Recorder(Normed):
-    """Remembers what it was shown."""
+    """Remembers what it was shown; looks at values, so that it is not traced, and goes on remembering."""
 
     seen: ClassVar[list[Tensor]] = []
 
     def forward(self, images: Tensor) -> Tensor:
-        Recorder.seen.append(images.detach().clone())
+        if bool(images.isfinite().all()):
+            Recorder.seen.append(images.detach().clone())
         return super().forward(images)
 
 

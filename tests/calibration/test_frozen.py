@@ -1,0 +1,93 @@
+"""Frozen copies: the model's answers and its input's gradients, no others, and whatever can't be traced stays as it is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from calibration.fine_tuning import Answers, TrainableCopy
+from calibration.frozen import frozen
+from guard.images import InputSpec
+from guard.predictors import Predictor, wrap
+
+SPEC = InputSpec(channels=3, height=8, width=8)
+IMAGES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def _net() -> nn.Sequential:
+    """With statistics that make a difference."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 5))
+        norm = net[1]
+        assert isinstance(norm, nn.BatchNorm2d)
+        for value in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
+            assert value is not None
+            nn.init.uniform_(value, 0.5, 2.0)
+    return net.eval()
+
+
+class Branching(nn.Module):
+    """Looks at its input's values, which tracing can't follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = _net()
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        answers: Tensor = self.net(images if float(images.detach().max()) <= 1.0 else images / 255.0)
+        return answers
+
+
+class SharedConvolution(nn.Module):
+    """One convolution before two batch norms: folding both would be wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.convolution = nn.Conv2d(3, 3, 3, padding=1)
+            self.first, self.second = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+            self.last = nn.Linear(192, 5)
+        for norm in (self.first, self.second):
+            assert norm.running_var is not None
+            nn.init.constant_(norm.running_var, 0.05)
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        answers: Tensor = self.last(self.second(self.convolution(self.first(self.convolution(images)))).flatten(1))
+        return answers
+
+
+def _gradient(answers: nn.Module) -> Tensor:
+    images = IMAGES.clone().requires_grad_(True)
+    answers(images).square().sum().backward()
+    assert images.grad is not None
+    return images.grad
+
+
+def _norms(answers: Answers) -> Iterator[nn.Module]:
+    return (module for module in answers.modules() if isinstance(module, nn.BatchNorm2d))
+
+
+@pytest.mark.parametrize("model", [_net(), Branching(), SharedConvolution()], ids=["folded", "branching", "shared"])
+def test_answers_and_gradients_are_the_models(model: nn.Module) -> None:
+    before = copy.deepcopy(model.state_dict())
+    predictor = Predictor(wrap(model), SPEC, 5, "logits")
+    plain, found = TrainableCopy.of(predictor).answers(), frozen(predictor, IMAGES[:2])
+    with torch.inference_mode():
+        torch.testing.assert_close(found(IMAGES), plain(IMAGES), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(_gradient(found), _gradient(plain), rtol=1e-3, atol=1e-4)
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in found.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_batch_norms_are_folded_where_that_can_be_done() -> None:
+    assert not list(_norms(frozen(Predictor(wrap(_net()), SPEC, 5, "logits"), IMAGES[:2])))
+    assert list(_norms(frozen(Predictor(wrap(Branching()), SPEC, 5, "logits"), IMAGES[:2])))
+    assert list(_norms(frozen(Predictor(wrap(SharedConvolution()), SPEC, 5, "logits"), IMAGES[:2])))
