@@ -4,8 +4,8 @@
     python -m benchmarks.dhbe measure --all
     python -m benchmarks.dhbe table                       # the committed results as docs/repair.md holds them
 
-120 epochs with the published schedule, which has 300, and batches of 64 instead of 256: a tenth of the samples, which is what two
-cores allow. Every figure is of the evaluation part, and none of them chooses anything.
+120 epochs with the published schedule, which has 300, and batches of 64 instead of 256: a tenth of the samples, which is what
+two cores allow. Every figure is of the evaluation part, and none of them chooses anything.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from guard.errors import CalibrationError
+from guard.errors import CalibrationError, one_line
 
 
 @final
@@ -58,6 +58,9 @@ class Checkpoints:
             optimizers: Whose state.
             arrays: What else.
             facts: Numbers.
+
+        Raises:
+            CalibrationError: It can't be written.
         """
         if not self._writes:
             return
@@ -68,7 +71,6 @@ class Checkpoints:
             for number, state in optimizer.state_dict()["state"].items():
                 for field, value in state.items():
                     tensors[f"optimizer/{key}/{number}/{field}"] = torch.as_tensor(value)
-        self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f".{name}.partial"
         metadata = {
             "key": self._key,
@@ -76,8 +78,13 @@ class Checkpoints:
             "seconds": f"{self.seconds:.3f}",
             "facts": json.dumps(dict(facts or {})),
         }
-        save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, partial, metadata)
-        partial.replace(self.folder / f"{name}.safetensors")
+        arrays = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(arrays, partial, metadata)
+            partial.replace(self.folder / f"{name}.safetensors")
+        except (SafetensorError, OSError) as error:  # a full disk is either
+            raise CalibrationError(f"expected room for checkpoints in {self.folder}, got: {one_line(error)}") from error
 
     def load(
         self,

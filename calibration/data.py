@@ -82,11 +82,20 @@ class ImageSet:
         names = tuple(self.names[row] for row in rows.tolist()) if self.names else ()
         return ImageSet(self.pixels[rows], labels, self.class_names, names)
 
+    def distinct(self) -> ImageSet:
+        """The set, with equal images once."""
+        return self.select(torch.tensor(distinct_rows(digests(self.images(slice(None)))), dtype=torch.int64))
+
     def among(self, known: Collection[str]) -> Tensor:
         """(N,), bool: which images have one of these `digests`."""
         if not known:
             return torch.zeros(len(self), dtype=torch.bool)
         return torch.tensor([item in known for item in digests(self.images(slice(None)))], dtype=torch.bool)
+
+
+def distinct_rows(known: Sequence[str]) -> list[int]:
+    """Of equal `digests` the first, in order: an image that is held out must not have been learnt from."""
+    return sorted({digest: row for row, digest in reversed(list(enumerate(known)))}.values())
 
 
 def digests(images: Tensor) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import warnings
@@ -101,8 +102,10 @@ class TrainableCopy:
     def answers(self) -> Answers:
         """The copy as a module that can be trained: images in, logits out."""
         backend = self.predictor.backend
-        batch_size = backend.batch_size if isinstance(backend, ExportedBackend) else None
-        return Answers(trainable(backend), self.predictor.spec, self.predictor.output, batch_size)
+        module, spec, output = trainable(backend), self.predictor.spec, self.predictor.output
+        if not isinstance(backend, ExportedBackend):
+            return Answers(module, spec, output)
+        return Answers(module, spec, output, backend.batch_size, _insists_on_types(module))
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy in nats; images (B, C, H, W) in [0, 1], labels (B,)."""
@@ -121,16 +124,26 @@ class Answers(nn.Module):
         spec: Its input.
         output: What it returns.
         batch_size: The only one that it takes; None for any.
+        full_precision: Run it so, whatever is asked for around it.
     """
 
-    def __init__(self, module: nn.Module, spec: InputSpec, output: OutputKind, batch_size: int | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        spec: InputSpec,
+        output: OutputKind,
+        batch_size: int | None = None,
+        full_precision: bool = False,
+    ) -> None:
         super().__init__()
         self.module = module
-        self._spec, self._output, self._batch_size = spec, output, batch_size
+        self._spec, self._output, self._batch_size, self._full_precision = spec, output, batch_size, full_precision
 
     def forward(self, images: Tensor) -> Tensor:
         """See the class."""
-        raw = run_in_chunks(self.module, self._spec.to_model(images), self._batch_size)
+        full = torch.autocast(images.device.type, enabled=False) if self._full_precision else contextlib.nullcontext()
+        with full:
+            raw = run_in_chunks(self.module, self._spec.to_model(images.float()), self._batch_size)
         answers = raw[0] if isinstance(raw, tuple | list) else raw
         if not isinstance(answers, Tensor) or (torch.is_grad_enabled() and not answers.requires_grad):
             raise ModelError(f"expected a model that can be fine-tuned ({_TRAINABLE}), got one without gradients")
@@ -201,6 +214,13 @@ def trainable(backend: Backend) -> nn.Module:
     if isinstance(backend, ExportedBackend) and isinstance(backend.run, nn.Module):
         return backend.run
     raise ModelError(f"expected a model that can be fine-tuned ({_TRAINABLE}), got a model of kind {backend.kind}")
+
+
+def _insists_on_types(program: nn.Module) -> bool:
+    """Whether a `torch.export` program checks the types of what it casts, as it saw them: another precision fails there."""
+    graph = getattr(program, "graph", None)
+    checks = torch.ops.aten._assert_tensor_metadata.default
+    return graph is not None and any(node.target is checks for node in graph.nodes)
 
 
 def _copy(module: nn.Module) -> nn.Module:

@@ -12,6 +12,7 @@ import jinja2
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from torch import Tensor
 
 from calibration.statistics import Estimate
@@ -80,7 +81,10 @@ def render(title: str, lead: str, sections: Sequence[Section]) -> bytes:
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as PNG."""
+    """A figure as PNG; what is written in it, such as class names, stands as it is: `$` begins no formula."""
+    for text in figure.findobj(Text):
+        if isinstance(text, Text):
+            text.set_parse_math(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 _FILE_WIDTH = 200  # where nobody looks at a terminal, nothing need be folded
 _BETWEEN = 4  # spaces between columns, at most
@@ -27,7 +28,7 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
         yield _plain_lines()
         return
     columns = (
-        TextColumn("{task.description:<28}"),
+        TextColumn("{task.description:<28}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -58,15 +59,17 @@ def _plain_lines() -> Callable[[str, int, int], None]:
 
 def show_rows(title: str, rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> None:
     """Print a table whose first column names and whose others are figures."""
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=bool(header), box=None, pad_edge=False)
+    table = Table(
+        title=Text(title), title_justify="left", title_style="bold", show_header=bool(header), box=None, pad_edge=False
+    )
     narrowest = 0
     for number, column in enumerate(zip(*([header] if header else []), *rows, strict=True)):
         unbroken = column if number == 0 else [word for cell in column for word in cell.split()]
         width = max((len(text) for text in unbroken), default=0)  # no figure is cut up, however narrow the terminal
         name = header[number] if header else ""
-        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0, min_width=width)
+        table.add_column(Text(name), justify="left" if number == 0 else "right", no_wrap=number == 0, min_width=width)
         narrowest += width + _BETWEEN
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # class names and paths are no markup
     console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else _FILE_WIDTH)
     Console(width=max(console.width, narrowest)).print(table)

@@ -161,9 +161,9 @@ def scan_command(
         settle_threads(predictor)
         try:
             if clean is None:
-                record = deep_scan_into(out, predictor, deep, Engine(), progress)
+                record = deep_scan_into(out, predictor, deep, Engine(), progress, model)
             else:
-                record = scan_into(out, predictor, clean, settings, Engine(), progress)
+                record = scan_into(out, predictor, clean, settings, Engine(), progress, model)
         except KeyboardInterrupt:
             typer.echo("interrupted: the same command goes on from there", err=True)
             raise

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from guard.errors import CalibrationError
+from guard.errors import CalibrationError, InspectionError
 
 _CONSISTENT = 1.4826  # makes the MAD of normally distributed numbers their standard deviation
 _FEWEST = 3
@@ -57,6 +57,30 @@ def deviation_factors(sizes: Tensor) -> Tensor:
         if float(spread) > 0.0:
             factors[side] = below[side] / (_CONSISTENT * spread)
     return factors
+
+
+def check_reached(reached: Tensor, hint: str) -> str:
+    """Refuse to compare sizes that most labels don't have: what is not decided must not pass for clean.
+
+    Args:
+        reached: (K,), bool: for which labels a trigger was found that works.
+        hint: What to do where that are too few.
+
+    Returns:
+        What must be said of the others; empty where there are none.
+
+    Raises:
+        InspectionError: Half of the labels or more have none.
+    """
+    labels, missing = len(reached), int((~reached).sum())
+    if 2 * missing >= labels:
+        raise InspectionError(
+            f"expected triggers for more than half of the {labels} labels, whose sizes are compared, got {labels - missing}: "
+            f"nothing can be said of the model; {hint}; a model that gives its input no gradients can't be scanned"
+        )
+    if not missing:
+        return ""
+    return f"For {missing} of {labels} labels no trigger was found that works: each counts as the whole image."
 
 
 def _below_median(sizes: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from calibration.checkpoints import Checkpoints
 from calibration.data import Progress, no_progress
 from calibration.engine import Engine
 from calibration.frozen import frozen
+from calibration.inspection.anomaly import check_reached
 from calibration.inspection.deep_inspect import CUTOFF, DeepInspected, DeepInspectSettings, deep_inspect
 from calibration.inspection.record import LabelFinding, ScanFigures
 from guard import Predictor
@@ -75,7 +76,7 @@ def deep_scan(
         progress: Told how far it is.
 
     Raises:
-        InspectionError: The model has fewer than five labels.
+        InspectionError: The model has fewer than five labels, or no trigger was found for most of them.
         CalibrationError: It gives all recovered images one label.
         ModelError: It has no gradients.
     """
@@ -139,9 +140,6 @@ def _said(found: DeepInspected, spec: InputSpec) -> tuple[str, ...]:
         said.append(
             "No mean and std were given: the model is believed to normalise for itself. If it does not, scan again with them."
         )
-    unreached = int((found.sizes >= float(found.triggers[0].numel())).sum())
-    if unreached:
-        said.append(
-            f"For {unreached} of {len(found.sizes)} labels no trigger was found that works: each counts as the whole image."
-        )
-    return tuple(said)
+    reached = found.sizes < float(found.triggers[0].numel())
+    unreached = check_reached(reached, "give --steps a larger number, or --mean and --std, or scan with clean images")
+    return tuple(filter(None, [*said, unreached]))

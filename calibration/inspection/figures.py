@@ -130,8 +130,8 @@ def remarks(figures: ScanFigures) -> list[str]:
     return [*said, LIMITS]
 
 
-def figure_rows(figures: ScanFigures) -> list[tuple[str, ...]]:
-    """What was measured; names and values."""
+def figure_rows(figures: ScanFigures, model: str = "") -> list[tuple[str, ...]]:
+    """What was measured, and of which model, where that has a name; names and values."""
     recovered = figures.recovered_agreement
     seen = (
         ("clean images searched with, held out", f"{figures.clean_images}, {figures.held_out}")
@@ -139,6 +139,7 @@ def figure_rows(figures: ScanFigures) -> list[tuple[str, ...]]:
         else ("recovered images, with the label they are for", f"{figures.recovered_images}, {recovered:.0%}")
     )
     return [
+        *([("model", model)] if model else []),
         ("labels", str(len(figures.labels))),
         *([("pairs of labels", str(len(figures.pairs)))] if figures.pairs else []),
         *([("further triggers of infected labels", str(len(figures.further)))] if figures.further else []),

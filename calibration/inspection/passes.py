@@ -15,9 +15,26 @@ _WITHOUT_GRADIENTS = 256  # images
 
 def images_at_once(answers: nn.Module, images: Tensor, engine: Engine) -> int:
     """How many images may be in a forward pass whose gradients are kept, so that memory stays bounded."""
+    _check_gradients(answers, images[:1], engine)
     per_image = (_kept_bytes(answers, images[:1], 3, engine) - _kept_bytes(answers, images[:1], 1, engine)) / 2.0
     kind = "cuda" if engine.device.type == "cuda" else "cpu"
     return int(min(max(_ACTIVATIONS[kind] / max(per_image, images[0].nbytes), 1), _AT_ONCE[kind]))
+
+
+def _check_gradients(answers: nn.Module, image: Tensor, engine: Engine) -> None:
+    """Once, before any work: in-place operations may fail only on the way back."""
+    given = image.clone().requires_grad_(True)
+    try:
+        with engine.autocast():
+            logits = answers(given)
+        if logits.requires_grad:
+            torch.autograd.grad(logits.float().sum(), given, allow_unused=True)
+    except ModelError:
+        raise
+    except Exception as error:  # foreign code
+        raise ModelError(f"the model can't be run for gradients: {one_line(error)}") from error
+    if not logits.requires_grad:
+        raise ModelError("expected a model with gradients towards its input, got one without: pass its factory")
 
 
 def _kept_bytes(answers: nn.Module, image: Tensor, count: int, engine: Engine) -> int:
@@ -30,15 +47,8 @@ def _kept_bytes(answers: nn.Module, image: Tensor, count: int, engine: Engine) -
         return value
 
     few = image.expand(count, -1, -1, -1).clone().requires_grad_(True)
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value), engine.autocast():
-            logits = answers(few)
-    except ModelError:
-        raise
-    except Exception as error:  # foreign code
-        raise ModelError(f"the model can't be run for gradients: {one_line(error)}") from error
-    if not logits.requires_grad:
-        raise ModelError("expected a model with gradients towards its input, got one without: pass its factory")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value), engine.autocast():
+        answers(few)
     return sum(kept.values())
 
 

@@ -28,10 +28,10 @@ _OPINIONS = (
 )
 
 
-def scan_report(scan: Scan) -> bytes:
-    """HTML in one file."""
+def scan_report(scan: Scan, model: str = "") -> bytes:
+    """HTML in one file; `model` is what it is called."""
     figures = scan.figures
-    sections = [Section("What was found", remarks(figures), rows=figure_rows(figures))]
+    sections = [Section("What was found", remarks(figures), rows=figure_rows(figures, model))]
     for what, findings, triggers in (("label", figures.labels, scan.triggers), ("pair", figures.pairs, scan.pair_triggers)):
         if triggers is None or not findings:
             continue
@@ -68,8 +68,8 @@ def scan_report(scan: Scan) -> bytes:
     return render("Scan", verdict(figures), sections)
 
 
-def deep_scan_report(scan: DeepScan) -> bytes:
-    """HTML in one file, of an inspection without data."""
+def deep_scan_report(scan: DeepScan, model: str = "") -> bytes:
+    """HTML in one file, of an inspection without data; `model` is what it is called."""
     figures, found = scan.figures, scan.found
     header, rows = factor_table(figures.labels)
     shown = sorted(figures.labels, key=lambda item: (not item.infected, item.mask_l1))[:_SHOWN]
@@ -77,7 +77,7 @@ def deep_scan_report(scan: DeepScan) -> bytes:
     labels = [item.label_index for item in shown]
     first = found.images[labels, :_RECOVERED].transpose(0, 1)
     sections = [
-        Section("What was found", remarks(figures), rows=figure_rows(figures)),
+        Section("What was found", remarks(figures), rows=figure_rows(figures, model)),
         Section(
             "Size of each label's trigger",
             picture=sizes_figure(figures.labels, "what is added"),

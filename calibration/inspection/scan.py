@@ -4,7 +4,7 @@ Neural Cleanse finds the smallest trigger for each label. Its anomaly index says
 others, which is not much: it misses backdoors, and accuses labels that are merely easy. So (ours) the index only nominates
 candidates, the three smallest sizes and every index over 1, and a second opinion decides. A candidate is infected if
 
-1. its trigger works on images that the search has not seen,
+1. its trigger works on images, as far as there are any, that the search has not seen,
 2. it needs less than 0.4 times what the other labels need, by their median (a pair less than 0.25 times what others do), and
 3. a clean reference of the same task (`reference`) does not speak for an easy label: there, the trigger does not work, and the
    label needs not as little: the ratio is less than 0.6 times the one that the label has in the reference.
@@ -32,7 +32,7 @@ from calibration.checkpoints import Checkpoints
 from calibration.data import ImageSet, Progress, no_progress
 from calibration.engine import Engine
 from calibration.frozen import frozen
-from calibration.inspection.anomaly import anomaly_indices
+from calibration.inspection.anomaly import anomaly_indices, check_reached
 from calibration.inspection.neural_cleanse import Search, recover_triggers
 from calibration.inspection.passes import says
 from calibration.inspection.record import LabelFinding, ScanFigures, SecondOpinion
@@ -52,6 +52,7 @@ _WORKS = 0.9
 _SMALL = 0.4  # of the median
 _SMALL_PAIR = 0.25  # likewise, of a pair: the smallest of M (M - 1) sizes is naturally smaller than that of M
 _SMALLER_THAN_NATURAL = 0.6  # of the ratio in the reference
+_FEWEST_JUDGED = 10  # images
 _TRANSFERS = 0.3  # success on the reference
 _COMPARED = 12  # other labels that the reference is searched for, to know what is usual for it
 _MOST_SEARCHED, _MOST_HELD_OUT = 1000, 500
@@ -119,20 +120,19 @@ def scan(
 
     Args:
         predictor: The model.
-        clean: Clean images; labels are optional, and allow the model's accuracy to be checked.
+        clean: Clean images, of which equal ones count once; labels are optional, and allow the model's accuracy to be checked.
         settings: How.
         engine: Where; this machine's first device by default.
         checkpoints: Written while it works, gone on from, and removed by nobody here.
         progress: Told how far it is.
 
     Raises:
-        InspectionError: Too few images, or answers near chance.
+        InspectionError: Too few different images, answers near chance, or no trigger was found for most labels.
         ModelError: The model has no gradients.
     """
     started = time.monotonic()
-    if len(clean) < FEWEST_IMAGES:
-        raise InspectionError(f"expected at least {FEWEST_IMAGES} clean images to scan with, got {len(clean)}: add images")
     check_labels(clean, predictor)
+    clean = _distinct(clean)
     engine = engine or Engine()
     to_search, held_out = _cut(clean, settings.seed)
     searched = to_search.images(slice(None))
@@ -144,9 +144,11 @@ def scan(
         how, seed = settings.search, settings.seed
         return recover_triggers(model.answers, searched, goals, how, seed, engine, checkpoints, name, progress)
 
-    known = says(model.answers, searched, engine.device) if to_search.labels is None else to_search.labels
-    judge = _Judge(model, searched, known, held_out.images(slice(None)), settings, engine, checkpoints, progress)
-    triggers, labels = judge.findings(search(Goals.all_labels(classes), "labels"), clean.class_names)
+    judge = _Judge(model, searched, to_search.labels, held_out.images(slice(None)), settings, engine, checkpoints, progress)
+    found = search(Goals.all_labels(classes), "labels")
+    reached = found.sizes < found.masks[0].numel()
+    unreached = check_reached(reached, f"give --steps more than {settings.search.steps}, or more varied images")
+    triggers, labels = judge.findings(found, clean.class_names)
     pair_triggers: Triggers | None = None
     pairs: tuple[LabelFinding, ...] = ()
     if settings.pairs:
@@ -163,7 +165,7 @@ def scan(
             held_out=len(held_out),
             passes=sum(item.passes for item in everything),
             seconds=time.monotonic() - started if checkpoints is None else checkpoints.seconds,
-            said=_missing(predictor, torch.cat([known.cpu(), judge.own.cpu()])),
+            said=tuple(filter(None, [_missing(predictor, torch.cat([judge.known, judge.own])), unreached, judge.thinly()])),
         ),
         triggers,
         pair_triggers,
@@ -208,16 +210,18 @@ class _Judge:
         self,
         model: _Model,
         searched: Tensor,
-        known: Tensor,
+        labels: Tensor | None,
         held_out: Tensor,
         settings: ScanSettings,
         engine: Engine,
         checkpoints: Checkpoints | None,
         progress: Progress,
     ) -> None:
-        self.model, self.searched, self.known, self.held_out = model, searched, known, held_out
+        self.model, self.searched, self.held_out = model, searched, held_out
         self.settings, self.engine, self.checkpoints, self.progress = settings, engine, checkpoints, progress
-        self.own = says(model.answers, held_out, engine.device)
+        self.own, self.own_searched = (says(model.answers, images, engine.device) for images in (held_out, searched))
+        self.known = self.own_searched if labels is None else labels
+        self.few: list[str] = []
         self.reference: nn.Module | None = None
         self.agreement: float | None = None
 
@@ -274,13 +278,30 @@ class _Judge:
         return opinions
 
     def _success(self, triggers: Triggers, row: int) -> float:
-        """On images that the search has not seen, and that it wants to send to the label."""
-        others = self._others(triggers, row)
-        return 0.0 if len(others) == 0 else self._share(self.model.answers, triggers, row, others)
+        """On images that it wants to send to the label."""
+        return self._share(self.model.answers, triggers, row, self._others(triggers, row))
 
     def _others(self, triggers: Triggers, row: int) -> Tensor:
+        """Images that the search has not seen; where these are too few to judge by, those that it has seen, too."""
         label, source = int(triggers.labels[row]), int(triggers.sources[row])
-        return self.held_out[(self.own != label) & ((self.own == source) if source >= 0 else (self.own >= 0))]
+
+        def wanted(own: Tensor) -> Tensor:
+            return (own != label) & ((own == source) if source >= 0 else (own >= 0))
+
+        found = self.held_out[wanted(self.own)]
+        if len(found) >= _FEWEST_JUDGED:
+            return found
+        self.few.append(str(label) if source < 0 else f"{source} to {label}")
+        return torch.cat([found, self.searched[wanted(self.own_searched)]])
+
+    def thinly(self) -> str:
+        """What was judged by few images, in words."""
+        if not self.few:
+            return ""
+        return (
+            f"Fewer than {_FEWEST_JUDGED} images that the search had not seen could tell whether the triggers of "
+            f"{', '.join(dict.fromkeys(self.few))} work, so that those it had seen were asked, too: add images of every class."
+        )
 
     def _share(self, answers: nn.Module, triggers: Triggers, row: int, images: Tensor) -> float:
         found = says(answers, triggers.put_on(row, images), self.engine.device)
@@ -337,14 +358,14 @@ def spread(mask: Tensor) -> float:
     return math.sqrt(variance / most) if most > 0.0 else 1.0
 
 
-def _missing(predictor: Predictor, labels: Tensor) -> tuple[str, ...]:
+def _missing(predictor: Predictor, labels: Tensor) -> str:
     """What the images can't tell, in words."""
     missing = missing_classes(labels, predictor)
     if not missing:
-        return ()
+        return ""
     return (
         f"The clean images hold none of {missing}: the clean reference can't tell whether these labels are easy to reach in "
-        "any model. Add images of every class.",
+        "any model. Add images of every class."
     )
 
 
@@ -352,6 +373,17 @@ def _ratio(sizes: Tensor, row: int) -> float:
     """A size over the median of the others."""
     others = torch.cat([sizes[:row], sizes[row + 1 :]]).double()
     return float(sizes[row].double() / others.quantile(0.5))
+
+
+def _distinct(clean: ImageSet) -> ImageSet:
+    """Of equal images one: those that judge must not have been searched with."""
+    found = clean.distinct()
+    if len(found) < FEWEST_IMAGES:
+        same = "" if len(found) == len(clean) else f" different ones among {len(clean)}"
+        raise InspectionError(
+            f"expected at least {FEWEST_IMAGES} clean images to scan with, got {len(found)}{same}: add images"
+        )
+    return found
 
 
 def _cut(clean: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:

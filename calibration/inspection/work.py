@@ -33,6 +33,7 @@ def scan_into(
     settings: ScanSettings,
     engine: Engine,
     progress: Progress = no_progress,
+    model: str = "",
 ) -> ScanRecord:
     """Inspect a model and write the folder.
 
@@ -43,6 +44,7 @@ def scan_into(
         settings: See `scan_rounds`.
         engine: Where.
         progress: Told how far it is.
+        model: What the report calls it.
 
     Returns:
         What `scan.json` holds.
@@ -51,14 +53,20 @@ def scan_into(
         InspectionError: See `scan`, or the folder can't be written.
         ModelError: The model has no gradients.
     """
-    pixels = hashlib.sha256(clean.pixels.contiguous().numpy().tobytes()).hexdigest()
-    checkpoints = _checkpoints(out, [*_key(predictor, settings), pixels], progress)
+    seen = [clean.pixels, *([] if clean.labels is None else [clean.labels])]
+    hashes = [hashlib.sha256(part.contiguous().numpy().tobytes()).hexdigest() for part in seen]
+    checkpoints = _checkpoints(out, [*_key(predictor, settings), *hashes], progress)
     found = scan_rounds(predictor, clean, settings, engine=engine, checkpoints=checkpoints, progress=progress)
-    return _write(out, predictor, found.figures, settings, _arrays(found), scan_report(found), checkpoints)
+    return _write(out, predictor, found.figures, settings, _arrays(found), scan_report(found, model), checkpoints)
 
 
 def deep_scan_into(
-    out: Path, predictor: Predictor, settings: DeepScanSettings, engine: Engine, progress: Progress = no_progress
+    out: Path,
+    predictor: Predictor,
+    settings: DeepScanSettings,
+    engine: Engine,
+    progress: Progress = no_progress,
+    model: str = "",
 ) -> ScanRecord:
     """Inspect a model without any data, and write the folder.
 
@@ -68,6 +76,7 @@ def deep_scan_into(
         settings: See `deep_scan`.
         engine: Where.
         progress: Told how far it is.
+        model: What the report calls it.
 
     Returns:
         What `scan.json` holds.
@@ -79,7 +88,7 @@ def deep_scan_into(
     """
     checkpoints = _checkpoints(out, [*_key(predictor, settings), "deep-inspect"], progress)
     found = deep_scan(predictor, settings, engine=engine, checkpoints=checkpoints, progress=progress)
-    return _write(out, predictor, found.figures, settings, _deltas(found), deep_scan_report(found), checkpoints)
+    return _write(out, predictor, found.figures, settings, _deltas(found), deep_scan_report(found, model), checkpoints)
 
 
 def _checkpoints(out: Path, key: list[object], progress: Progress) -> Checkpoints:

@@ -34,7 +34,7 @@ from calibration.repair.repair import Repaired, check_classes, repair
 from calibration.repair.settings import RepairSettings
 from calibration.repair.verification import LEFT, Candidate, red_team, verify
 from guard import Predictor
-from guard.errors import GuardError, RepairError
+from guard.errors import GuardError, InspectionError, RepairError
 
 _PLANTED_LEFT = 0.2
 _MOST_CAUGHT = 500
@@ -133,7 +133,11 @@ def repair_automatically(
             tried.append(f"{choice.method} gave up: {reason}")
             continue
         candidate = Candidate(repaired.predictor, repaired.preprocessor)
-        found = verify(candidate, known, cut, msgspec.structs.replace(how, seed=how.seed + 1), engine, progress)
+        try:
+            found = verify(candidate, known, cut, msgspec.structs.replace(how, seed=how.seed + 1), engine, progress)
+        except InspectionError as reason:
+            tried.append(f"{choice.method} can't be verified: {reason}")
+            continue
         wrong = _wrong(found, predictor.spec.class_names)
         if wrong:
             tried.append(f"{choice.method} did not do: {wrong}")

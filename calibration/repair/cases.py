@@ -10,7 +10,7 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
-from calibration.data import ImageSet, Progress, digests, load_images, no_progress
+from calibration.data import ImageSet, Progress, digests, distinct_rows, load_images, no_progress
 from guard import Predictor, Quarantine
 from guard.errors import InputError, QuarantineError, RepairError
 
@@ -179,7 +179,7 @@ def logits(predictor: Predictor, images: Tensor) -> Tensor:
 
 
 def _clean_rows(known: Sequence[str]) -> list[int]:
-    rows = _distinct(known)
+    rows = distinct_rows(known)
     if len(rows) < FEWEST_CLEAN:
         same = "" if len(rows) == len(known) else f" different ones among {len(known)}"
         raise RepairError(f"expected at least {FEWEST_CLEAN} clean images to repair with, got {len(rows)}{same}: add images")
@@ -187,7 +187,7 @@ def _clean_rows(known: Sequence[str]) -> list[int]:
 
 
 def _quarantined_rows(known: Sequence[str], clean: Collection[str]) -> list[int]:
-    rows = [row for row in _distinct(known) if known[row] not in clean]
+    rows = [row for row in distinct_rows(known) if known[row] not in clean]
     if len(rows) < FEWEST_QUARANTINED:
         same = "" if len(rows) == len(known) else f" different ones that are not among the clean images, of {len(known)}"
         raise RepairError(
@@ -195,11 +195,6 @@ def _quarantined_rows(known: Sequence[str], clean: Collection[str]) -> list[int]
             "serve on until the quarantine holds more, or use --method gym without --quarantine"
         )
     return rows
-
-
-def _distinct(known: Sequence[str]) -> list[int]:
-    """The first of each, in order: a held-out image must not have been learnt from."""
-    return sorted({digest: row for row, digest in reversed(list(enumerate(known)))}.values())
 
 
 def _cut(images: Tensor, labels: Tensor | None, predictor: Predictor, seed: int, learns: bool) -> Parts:

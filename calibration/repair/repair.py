@@ -21,6 +21,7 @@ from calibration.checkpoints import Checkpoints
 from calibration.data import ImageSet, Progress, digests, no_progress
 from calibration.engine import Engine
 from calibration.fine_tuning import TrainableCopy
+from calibration.inspection.scan import FEWEST_IMAGES
 from calibration.inspection.triggers import Triggers
 from calibration.repair.cases import Part, Parts, clean_parts, quarantined_parts
 from calibration.repair.codefend import Learnt
@@ -132,6 +133,7 @@ def repair(
     started = time.monotonic()
     copied = TrainableCopy.of(predictor)
     cases, suspects = _cases(predictor, clean, quarantined, settings)
+    _check_scannable(cases, settings, triggers)
     engine = engine or Engine()
     copied = copied.faster(torch.rand(2, *predictor.spec.shape, generator=torch.Generator().manual_seed(settings.seed)))
     task = Task(copied, predictor, cases, suspects, triggers, settings, engine, checkpoints, progress)
@@ -183,6 +185,22 @@ def _cases(
     if quarantined is None:
         return cases, None
     return cases, quarantined_parts(quarantined, predictor, settings.seed, known, learns)
+
+
+def _check_scannable(cases: Parts, settings: RepairSettings, triggers: Triggers | None) -> None:
+    """Refuse, before any work, too few images for the scans that a method needs: unlearning scans what it has come to, too.
+
+    Raises:
+        RepairError: It says how many there must be.
+    """
+    if settings.method not in NEEDS_TRIGGERS or (settings.method != "unlearn" and triggers is not None):
+        return
+    if len(cases.tuning) < FEWEST_IMAGES:
+        needed = math.ceil(FEWEST_IMAGES * len(cases) / len(cases.tuning))
+        raise RepairError(
+            f"expected at least {needed} different clean images for {settings.method}, which scans with those that are not "
+            f"held out, got {len(cases)}: add images"
+        )
 
 
 def check_classes(clean: ImageSet, predictor: Predictor, settings: RepairSettings) -> None:

@@ -1,6 +1,6 @@
 """Is a repaired model to be believed? What is asked of it after any method, with images that the repair did not learn from.
 
-1. *Rescan*: is any label still infected?
+1. *Rescan*: is any label still infected? Where what the repair did not learn from is too little for a scan, all images.
 2. *Recovered triggers*: do those that a scan found in the original still work, once, pasted four times and nine times?
 3. *Red team*: a trigger that we know is planted in a copy of the original, the same repair is applied to that copy, and what is
    left of the trigger is counted. It says what the method does about a trigger, not about the attacker's.
@@ -20,7 +20,7 @@ from torch import Tensor
 from calibration.attacks import Attack
 from calibration.data import ImageSet, Progress
 from calibration.engine import Engine
-from calibration.inspection.scan import ScanSettings, scan
+from calibration.inspection.scan import FEWEST_IMAGES, ScanSettings, scan
 from calibration.inspection.triggers import Triggers
 from calibration.planting import draw_plants, plant_trigger
 from calibration.repair.cases import Part, Parts
@@ -73,12 +73,11 @@ def verify(
     """
     infected = None
     if candidate.preprocessor is None:
-        seen = ImageSet(clean.tuning.images, clean.tuning.labels)
 
         def shown(what: str, done: int, total: int) -> None:
             progress(f"verifying: {what}", done, total)
 
-        found = scan(candidate.predictor, seen, settings, engine=engine, progress=shown)
+        found = scan(candidate.predictor, _unseen(clean), settings, engine=engine, progress=shown)
         infected = tuple(item.label_index for item in found.figures.labels if item.infected)
     recovered = None
     if triggers is not None:
@@ -86,6 +85,13 @@ def verify(
         once, four, nine = (_still_works(candidate, pasted(triggers, side), clean.held_out, generator) for side in (1, 2, 3))
         recovered = (once, four, nine)
     return Verification(rescan_infected=infected, recovered_success=recovered)
+
+
+def _unseen(clean: Parts) -> ImageSet:
+    parts = [clean.held_out, clean.stopping]
+    if sum(map(len, parts)) < FEWEST_IMAGES:
+        parts.append(clean.tuning)
+    return ImageSet(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]))
 
 
 def red_team(original: Predictor, clean: Parts, repair: Repair, seed: int, progress: Progress) -> tuple[str, float, float]:

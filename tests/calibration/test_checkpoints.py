@@ -100,3 +100,10 @@ def test_what_is_loaded_does_not_hold_the_file(tmp_path: Path) -> None:
     assert found is not None
     assert "a.safetensors" not in Path("/proc/self/maps").read_text(encoding="utf-8")  # its pages would count as ours
     assert float(found[1]["large"].sum()) == float(1 << 18)
+
+
+def test_what_can_not_be_written_is_told_in_one_line(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "work", "key")
+    (tmp_path / "work" / ".net.partial").mkdir(parents=True)  # stands in for a full disk
+    with pytest.raises(CalibrationError, match=r"expected room for checkpoints in .*work, got: "):
+        checkpoints.save("net", 1, arrays={"weights": torch.ones(2)})

@@ -154,3 +154,22 @@ def test_onnx_labels_and_numpy_are_refused(tmp_path: Path) -> None:
     for message, predictor in refused.items():
         with pytest.raises(ModelError, match=f"expected a model that can be fine-tuned.*{message}"):
             TrainableCopy.of(predictor)
+
+
+class Casting(LearningToy):
+    """Casts what it has computed: a `torch.export` program then checks that it has the type that it saw."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).to(torch.float32) * 1.0
+
+
+def test_a_program_that_insists_on_its_types_keeps_them(tmp_path: Path) -> None:
+    exported = load_backend(str(save_exported(Casting(), tmp_path / "toy.pt2")))
+    answers, images = TrainableCopy.of(Predictor(exported, SPEC, 4, "logits")).answers(), toy_images(8)[0]
+    before = answers(images).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        given = images.clone().requires_grad_(True)
+        answers(given).sum().backward()
+        torch.testing.assert_close(answers(images).detach(), before)
+    assert given.grad is not None
+    assert bool(given.grad.any())

@@ -24,3 +24,10 @@ def test_no_figure_is_cut_up_where_the_terminal_is_narrow(monkeypatch: pytest.Mo
     for text in " ".join(figures).split():
         assert text in shown.getvalue()
     assert "checkerboard" in shown.getvalue()
+
+
+def test_names_are_no_markup(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", shown := Terminal())
+    show_rows("Scan [/out]", [("[red]stop[/]", "[/b] 3")], ("label", "[bold]L1"))
+    for text in ("Scan [/out]", "[red]stop[/]", "[/b] 3", "[bold]L1"):
+        assert text in shown.getvalue()

@@ -75,7 +75,7 @@ def test_a_repaired_model_knows_its_shape(tmp_path: Path, clean_model: Path, gua
         preprocessor=None, settings={}, max_accuracy_drop=3.0, libraries={},
     )  # fmt: skip
     (folder / "repair.json").write_bytes(msgspec.json.encode(record))
-    run = guard("scan", folder, *BLIND, "--out", tmp_path / "scan", "--steps", 16, "--json")
+    run = guard("scan", folder, *BLIND, "--out", tmp_path / "scan", "--steps", 64, "--json")
     assert run.code in (0, 1), run.err
     assert [item["label"] for item in run.lines[0]["labels"]] == list("abcdefghij")
     assert (run.lines[0]["input"]["mean"], run.lines[0]["model_sha256"]) == ([0.0], sha256)

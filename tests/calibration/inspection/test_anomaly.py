@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from calibration.inspection.anomaly import anomaly_indices
-from guard.errors import CalibrationError
+from calibration.inspection.anomaly import anomaly_indices, check_reached
+from guard.errors import CalibrationError, InspectionError
 
 
 def test_hand_computed() -> None:
@@ -27,3 +27,15 @@ def test_equal_sizes_hold_no_outlier() -> None:
 def test_what_has_no_index_is_refused(sizes: torch.Tensor) -> None:
     with pytest.raises(CalibrationError, match="expected at least 3 finite sizes"):
         anomaly_indices(sizes)
+
+
+def test_labels_without_a_trigger_are_told_and_too_many_decide_nothing() -> None:
+    def reached(count: int) -> torch.Tensor:
+        return torch.arange(5) < count
+
+    assert check_reached(reached(5), "") == ""
+    assert check_reached(reached(3), "").startswith("For 2 of 5 labels no trigger was found that works")
+    with pytest.raises(
+        InspectionError, match=r"more than half of the 5 labels, .*, got 2: nothing can be said .*; more steps;"
+    ):
+        check_reached(reached(2), "more steps")

@@ -80,7 +80,7 @@ def test_passes_are_those_that_had_gradients(suspect: Predictor, monkeypatch: py
 
     monkeypatch.setattr("calibration.inspection.deep_scan.deep_inspect", watched)
     figures = deep_scan(suspect, SHORT).figures
-    assert seen["images"] - 4 == figures.passes == 10 * (2 * 3 + 8 * 2)  # four see how much memory an image needs
+    assert seen["images"] - 5 == figures.passes == 10 * (2 * 3 + 8 * 2)  # the five see what gradients an image needs
 
 
 def test_the_words(scanned: DeepScan, suspect: Predictor) -> None:
@@ -98,16 +98,17 @@ def test_the_words(scanned: DeepScan, suspect: Predictor) -> None:
     assert ("deviation factor alone would accuse" in said) == bool(accused)
 
 
-def test_a_given_mean_is_no_belief_and_labels_without_a_trigger_are_told(backdoored: nn.Module) -> None:
+def test_a_given_mean_is_no_belief(backdoored: nn.Module) -> None:
     spec = InputSpec(channels=1, height=8, width=8, mean=(0.0,), std=(1.0,), class_names=tuple("abcdefghij"))
-    never = msgspec.structs.replace(SHORT.search, weight=1e6, steps=2, success=0.99)
-    found = deep_scan(Predictor(wrap(backdoored), spec, 10, "logits"), DeepScanSettings(search=never))
-    said = " ".join(remarks(found.figures))
-    assert "believed" not in said
-    assert "For 10 of 10 labels no trigger was found that works" in said
+    found = deep_scan(Predictor(wrap(backdoored), spec, 10, "logits"), SHORT)
+    assert "believed" not in " ".join(remarks(found.figures))
     assert [item.label for item in found.figures.labels] == list("abcdefghij")
-    assert not found.figures.infected
-    assert {item.mask_l1 for item in found.figures.labels} == {64.0}
+
+
+def test_what_reaches_no_label_says_nothing(suspect: Predictor) -> None:
+    never = msgspec.structs.replace(SHORT.search, weight=1e6, steps=2, success=0.99)
+    with pytest.raises(InspectionError, match=r"more than half of the 10 labels, .*, got 0: nothing can be said of the model"):
+        deep_scan(suspect, DeepScanSettings(search=never))
 
 
 def test_the_folder(tmp_path: Path, suspect: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +129,7 @@ def test_the_folder(tmp_path: Path, suspect: Predictor, monkeypatch: pytest.Monk
     )
     assert arrays["labels.success"].tolist() == pytest.approx([item.success for item in record.labels])
     monkeypatch.setattr(work, "_MOST_BYTES", 1)
-    monkeypatch.setattr(work, "deep_scan_report", lambda _: b"")
+    monkeypatch.setattr(work, "deep_scan_report", lambda *_: b"")
     record = deep_scan_into(tmp_path / "scan", suspect, SHORT, Engine())
     kept = load_file(tmp_path / "scan" / "triggers.safetensors")
     assert kept["labels.labels"].tolist() == [item.label_index for item in record.labels if item.candidate]
@@ -136,7 +137,7 @@ def test_the_folder(tmp_path: Path, suspect: Predictor, monkeypatch: pytest.Monk
 
 def test_an_interrupted_scan_goes_on(tmp_path: Path, suspect: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deep_inspecting, "_BETWEEN", 0.0)
-    monkeypatch.setattr(work, "deep_scan_report", lambda _: b"")
+    monkeypatch.setattr(work, "deep_scan_report", lambda *_: b"")
     whole = deep_scan(suspect, SHORT)
 
     def interrupt(what: str, done: int, _: int) -> None:

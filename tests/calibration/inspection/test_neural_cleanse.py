@@ -83,7 +83,7 @@ def test_labels_leave_the_batch(digits: Digits, backdoored: nn.Module, engine: E
     watched = Watched(backdoored)
     images, search = digits.clean.images(slice(None)), Search(steps=480, first=96)
     found = recover_triggers(watched, images, Goals.all_labels(10), search, 0, engine)
-    assert sum(watched.seen[2:]) == int(found.passes.sum())  # the first two see how much memory an image needs
+    assert sum(watched.seen[3:]) == int(found.passes.sum())  # the first three see what gradients an image needs
     assert (found.passes == 480 * 32).sum() == 3  # the smallest stay to the end
     assert (found.passes == 96 * 32).sum() >= 5
     plain = recover_triggers(watched, images, Goals.all_labels(10), Search(steps=48, first=16, still=16).plain(), 0, engine)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from calibration import ImageSet
+from calibration.checkpoints import Checkpoints
 from calibration.discovery import discover
 from calibration.engine import Engine
 from calibration.inspection import scan as scanning
@@ -176,7 +177,7 @@ def test_a_seed_says_it_all(digits: Digits, suspect: Predictor) -> None:
 
 def test_the_folder(tmp_path: Path, digits: Digits, suspect: Predictor, found: Scan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(work, "scan_rounds", lambda *_, **__: found)
-    record = scan_into(tmp_path / "scan", suspect, digits.clean, QUICK, Engine())
+    record = scan_into(tmp_path / "scan", suspect, digits.clean, QUICK, Engine(), model="model.pt2")
     assert read_scan(tmp_path / "scan") == record
     assert record.labels == found.figures.labels
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
@@ -187,7 +188,9 @@ def test_the_folder(tmp_path: Path, digits: Digits, suspect: Predictor, found: S
     plain = msgspec.json.decode((tmp_path / "scan" / "scan.json").read_bytes())
     assert plain["infected"] is True
     assert {"label_index", "anomaly_index", "mask_l1", "infected"} <= plain["labels"][0].keys()
-    assert b"The model is backdoored: label 3" in (tmp_path / "scan" / "report.html").read_bytes()
+    page = (tmp_path / "scan" / "report.html").read_bytes()
+    assert b"The model is backdoored: label 3" in page
+    assert b"model.pt2" in page
     (tmp_path / "scan" / "notes.txt").write_text("mine")
     with pytest.raises(InspectionError, match=r"holds something else \(notes.txt\)"):
         scan_into(tmp_path / "scan", suspect, digits.clean, QUICK, Engine())
@@ -210,6 +213,45 @@ def test_too_few_images_and_answers_near_chance_are_refused(digits: Digits, susp
     shuffled = ImageSet(digits.clean.pixels, (digits.clean.known_labels + 3) % 10)
     with pytest.raises(InspectionError, match="near chance"):
         scan(suspect, shuffled, ScanSettings())
+
+
+def test_equal_images_count_once(digits: Digits, suspect: Predictor) -> None:
+    few = digits.clean.select(torch.arange(40).repeat(3))
+    with pytest.raises(InspectionError, match="at least 50 clean images to scan with, got 40 different ones among 120"):
+        scan(suspect, few, ScanSettings())
+    short = ScanSettings(search=Search(steps=32, success=0.5))
+    some = digits.clean.select(torch.arange(90))
+    once, twice = (scan(suspect, given, short).figures for given in (some, some.select(torch.arange(90).repeat(2))))
+    assert (once.clean_images, once.held_out, once.labels) == (twice.clean_images, twice.held_out, twice.labels)
+
+
+class Saturated(nn.Module):
+    """Its answers do not follow its input: the gradients of all pixels are zero."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        answers: Tensor = self.inner((images * 16.0).round() / 16.0)
+        return answers
+
+
+def test_a_search_that_reaches_no_label_says_nothing(digits: Digits, small_trigger: nn.Module) -> None:
+    blind = discover(wrap(Saturated(small_trigger)), digits.clean)
+    with pytest.raises(InspectionError, match=r"of the 10 labels, .*, got 0: nothing can be said of the model; give --steps"):
+        scan(blind, digits.clean, ScanSettings(search=Search(steps=32)))
+
+
+@pytest.mark.usefixtures("known_reference")
+def test_what_few_unseen_images_can_tell_is_asked_of_the_others_too(digits: Digits, suspect: Predictor) -> None:
+    """Nearly all images are of the target: hardly any is left to judge its trigger by, and it is found all the same."""
+    labels = digits.clean.known_labels
+    target, others = (torch.nonzero(which).squeeze(1) for which in (labels == TARGET, labels != TARGET))
+    found = scan(suspect, digits.clean.select(torch.cat([target, others[:18]])), QUICK).figures
+    assert found.labels[TARGET].infected
+    assert any(f"whether the triggers of {TARGET} work" in line for line in found.said)
 
 
 @pytest.mark.parametrize(
@@ -285,3 +327,26 @@ def test_pairs_must_be_smaller_still_than_labels(
     assert opinion.success >= 0.9
     assert (opinion.reference_ratio is not None) is suspected
     assert not any(item.infected for item in pairs[1:])
+
+
+def test_names_of_classes_are_no_formulas(found: Scan) -> None:
+    named = [msgspec.structs.replace(item, label="$\\frac{$") for item in found.figures.labels]
+    assert sizes_figure(named).startswith(b"\x89PNG")
+
+
+def test_what_was_done_with_other_labels_is_not_gone_on_with(
+    tmp_path: Path, digits: Digits, suspect: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[bool] = []
+
+    def interrupted(*_: object, checkpoints: Checkpoints, **__: object) -> Scan:
+        found.append(checkpoints.load("labels") is not None)
+        checkpoints.save("labels", 1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work, "scan_rounds", interrupted)
+    others = digits.clean.known_labels.flip(0)
+    for labels in (digits.clean.labels, digits.clean.labels, others, None):
+        with pytest.raises(KeyboardInterrupt):
+            scan_into(tmp_path / "scan", suspect, ImageSet(digits.clean.pixels, labels), QUICK, Engine())
+    assert found == [False, True, False, False]

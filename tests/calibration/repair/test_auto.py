@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from calibration import ImageSet
+from calibration.data import digests
 from calibration.discovery import discover
 from calibration.engine import Engine
 from calibration.inspection.neural_cleanse import Search
-from calibration.inspection.scan import ScanSettings
+from calibration.inspection.scan import Scan, ScanSettings
 from calibration.inspection.triggers import Triggers
-from calibration.repair import auto
+from calibration.repair import auto, verification
 from calibration.repair.auto import choices, repair_automatically
-from calibration.repair.cases import Parts, clean_parts
+from calibration.repair.cases import Part, Parts, clean_parts
 from calibration.repair.methods import success_on
 from calibration.repair.record import Verification
+from calibration.repair.repair import Repaired
 from calibration.repair.settings import RepairSettings
 from calibration.repair.verification import Candidate, pasted, red_team, verify
 from cli.demonstration.digits import Digits
 from guard import Predictor
-from guard.errors import RepairError
+from guard.errors import InspectionError, RepairError
 from guard.predictors import wrap
+from tests.calibration.repair.test_figures import GOOD
 from tests.conftest import SMALL
 
 QUICK = Search(steps=208)
@@ -124,6 +129,46 @@ def test_verification_sees_what_is_left(original: Predictor, cut: Parts, recover
     assert found.recovered_success is not None
     assert found.recovered_success[0] >= 0.95
     assert len(found.recovered_success) == 3
+
+
+def _first(part: Part) -> Part:
+    return Part(part.images[:20], part.labels[:20], part.answers[:20])
+
+
+def test_the_rescan_sees_what_the_repair_did_not_learn_from(
+    original: Predictor, cut: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing_decided(_: Predictor, clean: ImageSet, *__: object, **___: object) -> Scan:
+        seen.append(clean)
+        raise InspectionError("nothing can be said")
+
+    seen: list[ImageSet] = []
+    monkeypatch.setattr(verification, "scan", nothing_decided)
+    few = replace(cut, held_out=_first(cut.held_out), stopping=_first(cut.stopping))
+    for parts in (cut, few):
+        with pytest.raises(InspectionError):
+            verify(Candidate(original, None), None, parts, ScanSettings(), Engine(), lambda *_: None)
+    learnt = frozenset(digests(cut.tuning.images))
+    assert len(seen[0]) == len(cut.held_out) + len(cut.stopping)
+    assert not learnt & set(digests(seen[0].pixels))
+    assert len(seen[1]) == 40 + len(cut.tuning)
+
+
+def test_a_repair_whose_rescan_decides_nothing_did_not_do(
+    digits: Digits, original: Predictor, recovered: Triggers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def undecided(*_: object) -> Verification:
+        raise InspectionError("nothing can be said of the model")
+
+    def unchanged(predictor: Predictor, clean: ImageSet, settings: RepairSettings, *_: object, **__: object) -> Repaired:
+        return Repaired(predictor, None, GOOD, settings)
+
+    monkeypatch.setattr(auto, "verify", undecided)
+    monkeypatch.setattr(auto, "repair", unchanged)
+    with pytest.raises(
+        RepairError, match=r"unlearn can't be verified: nothing can be said of the model; gdm can't be verified"
+    ):
+        repair_automatically(original, digits.clean, RepairSettings(method="gym"), triggers=recovered)
 
 
 def test_the_red_team_plants_and_measures(original: Predictor, cut: Parts) -> None:

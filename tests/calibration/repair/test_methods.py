@@ -170,3 +170,13 @@ def test_clean_images_alone_will_do(method: Method, digits: Digits, original: Pr
     assert not torch.equal(made.predictor(digits.test.images(slice(0, 8))), original(digits.test.images(slice(0, 8))))
     if method in ("fine-prune", "mcr"):
         assert made.figures.said
+
+
+@pytest.mark.parametrize(("method", "known"), [("unlearn", True), ("prune", False)])
+def test_too_few_images_for_its_scans_are_refused_before_any_work(
+    digits: Digits, original: Predictor, recovered: Triggers, method: Method, known: bool
+) -> None:
+    some = digits.clean.select(torch.arange(60))
+    settings = RepairSettings(method=method, allow_missing_classes=True)
+    with pytest.raises(RepairError, match=f"at least 72 different clean images for {method}, .*, got 60: add images"):
+        repair(original, some, settings, triggers=recovered if known else None)
