@@ -79,7 +79,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def found(self) -> set[int]:
         """Labels that the scan says are infected."""
-        return {item.label_index for item in (*self.figures.labels, *self.figures.pairs) if item.infected}
+        return {item.label_index for item in self.figures.everything if item.infected}
 
     @property
     def right(self) -> bool:
@@ -131,7 +131,7 @@ def _recovered(folder: Path, record: ScanFigures, found: Victim, parts: Parts) -
             overlap=float(triggers.masks[row][true].sum() / triggers.masks[row].sum()),
             by_chance=float(true.double().mean()),
         )
-        for row, item in enumerate(item for item in (*record.labels, *record.pairs) if item.infected)
+        for row, item in enumerate(item for item in record.everything if item.infected)
     ]
 
 
@@ -165,7 +165,7 @@ def table(reports: Sequence[Report]) -> str:
     ]
     rows = []
     for report in reports:
-        findings = (*report.figures.labels, *report.figures.pairs)
+        findings = report.figures.everything
         infected = [item for item in findings if item.infected]
         plain = len(report.figures.labels) * _PLAIN.steps * _PLAIN.images
         rows.append(

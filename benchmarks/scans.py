@@ -10,7 +10,7 @@ import torch
 from benchmarks.datasets import Parts
 from benchmarks.strip import shuffled
 from benchmarks.victims import Victim, name_of
-from calibration.attacks import SourceSpecific
+from calibration.attacks import SourceSpecific, TrojanNet
 from calibration.data import ImageSet, Progress
 from calibration.discovery import discover
 from calibration.engine import Engine
@@ -24,7 +24,8 @@ _IMAGES = 1500
 def scanned(found: Victim, parts: Parts, cache: Path, progress: Progress, again: bool = False) -> Path:
     """The folder that `guard scan` would write of a model, with 1,500 of the defender's images.
 
-    Pairs are searched for where the attack works from some labels alone.
+    Pairs are searched for where the attack works from some labels alone; triggers behind silent units where a module was
+    inserted and, to see whether that makes false alarms, in clean models.
 
     Args:
         found: The model.
@@ -39,7 +40,8 @@ def scanned(found: Victim, parts: Parts, cache: Path, progress: Progress, again:
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         clean = defenders_images(parts)
-        settings = ScanSettings(pairs=isinstance(found.attack, SourceSpecific))
+        hidden = found.attack is None or isinstance(found.attack, TrojanNet)
+        settings = ScanSettings(pairs=isinstance(found.attack, SourceSpecific), silent_units=hidden)
         scan_into(folder, discover(wrap(found.model), clean), clean, settings, Engine(), progress)
     return folder
 

@@ -54,6 +54,14 @@ def scan_command(
             rich_help_panel=_HOW,
         ),
     ] = False,
+    silent_units: Annotated[
+        bool,
+        typer.Option(
+            "--silent-units",
+            help="Of neural-cleanse: also look for triggers behind units that are silent without them, as in inserted modules.",
+            rich_help_panel=_HOW,
+        ),
+    ] = False,
     rounds: Annotated[
         int,
         typer.Option(
@@ -124,6 +132,7 @@ def scan_command(
     needless = {
         "--data": data is not None,
         "--pairs": pairs,
+        "--silent-units": silent_units,
         "--rounds": rounds > 1,
         "--plain": plain,
         "--skip-unreadable": skip_unreadable,
@@ -143,7 +152,9 @@ def scan_command(
         from calibration.sources import open_model
 
     search = Search() if steps is None else Search(steps=steps)
-    settings = ScanSettings(search=search.plain() if plain else search, pairs=pairs, rounds=rounds, seed=seed)
+    settings = ScanSettings(
+        search=search.plain() if plain else search, pairs=pairs, silent_units=silent_units, rounds=rounds, seed=seed
+    )
     deep = DeepScanSettings(search=DeepInspectSettings() if steps is None else DeepInspectSettings(steps=steps), seed=seed)
     KIND.check_target(out)
     given = options.hints(mean, std, output, layout, dtype, container)
@@ -215,7 +226,7 @@ def _show(record: ScanRecord, out: Path) -> None:
     from calibration.inspection.figures import figure_rows, remarks, smallest_table, verdict
 
     show_rows(f"Scan {out}", [*figure_rows(record), ("report", str(out / "report.html"))])
-    for findings in (record.labels, record.pairs):
+    for findings in (record.labels, record.pairs, record.silent_units):
         if findings:
             header, rows = smallest_table(record, findings)
             typer.echo()

@@ -9,7 +9,7 @@ from torch import nn
 from calibration import Calibration, Settings, calibrate
 from calibration.attacks import BadNets, Patch
 from calibration.engine import Engine
-from calibration.inspection import scan as scanning
+from calibration.inspection import judge
 from calibration.inspection.reference import train_reference
 from cli.demonstration.digits import Digits, load_digits, train_backdoored, train_clean
 
@@ -60,4 +60,4 @@ def reference(digits: Digits, small_trigger: nn.Module) -> nn.Module:
 @pytest.fixture
 def known_reference(reference: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scans of digits find their reference trained."""
-    monkeypatch.setattr(scanning, "train_reference", lambda *_: reference)
+    monkeypatch.setattr(judge, "train_reference", lambda *_: reference)

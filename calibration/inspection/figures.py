@@ -10,7 +10,8 @@ from calibration.inspection.record import LabelFinding, ScanFigures
 LIMITS = (
     "This is no proof that a model is clean. Triggers that cover the image or change with it, backdoors that move every label "
     "to the next, and those that work for a few source labels alone (unless --pairs is given) leave no label whose trigger is "
-    "unusually small."
+    "unusually small; and to a module that is silent without nearly the whole trigger, no search gets unless --silent-units is "
+    "given."
 )
 LIMITS_WITHOUT_DATA = (
     "This is no proof that a model is clean. The triggers were looked for on images that were recovered from the model: they "
@@ -24,7 +25,7 @@ _SMALLEST = 3  # labels that are shown though they don't stand out
 
 def verdict(figures: ScanFigures) -> str:
     """In a sentence."""
-    infected = [item for item in (*figures.labels, *figures.pairs) if item.infected]
+    infected = [item for item in figures.everything if item.infected]
     if not infected:
         return "No label needs a trigger so small that a backdoor must be behind it."
     return f"The model is backdoored: {titles(infected)}."
@@ -122,6 +123,12 @@ def remarks(figures: ScanFigures) -> list[str]:
     infected = {item.label_index for item in figures.labels if item.infected}
     if any(item.label_index in infected for item in figures.pairs):
         said.append("Pairs that lead to an infected label are no further backdoors: its trigger works from every label.")
+    silent = [item for item in figures.silent_units if item.infected]
+    if silent:
+        said.append(
+            f"The triggers of {titles(silent)} lie behind units that are silent without them: a module that was put there on "
+            "purpose, as TrojanNet's is. Unlearning and pruning can't be expected to reach it."
+        )
     if figures.reference_agreement is not None:
         said.append(
             f"The clean reference answers {figures.reference_agreement:.1%} of {figures.held_out} held-out images as the model "
@@ -142,6 +149,7 @@ def figure_rows(figures: ScanFigures, model: str = "") -> list[tuple[str, ...]]:
         *([("model", model)] if model else []),
         ("labels", str(len(figures.labels))),
         *([("pairs of labels", str(len(figures.pairs)))] if figures.pairs else []),
+        *([("labels, through silent units", str(len(figures.silent_units)))] if figures.silent_units else []),
         *([("further triggers of infected labels", str(len(figures.further)))] if figures.further else []),
         ("median L1 of the triggers, in pixels", f"{figures.median_l1:.1f}"),
         seen,

@@ -93,6 +93,8 @@ class ScanFigures(msgspec.Struct, frozen=True, kw_only=True):
         seconds: That it took, with the time before an interruption.
         recovered_images: That were recovered from the model, to stand in for clean ones.
         recovered_agreement: Share of these that the model gives the label they were recovered for; None without any.
+        silent_units: Where that was asked for, one for each label that is not infected by then, of a search whose gradients
+            pass silent units.
         further: Of infected labels, triggers that a later round found, after those before were unlearnt in a copy.
         said: What else must be told.
     """
@@ -109,8 +111,14 @@ class ScanFigures(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     recovered_images: int = 0
     recovered_agreement: float | None = None
+    silent_units: tuple[LabelFinding, ...] = ()
     further: tuple[LabelFinding, ...] = ()
     said: tuple[str, ...] = ()
+
+    @property
+    def everything(self) -> tuple[LabelFinding, ...]:
+        """Of labels, behind silent units and of pairs; not of further rounds."""
+        return (*self.labels, *self.silent_units, *self.pairs)
 
 
 class ScanRecord(ScanFigures, frozen=True, kw_only=True):

@@ -32,7 +32,11 @@ def scan_report(scan: Scan, model: str = "") -> bytes:
     """HTML in one file; `model` is what it is called."""
     figures = scan.figures
     sections = [Section("What was found", remarks(figures), rows=figure_rows(figures, model))]
-    for what, findings, triggers in (("label", figures.labels, scan.triggers), ("pair", figures.pairs, scan.pair_triggers)):
+    for what, findings, triggers in (
+        ("label", figures.labels, scan.triggers),
+        ("pair", figures.pairs, scan.pair_triggers),
+        ("label behind silent units", figures.silent_units, scan.silent_triggers),
+    ):
         if triggers is None or not findings:
             continue
         header, rows = candidate_table(findings)

@@ -128,7 +128,7 @@ def scan_again(
     def shown(what: str, done: int, total: int) -> None:
         progress(f"{what}, round {number + 1}", done, total)
 
-    alone = msgspec.structs.replace(settings, pairs=False, rounds=1, seed=settings.seed + number)
+    alone = msgspec.structs.replace(settings, pairs=False, silent_units=False, rounds=1, seed=settings.seed + number)
     found, labels = scan(predictor, clean, alone, engine=engine, progress=shown), set(before.labels.tolist())
     rows = [row for row, item in enumerate(found.figures.labels) if item.infected and item.label_index in labels]
     return [found.figures.labels[row] for row in rows], found.triggers.select(rows), found.figures.passes

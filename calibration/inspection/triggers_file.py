@@ -51,8 +51,9 @@ def read_infected(
     if shape is not None and record.input.shape != shape:
         raise InspectionError(f"expected a scan with images of shape {shape}, got one with {record.input.shape}: scan again")
     labels = [item for item in record.labels if item.infected]
+    silent = [item for item in record.silent_units if item.infected]
     both = [item for item in record.pairs if item.infected]
-    if not labels and not (both and pairs):
+    if not labels and not silent and not (both and pairs):
         only = ", only pairs of labels" if both else ""
         raise InspectionError(
             f"the scan in {folder} found no infected label{only}, so there is no trigger to filter or to repair by: go on "
@@ -60,7 +61,7 @@ def read_infected(
         )
     try:
         arrays = load_file(folder / TRIGGERS)
-        parts = [("labels", labels), ("pairs", both if pairs else [])]
+        parts = [("labels", labels), ("silent", silent), ("pairs", both if pairs else [])]
         known = [_rows(arrays, kind, items) for kind, items in parts if items]
         found = Triggers.together([*known, *([_all(arrays, "further")] if record.further else [])])
     except (OSError, SafetensorError, KeyError, ValueError, IndexError, TypeError, RuntimeError) as error:

@@ -129,11 +129,12 @@ def _write(
 
 
 def _arrays(found: Scan) -> dict[str, Tensor]:
-    """Masks, patterns, labels and sources of the labels' triggers, of the pairs' and of later rounds'."""
+    """Masks, patterns, labels and sources of the labels' triggers, the pairs', those behind silent units and later rounds'."""
     arrays: dict[str, Tensor] = {}
     for kind, triggers, findings in (
         ("labels", found.triggers, found.figures.labels),
         ("pairs", found.pair_triggers, found.figures.pairs),
+        ("silent", found.silent_triggers, found.figures.silent_units),
         ("further", found.further_triggers, found.figures.further),
     ):
         if triggers is None:

@@ -15,14 +15,14 @@ from calibration import ImageSet
 from calibration.checkpoints import Checkpoints
 from calibration.discovery import discover
 from calibration.engine import Engine
-from calibration.inspection import scan as scanning
-from calibration.inspection import work
+from calibration.inspection import judge, work
 from calibration.inspection.figures import candidate_table, remarks, verdict
+from calibration.inspection.judge import is_infected, spread
 from calibration.inspection.neural_cleanse import Search, recover_triggers
 from calibration.inspection.record import LabelFinding, ScanFigures, SecondOpinion, read_scan
 from calibration.inspection.reference import train_reference
 from calibration.inspection.report import scan_report, sizes_figure
-from calibration.inspection.scan import Scan, ScanSettings, is_infected, scan, spread
+from calibration.inspection.scan import Scan, ScanSettings, scan
 from calibration.inspection.triggers import Goals, Triggers
 from calibration.inspection.work import scan_into
 from cli.demonstration.digits import Digits
@@ -318,7 +318,7 @@ def test_pairs_must_be_smaller_still_than_labels(
             return found.triggers if len(goals) == 10 else search(answers, images, goals, Search(steps=16), *rest)
         return search(answers, images, goals, how, *rest)
 
-    monkeypatch.setattr(scanning, "recover_triggers", known)
+    monkeypatch.setattr(judge, "recover_triggers", known)
     pairs = scan(suspect, digits.clean, ScanSettings(pairs=True, search=Search(steps=96))).figures.pairs
     assert [(item.source_index, item.label_index) for item in pairs] == [(source, TARGET) for source in (0, 1, 2, 4)]
     opinion = pairs[0].second_opinion
