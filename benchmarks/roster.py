@@ -212,8 +212,10 @@ FRESH: Mapping[str, Plan] = {
         "mnist", "badnets", architecture="mnist_conv", target_label=5, seed=162, patch=Patch.rectangle(4, bottom=1, right=1)
     ),
     "gtsrb-b-again": plan("gtsrb", "badnets", target_label=9, seed=142, patch=Patch.rectangle(6, 6, (1.0,), *_RIM), ratio=0.15),
+    "gtsrb-lenet8-trojan-net": plan("gtsrb", "trojan_net", architecture="lenet8", target_label=31, seed=143),
+    "cifar10-trojan-net": plan("cifar10", "trojan_net", target_label=6, seed=144),
 }
-"""Like those that an earlier rule was tried on: it missed `gtsrb-b`, which taught the one that holds."""
+"""Like those that an earlier rule was tried on: it missed `gtsrb-b`, which taught the one that holds, and `gtsrb-trojan-net`."""
 
 SCANNED: Mapping[str, Plan] = {**{name: REPORTED[name] for name in _PATCH_VICTIMS}, **FRESH, **SEVERAL, **CLEAN}
 """What scans are reported on.
