@@ -215,7 +215,9 @@ FRESH: Mapping[str, Plan] = {
     "gtsrb-lenet8-trojan-net": plan("gtsrb", "trojan_net", architecture="lenet8", target_label=31, seed=143),
     "cifar10-trojan-net": plan("cifar10", "trojan_net", target_label=6, seed=144),
 }
-"""Like those that an earlier rule was tried on: it missed `gtsrb-b`, which taught the one that holds, and `gtsrb-trojan-net`."""
+"""Like those that an earlier rule was tried on: it missed `gtsrb-b`, which taught the one that holds, and `gtsrb-trojan-net`,
+which taught to look through silent units.
+"""
 
 SCANNED: Mapping[str, Plan] = {**{name: REPORTED[name] for name in _PATCH_VICTIMS}, **FRESH, **SEVERAL, **CLEAN}
 """What scans are reported on.
