@@ -32,10 +32,10 @@ def scan_report(scan: Scan, model: str = "") -> bytes:
     """HTML in one file; `model` is what it is called."""
     figures = scan.figures
     sections = [Section("What was found", remarks(figures), rows=figure_rows(figures, model))]
-    for what, findings, triggers in (
-        ("label", figures.labels, scan.triggers),
-        ("pair", figures.pairs, scan.pair_triggers),
-        ("label behind silent units", figures.silent_units, scan.silent_triggers),
+    for where, findings, triggers in (
+        ("of labels", figures.labels, scan.triggers),
+        ("of pairs", figures.pairs, scan.pair_triggers),
+        ("of labels, behind silent units", figures.silent_units, scan.silent_triggers),
     ):
         if triggers is None or not findings:
             continue
@@ -44,17 +44,17 @@ def scan_report(scan: Scan, model: str = "") -> bytes:
         shown = [row for row in smallest if findings[row].candidate][:_SHOWN]
         sections += [
             Section(
-                f"Size of each {what}'s trigger",
+                f"Sizes of the triggers {where}",
                 picture=sizes_figure(findings),
                 caption="L1 norm of the mask, and the median. Grey marks: the size that a clean reference needs for a label, "
                 "scaled to that median.",
             ),
             Section(
-                f"The smallest triggers of {what}s",
+                f"The smallest triggers {where}",
                 picture=triggers_figure([findings[row] for row in shown], triggers.select(shown), scan.clean),
                 caption="The mask, the pattern where the mask shows it, and a held-out image without and with it.",
             ),
-            Section(f"Second opinions on {what}s", (_OPINIONS,), header=header, rows=rows),
+            Section(f"Second opinions {where}", (_OPINIONS,), header=header, rows=rows),
         ]
     if scan.further_triggers is not None and figures.further:
         header, rows = candidate_table(figures.further)
