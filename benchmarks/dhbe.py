@@ -5,8 +5,8 @@
     python -m benchmarks.dhbe table                       # the committed results as docs/repair.md holds them
 
 120 epochs with the published schedule, which has 300, and batches of 64 instead of 256: a tenth of the samples, which is what
-two cores allow. At so small a batch the published rate of 0.1 wrecked the copy of `cifar10-c` within 10 epochs (CA .15); 0.03 was
-then tried on `cifar10-dev`, and does not. Every figure is of the evaluation part.
+two cores allow. At so small a batch the published rate of 0.1 wrecked the copy of `cifar10-c` within 10 epochs (CA .15). 0.03
+was then tried on `cifar10-dev`, and does not. Every figure is of the evaluation part.
 """
 
 from __future__ import annotations
