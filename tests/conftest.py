@@ -18,6 +18,12 @@ SMALL = BadNets(target_label=3, ratio=0.1, patches=(Patch.rectangle(2),))
 torch.set_num_threads(1)  # the nets are tiny, and servers run beside them
 
 
+@pytest.fixture(autouse=True)
+def _same_weights() -> None:
+    """Nets that a test draws are the same in every run: torch begins each process with a seed of its own."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def digits() -> Digits:
     """Scikit-learn's digits in three parts that never mix."""
