@@ -128,7 +128,7 @@ def measure_plan(name: str, plan: Plan, parts: Parts, cache: Path = CACHE) -> Re
             triggers = suspects = None
             if method in NEEDS_TRIGGERS:
                 folder = scanned(found, parts, cache, progress)
-                triggers = read_infected(folder, predictor.backend, pairs=True, shape=predictor.spec.shape)
+                triggers = read_infected(folder, predictor.backend, pairs=True, spec=predictor.spec)
                 scan_minutes = read_scan(folder).seconds / 60.0
             if method == "codefend":
                 suspects = _suspects(found, parts, clean, images, cache, progress)

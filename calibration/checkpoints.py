@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
-import shutil
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from guard.errors import CalibrationError, one_line
+
+_LOCK = ".lock"
 
 
 @final
@@ -33,6 +37,7 @@ class Checkpoints:
         self._key = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
         self._writes = writes
         self._started = time.monotonic()
+        self._lock: int | None = None
         self._before = max((self._seconds_in(path) for path in folder.glob("*.safetensors")), default=0.0)
 
     @property
@@ -60,7 +65,7 @@ class Checkpoints:
             facts: Numbers.
 
         Raises:
-            CalibrationError: It can't be written.
+            CalibrationError: It can't be written, or another process writes there.
         """
         if not self._writes:
             return
@@ -81,6 +86,7 @@ class Checkpoints:
         arrays = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._claim()
             save_file(arrays, partial, metadata)
             partial.replace(self.folder / f"{name}.safetensors")
         except (SafetensorError, OSError) as error:  # a full disk is either
@@ -118,6 +124,21 @@ class Checkpoints:
             raise CalibrationError(f"expected a checkpoint in {path}, got a damaged one: delete {self.folder}") from error
         return step, _below(tensors, "array/"), facts
 
+    def _claim(self) -> None:
+        """Until the process ends: two works that write into one folder would lose each other's."""
+        if self._lock is not None:
+            return
+        self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            self._lock = None
+            raise CalibrationError(
+                f"expected {self.folder} for this work alone, got another process that works there: "
+                "wait until it has ended, or pick another --out"
+            ) from error
+
     def found(self) -> bool:
         """Whether there was one of this work from the start."""
         return self._before > 0.0
@@ -132,9 +153,15 @@ class Checkpoints:
             return 0.0
 
     def remove(self) -> None:
-        """Delete the folder."""
-        if self._writes:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete them, and the folder unless it holds anything else."""
+        if not self._writes or not self.folder.is_dir():
+            return
+        with contextlib.suppress(OSError, CalibrationError):  # what another process writes is its own
+            self._claim()
+            for pattern in ("*.safetensors", ".*.partial", _LOCK):
+                for path in self.folder.glob(pattern):
+                    path.unlink(missing_ok=True)
+            self.folder.rmdir()
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

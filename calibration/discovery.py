@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from dataclasses import dataclass
 
 import msgspec
@@ -26,6 +27,7 @@ logger = logging.getLogger("guard.calibration")
 
 _TRIALS = 128
 _BLIND_TRIALS = 32
+_LARGEST = 1 << 24  # numbers in an image, four megapixels and more, of which all trials fit into memory
 _AGREEMENT = 0.99
 _SAME = 0.02  # in probability; half precision differs by less
 
@@ -117,6 +119,8 @@ def discover_without_images(backend: Backend, shape: tuple[int, int, int], hints
         ModelError: No convention works, or several work and answer differently.
         InputError: Hints that contradict the shape.
     """
+    if math.prod(shape) > _LARGEST:
+        raise InputError(f"expected images of at most {_LARGEST:,} numbers, got {'x'.join(map(str, shape))}: check --shape")
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 256, (_BLIND_TRIALS, *shape), dtype=torch.uint8, generator=generator)
     return discover(backend, ImageSet(noise), hints)

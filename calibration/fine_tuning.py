@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from calibration.data import Progress, no_progress
-from guard.errors import ModelError, one_line
+from guard.errors import GuardError, ModelError, one_line
 from guard.images import InputSpec
 from guard.predictors import Backend, OutputKind, Predictor
 from guard.predictors.chunks import run_in_chunks
@@ -142,8 +142,14 @@ class Answers(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """See the class."""
         full = torch.autocast(images.device.type, enabled=False) if self._full_precision else contextlib.nullcontext()
-        with full:
-            raw = run_in_chunks(self.module, self._spec.to_model(images.float()), self._batch_size)
+        try:
+            with full:
+                raw = run_in_chunks(self.module, self._spec.to_model(images.float()), self._batch_size)
+        except GuardError:
+            raise
+        except (Exception, SystemExit) as error:  # a model is foreign code, and must not end its own inspection
+            kind = " for gradients" if torch.is_grad_enabled() else ""
+            raise ModelError(f"the model can't be run{kind}, on a batch of {len(images)}: {one_line(error)}") from error
         answers = raw[0] if isinstance(raw, tuple | list) else raw
         if not isinstance(answers, Tensor) or (torch.is_grad_enabled() and not answers.requires_grad):
             raise ModelError(f"expected a model that can be fine-tuned ({_TRAINABLE}), got one without gradients")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 
@@ -11,6 +12,8 @@ import typer
 from cli import calibrate, check, demo, edge, evaluate, export, quarantine, red_team, repair, roll_out, scan, serve
 from cli.stopping import stopped_by_sigterm
 from guard import GuardError, __version__
+
+_UNREAD = 128 + signal.SIGPIPE  # what a shell says of a program that wrote to a closed pipe
 
 app = typer.Typer(
     name="guard",
@@ -94,6 +97,10 @@ def _main() -> None:
         sys.exit(130)
     except OSError as error:
         _fail(f"{error.filename or 'output'}: {error.strerror or error}")
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # click's: nobody reads on, as in `| head`; 1 would be a verdict
+            sys.exit(_UNREAD)
+        _fail("expected a model that leaves the process alone, got one that tries to end it: don't use it")
     except Exception as error:  # a mistake of ours; 1 would be a verdict of some commands
         traceback.print_exception(error)
         raise SystemExit(2) from error

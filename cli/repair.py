@@ -195,7 +195,7 @@ def repair_command(
         allow_missing_classes=allow_missing_classes,
         seed=seed,
     )
-    KIND.check_target(out)
+    KIND.check_target(out, [Path(model), *([] if weights is None else [weights])])
     if method == "auto" and data is None:
         typer.echo(
             f"no clean images: chose dhbe, which learns for {epochs or Dhbe().epochs} epochs, hours on a CPU; how long they "
@@ -210,7 +210,7 @@ def repair_command(
             found = read_inputs(source, data, quarantine, options.shape(shape), given, skip_unreadable, progress)
             predictor, clean = found.predictor, found.clean
             settle_threads(predictor)
-            triggers = None if scan is None else read_infected(scan, predictor.backend, pairs=True, shape=predictor.spec.shape)
+            triggers = None if scan is None else read_infected(scan, predictor.backend, pairs=True, spec=predictor.spec)
             shown = telling_time(progress, ERASING, "give fewer --epochs, which make the learning rates fall sooner, or a GPU")
             try:
                 record = repair_into(

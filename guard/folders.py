@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -30,14 +30,25 @@ class FolderKind:
     ours: Callable[[str], bool]
     error: type[GuardError]
 
-    def check_target(self, folder: Path) -> None:
-        """Refuse, before any work, a folder that can't be written or that holds something else."""
-        parent = next(place for place in folder.absolute().parents if place.exists())
+    def check_target(self, folder: Path, read: Sequence[Path] = ()) -> None:
+        """Refuse, before any work, a folder that can't be written or that holds something else.
+
+        Args:
+            folder: It.
+            read: What the work reads: a folder that holds it would be replaced, and it be lost.
+        """
+        folder = _real(folder)
+        lost = next((path for path in read if folder in _real(path).parents), None)
+        if lost is not None:
+            raise self.error(
+                f"expected a folder without what is read, got {folder}, which holds {lost.name}: pick another --out"
+            )
+        parent = next((place for place in folder.parents if place.exists()), folder)
         if not parent.is_dir():
             raise self.error(f"could not write the {self.what} to {folder}: {parent} is no folder; pick another --out")
         if not os.access(parent, os.W_OK):
             raise self.error(f"could not write the {self.what} to {folder}: Permission denied; pick another --out")
-        foreign = self._foreign(folder.absolute())
+        foreign = self._foreign(folder)
         if foreign is not None:
             raise self.error(
                 f"expected a new, empty or {self.what} folder, got {folder}, which holds something else ({foreign}): "
@@ -47,7 +58,7 @@ class FolderKind:
     @contextlib.contextmanager
     def writing(self, folder: Path) -> Iterator[Path]:
         """A hidden draft beside the folder, which takes its place at the end of the block; an error leaves what was there."""
-        folder = folder.absolute()
+        folder = _real(folder)
         self.check_target(folder)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -71,6 +82,11 @@ class FolderKind:
         if self.marker not in names:
             return names[0]
         return next((name for name in names if name != self.marker and not self.ours(name)), None)
+
+
+def _real(folder: Path) -> Path:
+    """Where a link leads, so that what it leads to is replaced and the link stays."""
+    return Path(os.path.realpath(folder))
 
 
 def _replace(folder: Path, draft: Path, old: Path) -> None:

@@ -129,6 +129,11 @@ def scan(
     _refuse_chance(predictor, held_out)
     classes = predictor.num_classes
     if settings.silent_units:
+        if classes < _FEWEST_COMPARED:
+            raise InspectionError(
+                f"expected a model of at least {_FEWEST_COMPARED} labels, which silent units are compared over, got {classes}: "
+                "scan without --silent-units"
+            )
         check_rectifiers(model, searched[:1].to(engine.device))
     judge = Judge(
         model,
@@ -165,7 +170,17 @@ def scan(
             held_out=len(held_out),
             passes=sum(item.passes for item in everything),
             seconds=time.monotonic() - started if checkpoints is None else checkpoints.seconds,
-            said=tuple(filter(None, [_missing(predictor, torch.cat([judge.known, judge.own])), unreached, judge.thinly()])),
+            said=tuple(
+                filter(
+                    None,
+                    [
+                        _missing(predictor, torch.cat([judge.known, judge.own])),
+                        unreached,
+                        _not_looked_behind(settings, clean_labels),
+                        judge.thinly(),
+                    ],
+                )
+            ),
         ),
         triggers,
         pair_triggers,
@@ -184,6 +199,15 @@ def _further_looks(settings: ScanSettings, classes: int, clean: Tensor) -> list[
         short = msgspec.structs.replace(search, steps=min(search.steps, _SILENT_STEPS), smallest=_SILENT_SMALLEST)
         looks.append(Look("silent-units", Goals.of(clean), short, through=through_silent_units))
     return looks
+
+
+def _not_looked_behind(settings: ScanSettings, clean: Tensor) -> str:
+    """What was asked for and can't be had, in words."""
+    if not settings.silent_units or len(clean) >= _FEWEST_COMPARED:
+        return ""
+    return (
+        f"Nothing was looked for behind silent units: that takes {_FEWEST_COMPARED} labels that seem clean, not {len(clean)}."
+    )
 
 
 def _missing(predictor: Predictor, labels: Tensor) -> str:

@@ -12,25 +12,24 @@ from torch import Tensor
 from calibration.inspection.record import TRIGGERS, LabelFinding, ScanRecord, read_scan
 from calibration.inspection.triggers import Triggers
 from guard.errors import InspectionError
+from guard.images import InputSpec
 from guard.predictors import Backend
 
 _TYPES = (torch.int64, torch.int64, torch.float32, torch.float32, torch.float32, torch.int64)  # of the fields of `Triggers`
 
 
-def read_infected(
-    folder: str | Path, backend: Backend, *, pairs: bool = False, shape: tuple[int, int, int] | None = None
-) -> Triggers:
+def read_infected(folder: str | Path, backend: Backend, *, pairs: bool = False, spec: InputSpec | None = None) -> Triggers:
     """The triggers of the labels that a scan of a model calls infected; after them, those that further rounds found.
 
     Args:
         folder: That `guard scan` wrote.
         backend: The model that it must have looked at.
         pairs: Those of the infected pairs of labels, too, after them.
-        shape: (C, H, W) of the images that they are for; None for those of the scan.
+        spec: The model's input where they are to be used; None for that of the scan.
 
     Raises:
-        InspectionError: It is by a method whose triggers are no masks and patterns, of another model or of images of another
-            size, found nothing, or is damaged.
+        InspectionError: It is by a method whose triggers are no masks and patterns, of another model or with other
+            images, found nothing, or is damaged.
     """
     folder = Path(folder)
     record = read_scan(folder)
@@ -48,8 +47,15 @@ def read_infected(
         raise InspectionError(
             f"the scan in {folder} is of another model (SHA-256 differs): scan the one that detects, or is to be repaired"
         )
-    if shape is not None and record.input.shape != shape:
-        raise InspectionError(f"expected a scan with images of shape {shape}, got one with {record.input.shape}: scan again")
+    if spec is not None and record.input.shape != spec.shape:
+        raise InspectionError(
+            f"expected a scan with images of shape {spec.shape}, got one with {record.input.shape}: scan again"
+        )
+    if spec is not None and (record.input.mean, record.input.std) != (spec.mean, spec.std):
+        raise InspectionError(
+            f"expected a scan with the mean {spec.mean} and std {spec.std}, got one with {record.input.mean} and "
+            f"{record.input.std}, whose triggers mean something else here: give both the same --mean and --std"
+        )
     labels = [item for item in record.labels if item.infected]
     silent = [item for item in record.silent_units if item.infected]
     both = [item for item in record.pairs if item.infected]

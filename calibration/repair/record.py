@@ -25,7 +25,7 @@ Method = Literal["gym", "codefend", "unlearn", "prune", "fine-prune", "fine-tune
 
 
 def _ours(name: str) -> bool:
-    return name in (REPORT, LEARNT, PROFILE) or name.startswith("model.")
+    return name in (REPORT, LEARNT, PROFILE, "model.pt", "model.pt2", "model.safetensors")
 
 
 KIND = FolderKind("repaired model's", JSON, _ours, RepairError)

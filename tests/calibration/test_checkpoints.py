@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,7 +72,7 @@ def test_processes_that_do_not_lead_write_and_remove_nothing(tmp_path: Path) -> 
     assert not (tmp_path / "c").exists()
     Checkpoints(tmp_path / "c", "one").save("a", 1, {"net": net})
     silent.remove()
-    assert [path.name for path in (tmp_path / "c").iterdir()] == ["a.safetensors"]
+    assert (tmp_path / "c" / "a.safetensors").is_file()
     Checkpoints(tmp_path / "c", "one").remove()
     assert not (tmp_path / "c").exists()
 
@@ -107,3 +109,41 @@ def test_what_can_not_be_written_is_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "work" / ".net.partial").mkdir(parents=True)  # stands in for a full disk
     with pytest.raises(CalibrationError, match=r"expected room for checkpoints in .*work, got: "):
         checkpoints.save("net", 1, arrays={"weights": torch.ones(2)})
+
+
+def test_what_is_not_ours_stays(tmp_path: Path) -> None:
+    net, _ = trained()
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "notes.txt").write_text("precious")
+    checkpoints = Checkpoints(tmp_path / "c", "one")
+    checkpoints.save("a", 1, {"net": net})
+    checkpoints.remove()
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["notes.txt"]
+
+
+def test_two_works_do_not_share_a_folder(tmp_path: Path) -> None:
+    """Each would go on from the other's checkpoints, or delete them under its hands."""
+    code = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "import torch\n"
+        "from calibration.checkpoints import Checkpoints\n"
+        "Checkpoints(Path(sys.argv[1]), 'other').save('a', 1, {'net': torch.nn.Linear(2, 2)})\n"
+        "print('there', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    net, _ = trained()
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path / "c"], stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == b"there\n"
+            mine = Checkpoints(tmp_path / "c", "mine")
+            with pytest.raises(CalibrationError, match="another process that works there: wait until it has ended"):
+                mine.save("a", 1, {"net": net})
+            mine.remove()
+            assert (tmp_path / "c" / "a.safetensors").is_file()
+        finally:
+            other.kill()
+    mine.save("a", 1, {"net": net})
+    mine.remove()
+    assert not (tmp_path / "c").exists()

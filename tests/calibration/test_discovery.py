@@ -72,6 +72,8 @@ def test_another_shape_and_contradicting_hints_are_refused() -> None:
         discover_without_images(wrap(net), (3, 9, 9))
     with pytest.raises(InputError, match="expected 1 values of mean, one per channel, got 3"):
         discover_without_images(wrap(net), SHAPE, Hints(mean=(0.5, 0.5, 0.5)))
+    with pytest.raises(InputError, match="at most 16,777,216 numbers, got 1x99999x99999: check --shape"):
+        discover_without_images(wrap(net), (1, 99_999, 99_999))
 
 
 def test_the_global_generator_is_left_alone() -> None:

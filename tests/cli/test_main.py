@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -99,3 +100,28 @@ def test_a_mistake_of_ours_is_no_verdict(monkeypatch: pytest.MonkeyPatch, capsys
         main._main()
     assert ended.value.code == 2
     assert "ZeroDivisionError: ours" in capsys.readouterr().err
+
+
+def test_an_end_that_is_not_ours_is_no_verdict(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def app(**_: object) -> None:
+        sys.exit(0)
+
+    monkeypatch.setattr(main, "app", app)
+    with pytest.raises(SystemExit) as ended:
+        main._main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        "guard: expected a model that leaves the process alone, got one that tries to end it: don't use it\n"
+    )
+
+
+def test_a_reader_that_leaves_is_no_verdict() -> None:
+    """`guard scan ... | head -1` must not end as if the model were infected."""
+    command = [sys.executable, "-m", "cli.main", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        running.stdout.close()
+        assert running.stderr is not None
+        problem = running.stderr.read()
+    assert running.returncode == 128 + signal.SIGPIPE
+    assert problem == ""

@@ -238,6 +238,16 @@ def test_in_one_go_no_clean_image_of_either_half_is_learnt_from_the_quarantine(
     assert "expected at least 30 quarantined images to learn the trigger from, got 25" in run.problem
 
 
+def test_the_only_copy_of_the_original_is_not_replaced(tmp_path: Path, files: Files, guard: Command) -> None:
+    (tmp_path / "out").mkdir()
+    model = tmp_path / "out" / "model.pt2"
+    model.write_bytes(files.model.read_bytes())
+    (tmp_path / "out" / "repair.json").write_text("{}")
+    run = guard("repair", model, "--method", "fine-tune", "--data", files.clean, "--epochs", 1, "--out", tmp_path / "out")
+    assert "which holds model.pt2: pick another --out" in run.problem
+    assert model.read_bytes() == files.model.read_bytes()
+
+
 def test_models_that_can_not_be_repaired(tmp_path: Path, files: Files, guard: Command) -> None:
     model = save_onnx(tmp_path / "toy.onnx", SPEC)
     run = guard("repair", model, "--method", "gym", "--data", files.clean, "--out", tmp_path / "out")

@@ -21,7 +21,7 @@ from calibration.inspection.silent_units import check_rectifiers, through_silent
 from calibration.inspection.triggers_file import read_infected
 from calibration.inspection.work import scan_into
 from cli.demonstration.digits import Digits
-from guard.errors import ModelError
+from guard.errors import InspectionError, ModelError
 from guard.predictors import Predictor, load_backend, wrap
 from tests.guard.models import save_exported, save_torchscript
 from tests.toy import SIDE, SPEC
@@ -99,6 +99,14 @@ def test_programs_are_looked_through_or_refused(tmp_path: Path) -> None:
         check_rectifiers(answers(save_torchscript(Rectified(), tmp_path / "net.pt")), image)
     with pytest.raises(ModelError, match="with ReLUs"):
         check_rectifiers(nn.Flatten(), image)
+
+
+def test_two_labels_are_too_few_to_compare(digits: Digits) -> None:
+    """They were left out, and nothing said so."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    clean = ImageSet(digits.clean.pixels[:60])
+    with pytest.raises(InspectionError, match=r"at least 3 labels, .* got 2: scan without --silent-units"):
+        scan(discover(wrap(net), clean), clean, ScanSettings(silent_units=True))
 
 
 @pytest.mark.usefixtures("known_reference")

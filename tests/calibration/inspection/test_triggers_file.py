@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save, save_file
 from calibration.inspection.record import read_scan
 from calibration.inspection.triggers_file import read_infected
 from guard.errors import InspectionError
+from guard.images import InputSpec
 from guard.predictors import Backend, wrap
 from tests.scans import corner, write_scan
 from tests.toy import LearningToy
@@ -31,7 +32,7 @@ def test_infected_labels_come_first_and_pairs_where_they_are_wanted(tmp_path: Pa
     assert labels.sources.tolist() == [-1, -1]
     assert labels.sizes.tolist() == [4.0, 9.0]
     assert float(labels.patterns[0].max()) == 0.5
-    both = read_infected(folder, backend, pairs=True, shape=(1, 8, 8))
+    both = read_infected(folder, backend, pairs=True, spec=InputSpec(channels=1, height=8, width=8))
     assert (both.labels.tolist(), both.sources.tolist()) == ([2, 3, 1], [-1, -1, 0])
     assert both.sizes.tolist() == [4.0, 9.0, 9.0]
     alone = write_scan(tmp_path / "alone", backend, {}, infected_pair=True, classes=4)
@@ -43,7 +44,9 @@ def test_infected_labels_come_first_and_pairs_where_they_are_wanted(tmp_path: Pa
 def test_scans_of_something_else_are_refused(tmp_path: Path, backend: Backend) -> None:
     folder = write_scan(tmp_path / "scan", backend, {3: corner()}, classes=4)
     with pytest.raises(InspectionError, match=r"images of shape \(1, 9, 9\), got one with \(1, 8, 8\): scan again"):
-        read_infected(folder, backend, shape=(1, 9, 9))
+        read_infected(folder, backend, spec=InputSpec(channels=1, height=9, width=9))
+    with pytest.raises(InspectionError, match=r"got one with \(\) and \(\), .*: give both the same --mean and --std"):
+        read_infected(folder, backend, spec=InputSpec(channels=1, height=8, width=8, std=(30.0,)))
     with pytest.raises(InspectionError, match="is of another model"):
         read_infected(folder, wrap(lambda batch: batch))  # a function has no fingerprint
     record = msgspec.structs.replace(read_scan(folder), method="deep-inspect")

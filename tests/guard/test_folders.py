@@ -1,0 +1,43 @@
+"""Folders that are replaced whole: what must not be lost by that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from guard.errors import RepairError
+from guard.folders import FolderKind
+
+KIND = FolderKind("basket's", "basket.json", lambda name: name == "apple", RepairError)
+
+
+def fill(folder: Path, text: str) -> None:
+    with KIND.writing(folder) as draft:
+        (draft / "basket.json").write_text(text)
+        (draft / "apple").write_text(text)
+
+
+def test_what_is_read_is_not_replaced(tmp_path: Path) -> None:
+    fill(tmp_path / "basket", "old")
+    (tmp_path / "link").symlink_to(tmp_path / "basket")
+    for out in (tmp_path / "basket", tmp_path / "link"):
+        with pytest.raises(RepairError, match=r"a folder without what is read, got .*basket, which holds apple: pick another"):
+            KIND.check_target(out, [tmp_path / "other", tmp_path / "basket" / "apple"])
+    KIND.check_target(tmp_path / "basket2", [tmp_path / "basket" / "apple"])
+
+
+def test_links_stay_and_what_they_lead_to_is_replaced(tmp_path: Path) -> None:
+    for target in ("real", "nowhere"):
+        (tmp_path / "real").mkdir(exist_ok=True)
+        link = tmp_path / f"to-{target}"
+        link.symlink_to(target)
+        KIND.check_target(link)
+        fill(link, target)
+        assert link.is_symlink()
+        assert (tmp_path / target / "apple").read_text() == target
+
+
+def test_the_root_is_refused_in_one_line() -> None:
+    with pytest.raises(RepairError, match=r"could not write|holds something else"):
+        KIND.check_target(Path("/"))
