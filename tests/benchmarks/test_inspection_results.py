@@ -18,8 +18,8 @@ DETECTED_ON = detectors.load_reports()
 MISSED = {
     "cifar10-trojan-sq",  # 36 pixels, of which it needs most: clean labels need 31 to 59
 }
-MANY_STAY = {"gtsrb-eight-targets"}
-"""Eight labels that stay long: a little over the 30% of the others."""
+MANY_STAY = {"gtsrb-eight-targets", "gtsrb-lenet8-clean"}
+"""Labels that stay long: a little over the 30% of the others, 30.3% for the clean one since its scan of 2026-11-29."""
 MOST_MISSED = 0.0163
 """Neural Cleanse's Table III: the most that its filter misses of BadNets at a false rejection rate of 5%."""
 

@@ -136,7 +136,7 @@ def predict(images: Tensor) -> object:
         (predict, "got a model of kind callable"),
         (Locked(), "can't be copied.*lock"),
         (Detached(), "got one without gradients"),
-        (Particular(), "can't be fine-tuned: RuntimeError: only for inference"),
+        (Particular(), "can't be run for gradients, on a batch of [0-9]+: RuntimeError: only for inference"),
     ],
 )
 def test_what_cannot_be_trained_says_why(model: object, message: str) -> None:
