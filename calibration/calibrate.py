@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeGuard, final
+from typing import final
 
 import msgspec
 import torch
@@ -155,7 +155,7 @@ def calibrate(
     given = len(clean)
     clean = clean if tripwire is not None else without(clean, learnt, settings)
     check_settings(settings, len(clean))
-    backend: Backend = model if _is_backend(model) else wrap(model)
+    backend = wrap(model)
     progress("looking at the model", 0, 1)
     predictor = discover(backend, clean, hints)
     progress("looking at the model", 1, 1)
@@ -270,10 +270,6 @@ def divide(clean: ImageSet, predictor: Predictor, settings: Settings, preferred:
     rest = torch.nonzero(left).squeeze(1)
     _check_missing(clean.select(rest), predictor, settings)  # the overlays may have taken the last image of one
     return chosen, rest
-
-
-def _is_backend(model: object) -> TypeGuard[Backend]:
-    return hasattr(model, "kind") and hasattr(model, "fingerprint")
 
 
 def _record(record: ModelRecord | None, backend: Backend, predictor: Predictor) -> ModelRecord:

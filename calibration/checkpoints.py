@@ -125,19 +125,21 @@ class Checkpoints:
         return step, _below(tensors, "array/"), facts
 
     def _claim(self) -> None:
-        """Until the process ends: two works that write into one folder would lose each other's."""
+        """Until they are removed or the process ends: two works that write into one folder would lose each other's."""
         if self._lock is not None:
             return
-        self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            os.close(self._lock)
-            self._lock = None
+            os.close(lock)
+            if not isinstance(error, BlockingIOError | PermissionError):  # a file system without locks
+                raise
             raise CalibrationError(
                 f"expected {self.folder} for this work alone, got another process that works there: "
                 "wait until it has ended, or pick another --out"
             ) from error
+        self._lock = lock
 
     def found(self) -> bool:
         """Whether there was one of this work from the start."""
@@ -162,6 +164,9 @@ class Checkpoints:
                 for path in self.folder.glob(pattern):
                     path.unlink(missing_ok=True)
             self.folder.rmdir()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from calibration.inspection.triggers_file import read_infected
 from guard import Predictor
 from guard.detectors import ActivationFilter, excited_neurons
 from guard.errors import CalibrationError
-from guard.predictors import Backend
+from guard.predictors import wrap
 from guard.predictors.activations import activations
 
 _SHARE = 0.01  # of the neurons, as in the paper
@@ -53,17 +53,17 @@ class FoundTrigger:
         return blend(images, self.mask, self.pattern)
 
 
-def infected_triggers(folder: str | Path, backend: Backend) -> tuple[FoundTrigger, ...]:
+def infected_triggers(folder: str | Path, model: object) -> tuple[FoundTrigger, ...]:
     """The triggers of the labels that a scan calls infected, each for a filter.
 
     Args:
         folder: That `guard scan` wrote.
-        backend: The model that it must have looked at.
+        model: That it must have looked at: an `nn.Module`, or what `load_backend` returned.
 
     Raises:
         InspectionError: See `read_infected`.
     """
-    found = read_infected(folder, backend)
+    found = read_infected(folder, wrap(model))
     labels = found.labels.tolist()
     numbers = [labels[: place + 1].count(label) for place, label in enumerate(labels)]
     rows = zip(labels, found.masks.float(), found.patterns.float(), numbers, strict=True)

@@ -123,7 +123,7 @@ def repair_on_edge(
     token = read_token(edge.token_file)
     if token is None:
         raise EdgeError(f"expected the edge's token, got none: pass --edge-token-file FILE, or set {VARIABLE}")
-    KIND.check_target(out, [Path(model), *([] if weights is None else [weights])])
+    KIND.check_target(out, model, weights)
     images = _Images(data, quarantine, common.shape(shape), skip_unreadable)
     with (
         tempfile.TemporaryDirectory(prefix="guard-") as scratch,

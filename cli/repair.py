@@ -195,7 +195,7 @@ def repair_command(
         allow_missing_classes=allow_missing_classes,
         seed=seed,
     )
-    KIND.check_target(out, [Path(model), *([] if weights is None else [weights])])
+    KIND.check_target(out, model, weights)
     if method == "auto" and data is None:
         typer.echo(
             f"no clean images: chose dhbe, which learns for {epochs or Dhbe().epochs} epochs, hours on a CPU; how long they "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -30,15 +30,15 @@ class FolderKind:
     ours: Callable[[str], bool]
     error: type[GuardError]
 
-    def check_target(self, folder: Path, read: Sequence[Path] = ()) -> None:
+    def check_target(self, folder: Path, *read: str | Path | None) -> None:
         """Refuse, before any work, a folder that can't be written or that holds something else.
 
         Args:
             folder: It.
-            read: What the work reads: a folder that holds it would be replaced, and it be lost.
+            read: What the work reads: a folder that holds it would be replaced, and it be lost. None for nothing.
         """
         folder = _real(folder)
-        lost = next((path for path in read if folder in _real(path).parents), None)
+        lost = next((Path(path) for path in read if path is not None and folder in _real(path).parents), None)
         if lost is not None:
             raise self.error(
                 f"expected a folder without what is read, got {folder}, which holds {lost.name}: pick another --out"
@@ -84,7 +84,7 @@ class FolderKind:
         return next((name for name in names if name != self.marker and not self.ours(name)), None)
 
 
-def _real(folder: Path) -> Path:
+def _real(folder: str | Path) -> Path:
     """Where a link leads, so that what it leads to is replaced and the link stays."""
     return Path(os.path.realpath(folder))
 

@@ -7,7 +7,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -49,13 +49,15 @@ def wrap(model: object) -> Backend:
     """Give an object that a user holds in memory a backend.
 
     Args:
-        model: An `nn.Module`, or any callable.
+        model: An `nn.Module` in eval mode, any callable, or what `load_backend` returned, which stays as it is.
 
     Raises:
-        ModelError: It is neither.
+        ModelError: It is none of them.
     """
     if isinstance(model, nn.Module):
         return ModuleBackend(model)
+    if _is_backend(model):
+        return model
     if callable(model):
         return FunctionBackend(model)
     raise ModelError(f"expected an nn.Module or a function of a batch, got {type(model).__name__}")
@@ -93,6 +95,10 @@ def load_factory(name: str, weights: Path | None = None) -> object:
     elif weights is not None:
         raise ModelError(f"expected {name} to make an nn.Module for --weights, got {type(model).__name__}: drop --weights")
     return model
+
+
+def _is_backend(model: object) -> TypeGuard[Backend]:
+    return hasattr(model, "kind") and hasattr(model, "fingerprint")
 
 
 def _look_here_too() -> None:

@@ -19,7 +19,7 @@ MISSED = {
     "cifar10-trojan-sq",  # 36 pixels, of which it needs most: clean labels need 31 to 59
 }
 MANY_STAY = {"gtsrb-eight-targets", "gtsrb-lenet8-clean"}
-"""Labels that stay long: a little over the 30% of the others, 30.3% for the clean one since its scan of 2026-11-29."""
+"""Labels that stay long: 30.3%, over the 30% that is asked for. Falling short is named, not allowed: see below."""
 MOST_MISSED = 0.0163
 """Neural Cleanse's Table III: the most that its filter misses of BadNets at a false rejection rate of 5%."""
 
@@ -43,9 +43,9 @@ def test_a_scan_misses_nothing_and_accuses_nobody(report: inspection.Report) -> 
 @pytest.mark.parametrize("report", SCANS, ids=lambda report: report.name)
 def test_labels_that_leave_save_most_of_the_passes(report: inspection.Report) -> None:
     labels = report.figures.labels
-    plain = len(labels) * 1008 * 32
-    most = 0.31 if report.name in MANY_STAY else 0.30 if len(labels) == 43 else 0.5
-    assert sum(item.passes for item in labels) <= plain * most
+    share = sum(item.passes for item in labels) / (len(labels) * 1008 * 32)
+    assert share <= (0.305 if report.name in MANY_STAY else 0.30 if len(labels) == 43 else 0.5)
+    assert report.name not in MANY_STAY or share > 0.30
 
 
 def test_published_runs_have_three_seeds_and_every_labels_index() -> None:

@@ -25,7 +25,7 @@ from guard.predictors import Predictor, load_backend, wrap
 from guard.predictors.activations import activations
 from guard.profile import ModelRecord
 from guard.records import ActivationFilterRecord
-from tests.guard.models import save_torchscript
+from tests.guard.models import save_exported, save_torchscript
 from tests.scans import corner, write_scan
 from tests.toy import SPEC
 
@@ -141,6 +141,23 @@ def test_each_infected_label_gets_a_filter(tmp_path: Path, digits: Digits, backd
     assert "activation-filter-7" in found
     assert rejected(made.guard(), digits.triggered.images(slice(0, 50))) >= 48
     check_rate(made, digits)
+
+
+def test_a_profile_of_a_loaded_file_is_used_with_it(tmp_path: Path, digits: Digits, backdoored: nn.Module) -> None:
+    """As docs/detectors.md has it: what `load_backend` returned was taken for a function without layers."""
+    model = load_backend(save_exported(backdoored, tmp_path / "model.pt2"))
+    scan = write_scan(tmp_path / "scan", model, {7: corner()})
+    calibrate(model, digits.clean, FILTER, triggers=infected_triggers(scan, model)).save(tmp_path / "profile")
+    guard = Guard.load(tmp_path / "profile", model)
+    assert guard.predictor.backend is model
+    assert rejected(guard, digits.triggered.images(slice(0, 50))) >= 48
+
+
+def test_modules_are_named_as_they_are(tmp_path: Path, backdoored: nn.Module) -> None:
+    scan = write_scan(tmp_path / "scan", wrap(backdoored), {7: corner()})
+    assert [item.name for item in infected_triggers(scan, backdoored)] == ["7"]
+    with pytest.raises(ModelError, match=r"expected an nn\.Module or a function of a batch, got str"):
+        infected_triggers(scan, "model.pt2")
 
 
 def test_a_filter_looks_at_the_tripwire(

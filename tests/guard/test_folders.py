@@ -23,8 +23,8 @@ def test_what_is_read_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "basket")
     for out in (tmp_path / "basket", tmp_path / "link"):
         with pytest.raises(RepairError, match=r"a folder without what is read, got .*basket, which holds apple: pick another"):
-            KIND.check_target(out, [tmp_path / "other", tmp_path / "basket" / "apple"])
-    KIND.check_target(tmp_path / "basket2", [tmp_path / "basket" / "apple"])
+            KIND.check_target(out, tmp_path / "other", None, tmp_path / "basket" / "apple")
+    KIND.check_target(tmp_path / "basket2", tmp_path / "basket" / "apple")
 
 
 def test_links_stay_and_what_they_lead_to_is_replaced(tmp_path: Path) -> None:
