@@ -38,7 +38,8 @@ class FolderKind:
             read: What the work reads: a folder that holds it would be replaced, and it be lost. None for nothing.
         """
         folder = _real(folder)
-        lost = next((Path(path) for path in read if path is not None and folder in _real(path).parents), None)
+        files = [Path(path) for path in read if path is not None and Path(path).exists()]  # MODEL may be a factory
+        lost = next((path for path in files if folder in _real(path).parents), None)
         if lost is not None:
             raise self.error(
                 f"expected a folder without what is read, got {folder}, which holds {lost.name}: pick another --out"

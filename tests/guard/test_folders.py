@@ -24,6 +24,7 @@ def test_what_is_read_is_not_replaced(tmp_path: Path) -> None:
     for out in (tmp_path / "basket", tmp_path / "link"):
         with pytest.raises(RepairError, match=r"a folder without what is read, got .*basket, which holds apple: pick another"):
             KIND.check_target(out, tmp_path / "other", None, tmp_path / "basket" / "apple")
+    KIND.check_target(tmp_path / "basket", tmp_path / "basket" / "no such file")
     KIND.check_target(tmp_path / "basket2", tmp_path / "basket" / "apple")
 
 
