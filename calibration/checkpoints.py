@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import fcntl
 import hashlib
 import json
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from calibration.data import Progress
 from guard.errors import CalibrationError, one_line
 
 _LOCK = ".lock"
@@ -34,11 +36,15 @@ class Checkpoints:
 
     def __init__(self, folder: Path, key: object, writes: bool = True) -> None:
         self.folder = folder
-        self._key = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+        self._key = _digest(key)
         self._writes = writes
         self._started = time.monotonic()
-        self._lock: int | None = None
-        self._before = max((self._seconds_in(path) for path in folder.glob("*.safetensors")), default=0.0)
+        self._lock = _Lock(folder)
+        self._prefix, self._stage = "", ""
+        there = [_owner(path) for path in folder.glob("*.safetensors")]
+        own = [seconds for found, seconds in there if found == self._key]
+        self._found, self._others = bool(own), len(own) < len(there)
+        self._before = max(own, default=0.0)
 
     @property
     def seconds(self) -> float:
@@ -76,9 +82,10 @@ class Checkpoints:
             for number, state in optimizer.state_dict()["state"].items():
                 for field, value in state.items():
                     tensors[f"optimizer/{key}/{number}/{field}"] = torch.as_tensor(value)
-        partial = self.folder / f".{name}.partial"
+        partial = self.folder / f".{self._prefix}{name}.partial"
         metadata = {
             "key": self._key,
+            "stage": self._stage,
             "step": str(step),
             "seconds": f"{self.seconds:.3f}",
             "facts": json.dumps(dict(facts or {})),
@@ -86,9 +93,9 @@ class Checkpoints:
         arrays = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._claim()
+            self._lock.claim()
             save_file(arrays, partial, metadata)
-            partial.replace(self.folder / f"{name}.safetensors")
+            partial.replace(self._path(name))
         except (SafetensorError, OSError) as error:  # a full disk is either
             raise CalibrationError(f"expected room for checkpoints in {self.folder}, got: {one_line(error)}") from error
 
@@ -106,13 +113,13 @@ class Checkpoints:
         Raises:
             CalibrationError: A damaged one.
         """
-        path = self.folder / f"{name}.safetensors"
+        path = self._path(name)
         if not path.is_file():
             return None
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-            if metadata.get("key") != self._key:
+            if metadata.get("key") != self._key or metadata.get("stage", "") != self._stage:
                 return None
             tensors = {name: value.clone() for name, value in load_file(path).items()}  # which are mapped: the file would stay
             step, facts = int(metadata["step"]), json.loads(metadata["facts"])
@@ -124,11 +131,61 @@ class Checkpoints:
             raise CalibrationError(f"expected a checkpoint in {path}, got a damaged one: delete {self.folder}") from error
         return step, _below(tensors, "array/"), facts
 
-    def _claim(self) -> None:
-        """Until they are removed or the process ends: two works that write into one folder would lose each other's."""
-        if self._lock is not None:
+    def within(self, stage: str, key: object = None) -> Checkpoints:
+        """Those of a part of this work, whose trainings may be called like those of other parts: in the same folder.
+
+        Args:
+            stage: Its name.
+            key: What it depends on besides the whole work, like what earlier parts came to.
+        """
+        part = copy.copy(self)
+        part._prefix, part._stage = f"{self._prefix}{stage}.", _digest([self._stage, stage, key])
+        return part
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{self._prefix}{name}.safetensors"
+
+    def found(self) -> bool:
+        """Whether there was one of this work from the start."""
+        return self._found
+
+    def tell(self, progress: Progress) -> None:
+        """Say whether there is something to go on from, and what is there of another work and will be lost."""
+        if self.found():
+            progress(f"going on from {self.folder.name}", 1, 1)
+        elif self._others:
+            progress(f"beginning anew: {self.folder.name} is not of these images, options and model", 1, 1)
+
+    def remove(self) -> None:
+        """Delete them, and the folder unless it holds anything else."""
+        if not self._writes or not self.folder.is_dir():
             return
-        lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        with contextlib.suppress(OSError, CalibrationError):  # what another process writes is its own
+            self._lock.claim()
+            for pattern in ("*.safetensors", ".*.partial", _LOCK):
+                for path in self.folder.glob(pattern):
+                    path.unlink(missing_ok=True)
+            self.folder.rmdir()
+        self._lock.give_back()
+
+
+@final
+class _Lock:
+    """On a folder: two works that write into one would lose each other's."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._held: int | None = None
+
+    def claim(self) -> None:
+        """Until it is given back or the process ends.
+
+        Raises:
+            CalibrationError: Another process has it.
+        """
+        if self._held is not None:
+            return
+        lock = os.open(self._folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -136,37 +193,30 @@ class Checkpoints:
             if not isinstance(error, BlockingIOError | PermissionError):  # a file system without locks
                 raise
             raise CalibrationError(
-                f"expected {self.folder} for this work alone, got another process that works there: "
+                f"expected {self._folder} for this work alone, got another process that works there: "
                 "wait until it has ended, or pick another --out"
             ) from error
-        self._lock = lock
+        self._held = lock
 
-    def found(self) -> bool:
-        """Whether there was one of this work from the start."""
-        return self._before > 0.0
+    def give_back(self) -> None:
+        """If it was claimed."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
 
-    def _seconds_in(self, path: Path) -> float:
-        """Of a checkpoint of this work; 0 for another's, or a damaged one."""
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-            return float(metadata["seconds"]) if metadata.get("key") == self._key else 0.0
-        except (SafetensorError, OSError, KeyError, ValueError):
-            return 0.0
 
-    def remove(self) -> None:
-        """Delete them, and the folder unless it holds anything else."""
-        if not self._writes or not self.folder.is_dir():
-            return
-        with contextlib.suppress(OSError, CalibrationError):  # what another process writes is its own
-            self._claim()
-            for pattern in ("*.safetensors", ".*.partial", _LOCK):
-                for path in self.folder.glob(pattern):
-                    path.unlink(missing_ok=True)
-            self.folder.rmdir()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+def _owner(path: Path) -> tuple[str, float]:
+    """The key of the work that wrote a checkpoint, and the seconds that it had taken; of a damaged one no key."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        return metadata["key"], float(metadata["seconds"])
+    except (SafetensorError, OSError, KeyError, ValueError):
+        return "", 0.0
+
+
+def _digest(key: object) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

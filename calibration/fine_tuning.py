@@ -19,7 +19,7 @@ from guard.images import InputSpec
 from guard.predictors import Backend, OutputKind, Predictor
 from guard.predictors.chunks import run_in_chunks
 from guard.predictors.exported import ExportedBackend
-from guard.predictors.module import ModuleBackend
+from guard.predictors.module import ModuleBackend, state_sha256
 from guard.predictors.torchscript import TorchScriptBackend
 
 _TRAINABLE = "a factory of an nn.Module, a TorchScript .pt or a .pt2 file, which returns logits or probabilities"
@@ -207,6 +207,11 @@ def fine_tune(
         progress(what, epochs if done else epoch + 1, epochs)
         if done:
             break
+
+
+def weights_sha256(predictor: Predictor) -> str:
+    """SHA-256 over the weights of a model, or a copy, that can be fine-tuned, as they stand."""
+    return state_sha256(trainable(predictor.backend).state_dict())
 
 
 def trainable(backend: Backend) -> nn.Module:

@@ -15,7 +15,7 @@ import msgspec
 from calibration.checkpoints import Checkpoints
 from calibration.data import ImageSet, Progress, no_progress
 from calibration.engine import Engine
-from calibration.fine_tuning import TrainableCopy
+from calibration.fine_tuning import TrainableCopy, weights_sha256
 from calibration.inspection.record import LabelFinding
 from calibration.inspection.scan import Scan, ScanSettings, scan
 from calibration.inspection.triggers import Triggers
@@ -60,7 +60,7 @@ def scan_rounds(
     def again(copied: TrainableCopy, before: Triggers, number: int) -> Triggers:
         """What is left of the labels that were infected; nothing in the last round, after which nothing is unlearnt."""
         nonlocal passes
-        items, found, more = scan_again(copied.predictor, before, clean, settings, number, engine, progress)
+        items, found, more = scan_again(copied, before, clean, settings, number, engine, checkpoints, progress)
         passes += more
         rows = [row for row in range(len(found)) if _works(predictor, found, row, parts.held_out)]
         findings.extend(items[row] for row in rows)
@@ -105,23 +105,25 @@ def _works(predictor: Predictor, triggers: Triggers, row: int, part: Part) -> bo
 
 
 def scan_again(
-    predictor: Predictor,
+    copied: TrainableCopy,
     before: Triggers,
     clean: ImageSet,
     settings: ScanSettings,
     number: int,
     engine: Engine,
+    checkpoints: Checkpoints | None,
     progress: Progress,
 ) -> tuple[list[LabelFinding], Triggers, int]:
     """What a scan of a copy, that unlearnt some triggers, finds of their labels, and the passes that it took.
 
     Args:
-        predictor: The copy.
+        copied: The copy.
         before: What it unlearnt.
         clean: See `scan`.
         settings: Of the first scan; this one looks at no pairs, and draws otherwise.
         number: Of rounds that are done.
         engine: Where.
+        checkpoints: Of the whole work.
         progress: Told how far it is.
     """
 
@@ -129,6 +131,8 @@ def scan_again(
         progress(f"{what}, round {number + 1}", done, total)
 
     alone = msgspec.structs.replace(settings, pairs=False, silent_units=False, rounds=1, seed=settings.seed + number)
-    found, labels = scan(predictor, clean, alone, engine=engine, progress=shown), set(before.labels.tolist())
+    own = None if checkpoints is None else checkpoints.within(f"round-{number + 1}", weights_sha256(copied.predictor))
+    found = scan(copied.predictor, clean, alone, engine=engine, checkpoints=own, progress=shown)
+    labels = set(before.labels.tolist())
     rows = [row for row, item in enumerate(found.figures.labels) if item.infected and item.label_index in labels]
     return [found.figures.labels[row] for row in rows], found.triggers.select(rows), found.figures.passes

@@ -96,8 +96,7 @@ def _checkpoints(out: Path, key: list[object], progress: Progress) -> Checkpoint
     KIND.check_target(out)
     place = out.absolute()
     checkpoints = Checkpoints(place.parent / f".{place.name}.checkpoint", key)
-    if checkpoints.found():
-        progress(f"going on from {checkpoints.folder.name}", 1, 1)
+    checkpoints.tell(progress)
     return checkpoints
 
 

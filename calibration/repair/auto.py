@@ -25,6 +25,7 @@ from torch import Tensor
 from calibration.checkpoints import Checkpoints
 from calibration.data import ImageSet, Progress, no_progress
 from calibration.engine import Engine
+from calibration.fine_tuning import weights_sha256
 from calibration.inspection.scan import ScanSettings
 from calibration.inspection.triggers import Triggers
 from calibration.repair.cases import Parts, clean_parts
@@ -117,6 +118,7 @@ def repair_automatically(
     known = triggers if labels else None
     tried: list[str] = []
     for choice in choices(labels, quarantined is not None):
+        own = None if checkpoints is None else checkpoints.within(choice.method)
         try:
             repaired = repair(
                 predictor,
@@ -125,7 +127,7 @@ def repair_automatically(
                 quarantined,
                 triggers=known,
                 engine=engine,
-                checkpoints=checkpoints,
+                checkpoints=own,
                 progress=progress,
             )
             repaired.check()
@@ -134,7 +136,7 @@ def repair_automatically(
             continue
         candidate = Candidate(repaired.predictor, repaired.preprocessor)
         try:
-            found = verify(candidate, known, cut, msgspec.structs.replace(how, seed=how.seed + 1), engine, progress)
+            found = verify(candidate, known, cut, msgspec.structs.replace(how, seed=how.seed + 1), engine, progress, own)
         except InspectionError as reason:
             tried.append(f"{choice.method} can't be verified: {reason}")
             continue
@@ -142,7 +144,7 @@ def repair_automatically(
         if wrong:
             tried.append(f"{choice.method} did not do: {wrong}")
             continue
-        found, warning = _with_red_team(found, predictor, clean, cut, _by(settings, choice.method), engine, progress)
+        found, warning = _with_red_team(found, predictor, clean, cut, _by(settings, choice.method), engine, own, progress)
         said = [f"Chosen automatically: {choice.why}.", *(f"Before, {line}" for line in tried), *warning]
         seconds = max(repaired.figures.seconds, time.monotonic() - started)  # checkpoints count the time of earlier attempts
         figures = msgspec.structs.replace(repaired.figures, verification=found, seconds=seconds)
@@ -181,6 +183,7 @@ def _with_red_team(
     cut: Parts,
     settings: RepairSettings,
     engine: Engine,
+    checkpoints: Checkpoints | None,
     progress: Progress,
 ) -> tuple[Verification, list[str]]:
     """The same with the red team's figures, and what must be said of them."""
@@ -190,8 +193,9 @@ def _with_red_team(
 
     def again(planted: Predictor, caught: Tensor, _labels: Tensor) -> Candidate:
         suspects = caught[:_MOST_CAUGHT] if settings.method == "codefend" else None
+        own = None if checkpoints is None else checkpoints.within("red-team", weights_sha256(planted))
         try:
-            repaired = repair(planted, clean, settings, suspects, engine=engine, progress=shown)
+            repaired = repair(planted, clean, settings, suspects, engine=engine, checkpoints=own, progress=shown)
         except RepairError:  # above all, a scan that does not find the trigger: then nothing is repaired
             return Candidate(planted, None)
         return Candidate(repaired.predictor, repaired.preprocessor)

@@ -173,7 +173,7 @@ def _unlearn(task: Task) -> Outcome:
     settings = ScanSettings(search=how.search, seed=how.seed)
 
     def again(copied: TrainableCopy, before: Triggers, number: int) -> Triggers:
-        return scan_again(copied.predictor, before, seen, settings, number, task.engine, task.progress)[1]
+        return scan_again(copied, before, seen, settings, number, task.engine, task.checkpoints, task.progress)[1]
 
     triggers = repair_by_unlearning(
         task.copied,

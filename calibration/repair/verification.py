@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from calibration.attacks import Attack
+from calibration.checkpoints import Checkpoints
 from calibration.data import ImageSet, Progress
 from calibration.engine import Engine
+from calibration.fine_tuning import weights_sha256
 from calibration.inspection.scan import FEWEST_IMAGES, ScanSettings, scan
 from calibration.inspection.triggers import Triggers
 from calibration.planting import draw_plants, plant_trigger
@@ -60,6 +62,7 @@ def verify(
     settings: ScanSettings,
     engine: Engine,
     progress: Progress,
+    checkpoints: Checkpoints | None = None,
 ) -> Verification:
     """Ask a repaired model; the red team is asked apart, see `red_team`.
 
@@ -70,6 +73,7 @@ def verify(
         settings: Of the rescan.
         engine: Where.
         progress: Told how far it is.
+        checkpoints: Of this repair; None for a scan that starts anew.
     """
     infected = None
     if candidate.preprocessor is None:
@@ -77,7 +81,8 @@ def verify(
         def shown(what: str, done: int, total: int) -> None:
             progress(f"verifying: {what}", done, total)
 
-        found = scan(candidate.predictor, _unseen(clean), settings, engine=engine, progress=shown)
+        own = None if checkpoints is None else checkpoints.within("rescan", weights_sha256(candidate.predictor))
+        found = scan(candidate.predictor, _unseen(clean), settings, engine=engine, checkpoints=own, progress=shown)
         infected = tuple(item.label_index for item in found.figures.labels if item.infected)
     recovered = None
     if triggers is not None:

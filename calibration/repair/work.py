@@ -67,8 +67,7 @@ def repair_into(
         )
     key = [*_key(source, predictor, clean, settings, quarantined, triggers), *(["automatic"] if automatic else [])]
     checkpoints = Checkpoints(work or checkpoints_beside(out), key, writes=engine.leads)
-    if checkpoints.found():
-        progress(f"going on from {checkpoints.folder.name}", 1, 1)
+    checkpoints.tell(progress)
     work_on = repair_automatically if automatic else repair
     repaired = work_on(
         predictor,

@@ -149,3 +149,31 @@ def test_two_works_do_not_share_a_folder(tmp_path: Path) -> None:
         assert (tmp_path / "c" / ".lock").is_file()
         mine.remove()
         assert not (tmp_path / "c").exists()
+
+
+def test_parts_of_a_work_keep_theirs_apart_and_end_with_it(tmp_path: Path) -> None:
+    net, _ = trained()
+    whole = Checkpoints(tmp_path / "c", "one")
+    part = whole.within("scan", "of these weights")
+    whole.save("a", 1, {"net": net})
+    part.save("a", 2, {"net": net})
+    part.within("again").save("a", 3, {"net": net})
+    resumed = Checkpoints(tmp_path / "c", "one")
+    stages = [resumed, resumed.within("scan", "of these weights"), resumed.within("scan", "of these weights").within("again")]
+    found = [item.load("a") for item in stages]
+    assert [None if item is None else item[0] for item in found] == [1, 2, 3]
+    assert resumed.found()
+    assert resumed.within("scan", "of other weights").load("a") is None
+    assert Checkpoints(tmp_path / "c", "two").within("scan", "of these weights").load("a") is None
+    whole.remove()
+    assert not (tmp_path / "c").exists()
+
+
+def test_what_is_there_is_told(tmp_path: Path) -> None:
+    told: list[str] = []
+    net, _ = trained()
+    Checkpoints(tmp_path / "c", "one").tell(lambda what, *_: told.append(what))
+    Checkpoints(tmp_path / "c", "one").within("scan").save("a", 1, {"net": net})
+    Checkpoints(tmp_path / "c", "one").tell(lambda what, *_: told.append(what))
+    Checkpoints(tmp_path / "c", "two").tell(lambda what, *_: told.append(what))
+    assert told == ["going on from c", "beginning anew: c is not of these images, options and model"]

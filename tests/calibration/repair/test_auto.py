@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from calibration import ImageSet
+from calibration.checkpoints import Checkpoints
 from calibration.data import digests
 from calibration.discovery import discover
 from calibration.engine import Engine
+from calibration.inspection import neural_cleanse
 from calibration.inspection.neural_cleanse import Search
 from calibration.inspection.scan import Scan, ScanSettings
 from calibration.inspection.triggers import Triggers
@@ -75,9 +78,11 @@ def test_the_order(infected: list[str], quarantined: bool, methods: list[str]) -
 
 
 @pytest.mark.usefixtures("known_reference")
-def test_a_backdoor_is_found_removed_and_verified(digits: Digits, original: Predictor) -> None:
-    settings = RepairSettings(method="gym", rounds=1, search=QUICK)
-    made = repair_automatically(original, digits.clean, settings)
+def test_a_backdoor_is_found_removed_and_verified(
+    digits: Digits, original: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = RepairSettings(method="gym", rounds=2, search=QUICK)
+    made = repair_automatically(original, digits.clean, settings, checkpoints=Checkpoints(tmp_path / "c", "auto"))
     assert made.settings.method == "unlearn"
     assert attack_success(original, digits) >= 0.95
     assert attack_success(made.predictor, digits) <= 0.1
@@ -93,6 +98,13 @@ def test_a_backdoor_is_found_removed_and_verified(digits: Digits, original: Pred
     assert found.planted_success_after is not None
     warned = f"A {found.planted} that was planted in a copy" in made.figures.said[-2]
     assert warned == (found.planted_success_after > 0.2)
+
+    def searched(*_: object) -> None:
+        raise AssertionError("searched again")
+
+    monkeypatch.setattr(neural_cleanse._Block, "_window", searched)
+    again = repair_automatically(original, digits.clean, settings, checkpoints=Checkpoints(tmp_path / "c", "auto"))
+    assert again.figures.verification == found
 
 
 @pytest.mark.slow
