@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -184,6 +185,10 @@ def scan_command(
         typer.echo(msgspec.json.encode({**msgspec.to_builtins(record), "out": str(out)}).decode())
     else:
         _show(record, out)
+        same = {"--weights": weights, "--mean": mean, "--std": std, "--output": output, "--layout": layout}
+        same |= {"--dtype": dtype, "--container": container, "--shape": shape if clean is not None else None}
+        given_again = [part for name, value in same.items() if value is not None for part in (name, str(value))]
+        typer.echo(f"next: {shlex.join(_next_command(record, [model, *given_again], data, out))}")
     return 1 if record.infected else 0
 
 
@@ -222,15 +227,21 @@ def _without_images(source: ModelSource, size: tuple[int, int, int] | None, give
     return discover_without_images(source.backend, size, source.hints(given))
 
 
+def _next_command(record: ScanRecord, model: list[str], data: Path | None, out: Path) -> list[str]:
+    """Repair what is infected; of what seems clean, make a profile that guards it all the same."""
+    command = ["repair", *model, "--method", "auto"] if record.infected else ["calibrate", *model]
+    folder = out.parent / f"{out.absolute().name}-{'repaired' if record.infected else 'profile'}"
+    return ["guard", *command, "--data", "CLEAN" if data is None else str(data), "--out", str(folder)]
+
+
 def _show(record: ScanRecord, out: Path) -> None:
-    from calibration.inspection.figures import figure_rows, remarks, smallest_table, verdict
+    from calibration.inspection.figures import figure_rows, looks, remarks, smallest_table, verdict
 
     show_rows(f"Scan {out}", [*figure_rows(record), ("report", str(out / "report.html"))])
-    for findings in (record.labels, record.pairs, record.silent_units):
-        if findings:
-            header, rows = smallest_table(record, findings)
-            typer.echo()
-            show_rows("The smallest triggers", rows, header)
+    for where, findings in looks(record).items():
+        header, rows = smallest_table(record, findings)
+        typer.echo()
+        show_rows(f"The smallest triggers {where}", rows, header)
     typer.echo()
     typer.echo(verdict(record))
     for text in remarks(record):

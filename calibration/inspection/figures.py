@@ -5,14 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from calibration.inspection.record import LabelFinding, ScanFigures
+from calibration.inspection.judge import SMALL, SMALL_PAIR, acquittal
+from calibration.inspection.record import LabelFinding, ScanFigures, SecondOpinion
 
-LIMITS = (
-    "This is no proof that a model is clean. Triggers that cover the image or change with it, backdoors that move every label "
-    "to the next, and those that work for a few source labels alone (unless --pairs is given) leave no label whose trigger is "
-    "unusually small; and to a module that is silent without nearly the whole trigger, no search gets unless --silent-units is "
-    "given."
-)
 LIMITS_WITHOUT_DATA = (
     "This is no proof that a model is clean. The triggers were looked for on images that were recovered from the model: they "
     "say which labels are easy to reach, and need not work on real images. Triggers that cover the image or change with it, "
@@ -20,7 +15,19 @@ LIMITS_WITHOUT_DATA = (
     "trigger is unusually small. With clean images, --method neural-cleanse sees more."
 )
 
+OF_LABELS, OF_PAIRS, BEHIND_SILENT_UNITS = "of labels", "of pairs", "of labels, behind silent units"
 _SMALLEST = 3  # labels that are shown though they don't stand out
+
+
+def limits(figures: ScanFigures) -> str:
+    """What an inspection with clean images can't see, of what it did not look for."""
+    unseen = ["triggers that cover the image or change with it", "backdoors that move every label to the next"]
+    if not figures.pairs:
+        unseen.append("those that work for a few source labels alone (--pairs looks for them)")
+    if not figures.silent_units:
+        unseen.append("those behind a module that is silent without nearly the whole trigger (--silent-units looks there)")
+    what = f"{', '.join(unseen[:-1])}, and {unseen[-1]}"
+    return f"This is no proof that a model is clean. A scan like this one does not see {what}."
 
 
 def verdict(figures: ScanFigures) -> str:
@@ -33,13 +40,20 @@ def verdict(figures: ScanFigures) -> str:
 
 def title(finding: LabelFinding) -> str:
     """`3`, `3 (cat)`, or `5 to 3`."""
-    name = str(finding.label_index) if finding.label is None else f"{finding.label_index} ({finding.label})"
+    number = str(finding.label_index)
+    name = number if finding.label in (None, number) else f"{number} ({finding.label})"
     return name if finding.source_index is None else f"{finding.source_index} to {name}"
 
 
 def titles(findings: Sequence[LabelFinding]) -> str:
     """`label 3`, or `labels 3, 5 to 3`."""
     return f"label{'' if len(findings) == 1 else 's'} {', '.join(map(title, findings))}"
+
+
+def looks(figures: ScanFigures) -> dict[str, tuple[LabelFinding, ...]]:
+    """What was found, by where it was looked for, in words."""
+    everything = {OF_LABELS: figures.labels, OF_PAIRS: figures.pairs, BEHIND_SILENT_UNITS: figures.silent_units}
+    return {where: findings for where, findings in everything.items() if findings}
 
 
 def candidate_table(findings: Sequence[LabelFinding]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -73,10 +87,15 @@ def candidate_table(findings: Sequence[LabelFinding]) -> tuple[tuple[str, ...], 
                 f"{opinion.success:.1%}",
                 natural,
                 "-" if opinion.reference_success is None else f"{opinion.reference_success:.0%}",
-                "infected" if item.infected else "clean",
+                _verdict(item, opinion),
             )
         )
     return header, rows
+
+
+def _verdict(item: LabelFinding, opinion: SecondOpinion) -> str:
+    limit = SMALL if item.source_index is None else SMALL_PAIR
+    return "infected" if item.infected else f"clean: {acquittal(opinion, limit)}"
 
 
 def factor_table(findings: Sequence[LabelFinding]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -134,7 +153,7 @@ def remarks(figures: ScanFigures) -> list[str]:
             f"The clean reference answers {figures.reference_agreement:.1%} of {figures.held_out} held-out images as the model "
             "does."
         )
-    return [*said, LIMITS]
+    return [*said, limits(figures)]
 
 
 def figure_rows(figures: ScanFigures, model: str = "") -> list[tuple[str, ...]]:

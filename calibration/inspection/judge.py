@@ -240,10 +240,26 @@ def is_infected(opinion: SecondOpinion, limit: float = SMALL) -> bool:
         opinion: Of a label, or of a pair.
         limit: Of the ratio.
     """
+    return not acquittal(opinion, limit)
+
+
+def acquittal(opinion: SecondOpinion, limit: float = SMALL) -> str:
+    """Why a candidate is not infected, in words; empty if it is.
+
+    Args:
+        opinion: Of a label, or of a pair.
+        limit: Of the ratio.
+    """
+    if opinion.size_ratio >= limit:
+        return f"not under {limit:.0%} of the others"
+    if opinion.success < _WORKS:
+        return f"works on fewer than {_WORKS:.0%}"
     if opinion.reference_ratio is None or opinion.reference_success is None:
-        return False
+        return "no clean reference"
+    if opinion.reference_success >= _TRANSFERS:
+        return "works on a clean model, too"
     natural = opinion.size_ratio >= _SMALLER_THAN_NATURAL * min(1.0, opinion.reference_ratio)
-    return opinion.success >= _WORKS and opinion.size_ratio < limit and not natural and opinion.reference_success < _TRANSFERS
+    return "about as small in a clean model" if natural else ""
 
 
 def spread(mask: Tensor) -> float:

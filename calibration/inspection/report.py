@@ -10,7 +10,19 @@ from torch import Tensor
 
 from calibration.inspection.deep_inspect import DeepInspected
 from calibration.inspection.deep_scan import DeepScan
-from calibration.inspection.figures import candidate_table, factor_table, figure_rows, median_l1, remarks, title, verdict
+from calibration.inspection.figures import (
+    BEHIND_SILENT_UNITS,
+    OF_LABELS,
+    OF_PAIRS,
+    candidate_table,
+    factor_table,
+    figure_rows,
+    looks,
+    median_l1,
+    remarks,
+    title,
+    verdict,
+)
 from calibration.inspection.record import LabelFinding
 from calibration.inspection.scan import Scan
 from calibration.inspection.triggers import Triggers
@@ -32,12 +44,10 @@ def scan_report(scan: Scan, model: str = "") -> bytes:
     """HTML in one file; `model` is what it is called."""
     figures = scan.figures
     sections = [Section("What was found", remarks(figures), rows=figure_rows(figures, model))]
-    for where, findings, triggers in (
-        ("of labels", figures.labels, scan.triggers),
-        ("of pairs", figures.pairs, scan.pair_triggers),
-        ("of labels, behind silent units", figures.silent_units, scan.silent_triggers),
-    ):
-        if triggers is None or not findings:
+    triggers_of = {OF_LABELS: scan.triggers, OF_PAIRS: scan.pair_triggers, BEHIND_SILENT_UNITS: scan.silent_triggers}
+    for where, findings in looks(figures).items():
+        triggers = triggers_of[where]
+        if triggers is None:
             continue
         header, rows = candidate_table(findings)
         smallest = sorted(range(len(findings)), key=lambda row: findings[row].mask_l1)

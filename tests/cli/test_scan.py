@@ -40,6 +40,17 @@ def test_an_infected_model_ends_with_1(tmp_path: Path, files: Files, infected: P
     assert {**written, "out": str(tmp_path / "scan")} == record
     assert (tmp_path / "scan" / "report.html").stat().st_size > 10_000
     assert [path.name for path in tmp_path.iterdir()] == ["scan"]  # no checkpoint is left
+    assert "next:" not in run.out
+
+
+@pytest.mark.usefixtures("known_reference")
+def test_what_comes_next_is_told_what_was_told(tmp_path: Path, files: Files, infected: Path, guard: Command) -> None:
+    out = tmp_path / "scan"
+    run = guard("scan", infected, "--data", files.clean, "--steps", 256, "--output", "logits", "--out", out)
+    assert run.code == 1, run.err
+    said = f"next: guard repair {infected} --output logits --method auto --data {files.clean} --out {out}-repaired"
+    assert said in run.out.replace("\n", "")
+    assert "infected" in run.out
 
 
 def test_a_clean_model_ends_with_0(tmp_path: Path, files: Files, digits: Digits, clean_twin: nn.Module, guard: Command) -> None:
@@ -48,7 +59,8 @@ def test_a_clean_model_ends_with_0(tmp_path: Path, files: Files, digits: Digits,
     assert run.code == 0, run.err
     assert "No label needs a trigger so small" in run.out
     assert "no proof that a model is clean" in run.err
-    assert "The smallest triggers" in run.out
+    assert "The smallest triggers of labels" in run.out
+    assert f"next: guard calibrate {tmp_path / 'clean.pt2'} --data {files.clean} --out {tmp_path / 'scan-profile'}" in run.out
 
 
 @pytest.mark.slow

@@ -16,8 +16,8 @@ from calibration.checkpoints import Checkpoints
 from calibration.discovery import discover
 from calibration.engine import Engine
 from calibration.inspection import judge, work
-from calibration.inspection.figures import candidate_table, remarks, verdict
-from calibration.inspection.judge import is_infected, spread
+from calibration.inspection.figures import candidate_table, limits, remarks, title, verdict
+from calibration.inspection.judge import acquittal, is_infected, spread
 from calibration.inspection.neural_cleanse import Search, recover_triggers
 from calibration.inspection.record import LabelFinding, ScanFigures, SecondOpinion, read_scan
 from calibration.inspection.reference import train_reference
@@ -255,22 +255,22 @@ def test_what_few_unseen_images_can_tell_is_asked_of_the_others_too(digits: Digi
 
 
 @pytest.mark.parametrize(
-    ("changes", "infected"),
+    ("changes", "why_not"),
     [
-        ({}, True),
-        ({"success": 0.8}, False),
-        ({"reference_ratio": None, "reference_success": None}, False),
-        ({"reference_ratio": 0.5}, False),  # 0.6 times as easy in the reference
-        ({"reference_ratio": 0.6}, True),
-        ({"reference_ratio": 3.0}, True),
-        ({"reference_ratio": 3.0, "size_ratio": 0.45}, False),  # hard in the reference counts as usual
-        ({"size_ratio": 0.39}, True),
-        ({"size_ratio": 0.4}, False),
-        ({"reference_success": 0.3}, False),  # works without a backdoor, too
-        ({"size_ratio": 0.1, "spread": 0.9, "reference_ratio": 0.2}, True),
+        ({}, ""),
+        ({"success": 0.8}, "works on fewer than 90%"),
+        ({"reference_ratio": None, "reference_success": None}, "no clean reference"),
+        ({"reference_ratio": 0.5}, "about as small in a clean model"),  # 0.6 times as easy in the reference
+        ({"reference_ratio": 0.6}, ""),
+        ({"reference_ratio": 3.0}, ""),
+        ({"reference_ratio": 3.0, "size_ratio": 0.45}, "not under 40% of the others"),  # hard in the reference is as usual
+        ({"size_ratio": 0.39}, ""),
+        ({"size_ratio": 0.4}, "not under 40% of the others"),
+        ({"reference_success": 0.3}, "works on a clean model, too"),  # without a backdoor
+        ({"size_ratio": 0.1, "spread": 0.9, "reference_ratio": 0.2}, ""),
     ],
 )
-def test_the_rule(changes: dict[str, float | None], infected: bool) -> None:
+def test_the_rule(changes: dict[str, float | None], why_not: str) -> None:
     opinion = SecondOpinion(
         size_ratio=0.3,
         spread=0.2,
@@ -280,7 +280,23 @@ def test_the_rule(changes: dict[str, float | None], infected: bool) -> None:
         reference_success=0.02,
         infected=False,
     )
-    assert is_infected(msgspec.structs.replace(opinion, **changes)) is infected
+    changed = msgspec.structs.replace(opinion, **changes)
+    assert acquittal(changed) == why_not
+    assert is_infected(changed) is (not why_not)
+
+
+def test_what_was_looked_for_is_not_said_to_be_unseen(found: Scan) -> None:
+    plain = limits(found.figures)
+    assert "--pairs looks for them" in plain
+    assert "--silent-units looks there" in plain
+    both = limits(msgspec.structs.replace(found.figures, pairs=found.figures.labels, silent_units=found.figures.labels))
+    assert "--" not in both
+    assert both.endswith("change with it, and backdoors that move every label to the next.")
+
+
+@pytest.mark.parametrize(("name", "shown"), [(None, "3"), ("3", "3"), ("cat", "3 (cat)")])
+def test_a_name_that_is_the_number_is_said_once(found: Scan, name: str | None, shown: str) -> None:
+    assert title(msgspec.structs.replace(found.figures.labels[3], label=name)) == shown
 
 
 def test_spread_by_hand() -> None:
