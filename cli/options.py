@@ -53,6 +53,16 @@ ResizeOption = Annotated[
 ]
 
 
+def given(context: typer.Context) -> set[str]:
+    """Names of the options, like `--epochs`, that were given on the command line."""
+    found = set[str]()
+    for item in context.command.params:
+        source = context.get_parameter_source(item.name or "")
+        if source is not None and source.name == "COMMANDLINE":
+            found.update(item.opts)
+    return found
+
+
 def hints(
     mean: str | None,
     std: str | None,

@@ -17,7 +17,7 @@ from cli import options
 from cli.display import progress_bars
 from cli.edge_repair import EdgeChoice, EdgeJobOption, EdgeOption, EdgeTokenOption, InsecureEdgeOption, repair_on_edge
 from cli.extras import needs
-from cli.repair_inputs import METHODS, RepairMethod, check_choice, read_inputs
+from cli.repair_inputs import METHODS, RepairMethod, check_choice, check_options, read_inputs
 from cli.repaired import calibrate_with_tripwire, exit_code, show_next, show_repaired
 from cli.threads import settle_threads
 from cli.time_left import telling_time
@@ -28,6 +28,7 @@ _HOW = "How it is repaired"
 
 
 def repair_command(
+    context: typer.Context,
     model: options.ModelArgument,
     method: Annotated[RepairMethod, typer.Option(help=METHODS)],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; a repaired model that is there is replaced.")],
@@ -123,6 +124,11 @@ def repair_command(
     is; it brings its preprocessor along. The model must be one that PyTorch can
     train: .pt2, TorchScript .pt or package.module:factory, not .onnx.
 
+    Example: guard repair model.pt2 --method auto --data clean/ --out repaired
+
+    That scans, chooses a method, repairs and verifies, in some minutes for small
+    images. If a guard has quarantined triggered inputs:
+
     Example: guard repair model.pt2 --method codefend --data clean/ --quarantine rejected --out repaired
 
     Example without any image: guard repair model.pt2 --method dhbe --shape 3,32,32 --out repaired
@@ -139,6 +145,7 @@ def repair_command(
     too: this machine needs only pip install 'backdoor-guard\[device]'.
     """
     check_choice(method, data, quarantine, scan, edge_job is not None)
+    check_options(method, options.given(context))
     if edge is None and (edge_job is not None or edge_token_file is not None or insecure_edge):
         raise InputError("expected --edge URL with --edge-job, --edge-token-file and --insecure-edge, got none: name it")
     if method == "auto" and devices > 1:

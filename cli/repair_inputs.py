@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, final
@@ -30,6 +31,32 @@ METHODS = "\n\n".join(
     )
 )
 """Of `--method`: a line for each group."""
+
+
+_USED_BY: dict[str, tuple[RepairMethod, ...]] = {
+    "--recipe": ("gym",),
+    "--views": ("gym",),
+    "--rounds": ("unlearn",),
+    "--gan-epochs": ("codefend",),
+    "--epochs": ("gym", "codefend", "unlearn", "gdm", "fine-prune", "fine-tune", "nad", "mcr", "dhbe"),
+}
+"""Options that some methods alone look at; auto may choose any of these."""
+
+
+def check_options(method: RepairMethod, given: Collection[str]) -> None:
+    """Refuse an option that the method would not look at.
+
+    Args:
+        method: Of the repair.
+        given: Names of options, those of `_USED_BY` and others.
+
+    Raises:
+        InputError: It names the methods that do.
+    """
+    for name, methods in _USED_BY.items():
+        if name in given and method != "auto" and method not in methods:
+            by = methods[0] if len(methods) == 1 else f"{', '.join(methods[:-1])} or {methods[-1]}"
+            raise InputError(f"expected {name} with --method {by}, got {method}, which does not look at it: drop it")
 
 
 def check_choice(method: RepairMethod, data: Path | None, quarantine: Path | None, scan: Path | None, again: bool) -> None:

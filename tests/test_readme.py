@@ -1,4 +1,4 @@
-"""The README's example runs, and its links lead somewhere."""
+"""The README's examples run, and its links lead somewhere."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ import pytest
 import torch
 from torch import nn
 
+from calibration.discovery import discover
 from cli.demonstration.digits import Digits
+from guard.predictors import load_backend
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+def examples() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits: Digits, backdoored: nn.Module) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    code = examples()[0]
     np.savez(tmp_path / "clean.npz", x=digits.clean.pixels[:, 0].numpy(), y=digits.clean.known_labels.numpy())
     monkeypatch.chdir(tmp_path)
 
@@ -36,6 +42,17 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digit
     assert isinstance(answers, np.ndarray)
     assert np.isfinite(answers[:20]).all(axis=1).sum() >= 18
     assert np.isnan(answers[20:]).all(axis=1).sum() >= 19
+
+
+def test_the_exported_model_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits: Digits, backdoored: nn.Module
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    images = digits.test.images(slice(0, 5))
+    exec(compile(examples()[1], "README.md", "exec"), {"torch": torch, "model": backdoored, "images": images[:2]})
+    predictor = discover(load_backend("model.pt2"), digits.clean)
+    with torch.inference_mode():
+        assert torch.allclose(predictor(images), backdoored(images).softmax(dim=1), atol=1e-5)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -341,3 +341,21 @@ def test_with_a_tripwire_the_red_team_attacks_what_the_detectors_look_at(
     )  # fmt: skip
     assert "far enough" in run.problem
     assert seen == [file_sha256(files.model)]
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "said"),
+    [
+        ("prune", ("--epochs", 3), "expected --epochs with --method gym, codefend, unlearn, gdm, fine-prune, fine-tune"),
+        ("dhbe", ("--rounds", 3), "expected --rounds with --method unlearn, got dhbe, which does not look at it: drop it"),
+        ("unlearn", ("--views", 1), "expected --views with --method gym, got unlearn"),
+        ("gym", ("--gan-epochs", 200), "expected --gan-epochs with --method codefend, got gym"),
+        ("nad", ("--recipe", "paper"), "expected --recipe with --method gym, got nad"),
+    ],
+)
+def test_an_option_of_another_method_is_refused(
+    tmp_path: Path, files: Files, guard: Command, method: str, option: tuple[str, object], said: str
+) -> None:
+    run = guard("repair", files.model, "--method", method, "--data", files.clean, "--out", tmp_path / "out", *option)
+    assert run.code == 2
+    assert said in run.problem
