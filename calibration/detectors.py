@@ -142,7 +142,7 @@ def refuse_blind(found: Sequence[DetectorCalibration]) -> None:
     if any(isinstance(item.detector, FeatureSqueezing) and item.threshold.value > _MOST_CHANGE for item in found):
         raise CalibrationError(
             "no input could ever be rejected by feature squeezing: it turns the answers to too many clean images round; "
-            "drop --detector feature-squeezing, or allow a higher --frr"
+            "drop --detector feature-squeezing"
         )
 
 

@@ -24,11 +24,11 @@ def figure_rows(figures: RepairFigures) -> list[tuple[str, ...]]:
     if figures.attack_success_seen_after is not None:
         rows.append(("quarantined images that keep their old answer", f"{figures.attack_success_seen_after:.2%}"))
     if figures.generated_triggers_work is not None:
-        what = "learnt trigger works" if figures.rounds else "modelled triggers work"
-        rows.append((f"{what} on the original", f"{figures.generated_triggers_work:.2%}"))
+        what = "learnt trigger works on the original" if figures.rounds else "modelled triggers work on the original, at least"
+        rows.append((what, f"{figures.generated_triggers_work:.2%}"))
     if figures.recovered_success_before is not None and figures.recovered_success_after is not None:
-        rows.append(("recovered triggers work on the original", f"{figures.recovered_success_before:.2%}"))
-        rows.append(("recovered triggers work after", f"{figures.recovered_success_after:.2%}"))
+        rows.append(("recovered triggers work on the original, at most", f"{figures.recovered_success_before:.2%}"))
+        rows.append(("recovered triggers work after, at most", f"{figures.recovered_success_after:.2%}"))
     found = figures.verification
     if found is not None and found.rescan_infected is not None:
         rows.append(("labels that a rescan finds infected", ", ".join(map(str, found.rescan_infected)) or "none"))

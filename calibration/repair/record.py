@@ -69,7 +69,7 @@ class RepairFigures(msgspec.Struct, frozen=True, kw_only=True):
         held_out_clean: Of which so many measured.
         held_out_quarantined: Likewise.
         seconds: That it took, with the time before an interruption.
-        recovered_triggers: That a scan recovered and that were repaired by.
+        recovered_triggers: That a scan recovered and that were repaired by; those that only measured the repair don't count.
         recovered_success_before: Held-out images that the best of these sends to its label in the original, of those that get
             another without; None without such triggers.
         recovered_success_after: The same in the repaired model.

@@ -44,8 +44,9 @@ def repair_report(repaired: Repaired) -> bytes:
     ]
     if not figures.measured:
         return render(f"Repaired by {method}", "No accuracy was measured: there were no clean images.", sections)
-    drop = f"{figures.drop:+.1f}".replace("+", "-") if figures.drop > 0 else f"{-figures.drop:+.1f}"
-    return render(f"Repaired by {method}", f"{drop} points of clean accuracy on held-out images.", sections)
+    change = round(-figures.drop, 1)
+    lost = f"{change:+.1f} points of" if change else "No change of"
+    return render(f"Repaired by {method}", f"{lost} clean accuracy on held-out images.", sections)
 
 
 def learnt_figure(learnt: Learnt) -> bytes:
