@@ -26,7 +26,7 @@ MAX_ACCURACY_DROP: dict[Method, float] = {
     "gdm": 5.0,
     "dhbe": 3.0,
 }
-"""Points of clean accuracy that a repair may cost unless told otherwise; 3.6 is the most that Neural Cleanse lost (table IV)."""
+"""Points of clean accuracy that a repair may cost unless told otherwise; Neural Cleanse lost up to 3.6 (its table IV)."""
 
 NEEDS_TRIGGERS: frozenset[Method] = frozenset({"unlearn", "prune", "gdm"})
 """Methods that work with the triggers that a scan recovered."""
