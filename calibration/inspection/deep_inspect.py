@@ -50,6 +50,7 @@ _GENERATED = {"cpu": 1 << 28, "cuda": 1 << 32}  # bytes for these
 _TINY = 1e-3  # pixels
 CUTOFF = 2.0  # of deviation factors: 95%
 _UNUSUAL = 0.45  # of the median size: on development models, backdoors need 0.16 to 0.39 of it, clean labels 0.50 at least
+_FAR_TOO_SMALL = 0.3  # likewise: infected whatever the factor, which several infected labels make small
 _BETWEEN = 20.0  # seconds from one checkpoint to the next
 
 
@@ -114,12 +115,14 @@ class DeepInspected:
 
     @property
     def outliers(self) -> list[int]:
-        """Labels whose triggers are too small to be one of them, and (ours) less than half as large as usual.
+        """Labels whose triggers are too small to be one of them, and (ours) less than half as large as usual; or a third.
 
-        The factor alone calls one of ten sizes an outlier in every third model, if they are normally distributed.
+        The factor alone calls one of ten sizes an outlier in every third model, if they are normally distributed; and it misses
+        those that hide one another, as several infected labels do: the deviations of all small sizes are its unit.
         """
-        small = (self.factors > CUTOFF) & (self.sizes < _UNUSUAL * self.sizes.quantile(0.5))
-        return [int(label) for label in torch.nonzero(small).flatten()]
+        usual = self.sizes.quantile(0.5)
+        small = (self.factors > CUTOFF) & (self.sizes < _UNUSUAL * usual)
+        return [int(label) for label in torch.nonzero(small | (self.sizes < _FAR_TOO_SMALL * usual)).flatten()]
 
     def put_on(self, label: int, images: Tensor) -> Tensor:
         """A label's trigger on images, (B, C, H, W) in [0, 1]."""

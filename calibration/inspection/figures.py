@@ -134,6 +134,8 @@ def remarks(figures: ScanFigures) -> list[str]:
     if figures.method == "deep-inspect":
         if by_index:
             said.append(f"The deviation factor alone would accuse {titles(by_index)}; beside the median, the size does not.")
+        if missed:
+            said.append(f"The deviation factor alone would miss {titles(missed)}.")
         return [*said, LIMITS_WITHOUT_DATA]
     if by_index:
         said.append(f"The anomaly index alone would accuse {titles(by_index)}; the second opinion does not.")

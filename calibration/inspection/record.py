@@ -58,7 +58,7 @@ class LabelFinding(msgspec.Struct, frozen=True, kw_only=True):
         success: Share of images that the smallest trigger sends to the label, while it was found.
         passes: Images that went through the model for it.
         infected_by_index: What the index alone would say: over 2.
-        candidate: Whether it got a second opinion; of DeepInspect, whether its factor is over 2, so that its size decides.
+        candidate: Whether it got a second opinion; of DeepInspect, whether it stands out, so that its size decides.
         second_opinion: That opinion; DeepInspect has none.
         infected: The verdict.
     """

@@ -183,6 +183,14 @@ def test_a_label_without_a_working_trigger_counts_as_the_whole_image(backdoored:
     assert found.outliers == []
 
 
+def test_several_that_hide_one_another_are_found_by_their_sizes() -> None:
+    sizes = torch.tensor([10.0, 2.0, 9.5, 2.0, 11.0, 3.1, 12.0, 10.5, 10.0, 11.5])
+    some = torch.zeros(10, 1, 1, 1)
+    found = DeepInspected(sizes, torch.ones(10), some, some.unsqueeze(1), 1.0)
+    assert float(found.factors.max()) < 2.0  # of the five small sizes three are an attacker's
+    assert found.outliers == [1, 3]  # 3.1 of 10 is not under 0.3
+
+
 def test_deviation_factors_by_hand() -> None:
     # median 10; below it 0 1 8 away, their median 1; above it 0 2 4, their median 2
     found = deviation_factors(torch.tensor([10.0, 9.0, 2.0, 12.0, 14.0]))
