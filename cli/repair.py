@@ -62,7 +62,10 @@ def repair_command(
     ] = None,
     recipe: Annotated[
         Literal["distilled", "paper"],
-        typer.Option(help="Of gym: ours, or the paper's own, which costs more accuracy.", rich_help_panel=_HOW),
+        typer.Option(
+            help="Of gym and dhbe: ours, or the paper's own, which costs more accuracy, of dhbe also hours on a CPU.",
+            rich_help_panel=_HOW,
+        ),
     ] = "distilled",
     views: Annotated[
         int,
@@ -80,8 +83,7 @@ def repair_command(
         int | None,
         typer.Option(
             min=1,
-            help="Of fine-tuning, for unlearn in each of its turns; of dhbe, whose 300 take many hours on a CPU: with fewer "
-            "its learning rates fall sooner.",
+            help="Of fine-tuning, for unlearn in each of its turns; of dhbe in all: with fewer, its rate falls sooner.",
             show_default="the method's own",
             rich_help_panel=_HOW,
         ),
@@ -185,7 +187,6 @@ def repair_command(
         from calibration.inspection.triggers_file import read_infected
         from calibration.repair.cyclegan import Training
         from calibration.repair.dhbe import ERASING
-        from calibration.repair.dhbe_settings import Dhbe
         from calibration.repair.record import KIND
         from calibration.repair.settings import RepairSettings
         from calibration.repair.work import repair_into
@@ -205,8 +206,7 @@ def repair_command(
     KIND.check_target(out, model, weights)
     if method == "auto" and data is None:
         typer.echo(
-            f"no clean images: chose dhbe, which learns for {epochs or Dhbe().epochs} epochs, hours on a CPU; how long they "
-            "take will be said after the first",
+            "no clean images: chose dhbe; how long it takes will be said after its first epoch",
             err=True,
         )
     given = options.hints(mean, std, output, layout, dtype, container)

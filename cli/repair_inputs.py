@@ -27,14 +27,14 @@ METHODS = "\n\n".join(
         "codefend: by the trigger that --quarantine shows.",
         "unlearn, prune, gdm: by triggers that a scan recovers; gdm models all that resemble them.",
         "fine-prune, fine-tune, nad, mcr: by clean images alone.",
-        "dhbe: without any image, in hours; it needs --shape.",
+        "dhbe: without any image; it needs --shape.",
     )
 )
 """Of `--method`: a line for each group."""
 
 
 _USED_BY: dict[str, tuple[RepairMethod, ...]] = {
-    "--recipe": ("gym",),
+    "--recipe": ("gym", "dhbe"),
     "--views": ("gym",),
     "--rounds": ("unlearn",),
     "--gan-epochs": ("codefend",),

@@ -1,9 +1,8 @@
 """Inspection without any data: is a model backdoored, for which labels, and with which triggers?
 
 DeepInspect finds a small trigger for each label, on images that it recovers from the model. A label is infected if its
-deviation factor is over 2, and (ours) its trigger less than 0.45 times as large as the median, or less than 0.3 times, whatever the
-factor: see `DeepInspected.outliers`.
-There is no second opinion, because no clean reference can be trained without images.
+deviation factor is over 2, and (ours) its trigger less than 0.45 times as large as the median, or less than 0.3 times, whatever
+the factor: see `DeepInspected.outliers`. There is no second opinion, because no clean reference can be trained without images.
 
 Blind to what `scan` is blind to, and to whatever recovered images don't show.
 """

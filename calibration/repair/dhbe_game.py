@@ -34,6 +34,7 @@ class DhbeOutcome:
         agreement: Share of them to which both give the same label.
         steadiness: Share of them whose label from the student a patch does not change.
         labels: Different ones that the student gives them; a single one is what a student gives that has collapsed.
+        said: What else must be told.
     """
 
     samples: Tensor
@@ -42,6 +43,7 @@ class DhbeOutcome:
     agreement: float
     steadiness: float
     labels: int
+    said: tuple[str, ...] = ()
 
 
 def student_loss(student: Tensor, teacher: Tensor, patched: Tensor, weight: float) -> Tensor:

@@ -89,11 +89,7 @@ class Dhbe(msgspec.Struct, frozen=True, kw_only=True):
             RepairError: Its images are smaller or larger than any that the method was made for.
         """
         usual, sides = cls(), (spec.height, spec.width)
-        if min(sides) < _SMALLEST or max(sides) > _LARGEST:
-            raise RepairError(
-                f"expected images of {_SMALLEST} to {_LARGEST} pixels a side for dhbe, got {spec.height}x{spec.width}: "
-                "use another method, like gym, with --data"
-            )
+        check_size(spec)
         return msgspec.structs.replace(
             usual,
             rate=usual.rate if batch_norm else _RATE_WITHOUT_BATCH_NORM,
@@ -116,3 +112,16 @@ class Dhbe(msgspec.Struct, frozen=True, kw_only=True):
                 raise RepairError(f"expected 1 or {spec.channels} values of {name}, one per channel, got {len(values)}")
             found.append(torch.tensor(values).view(1, -1, 1, 1).expand(1, spec.channels, 1, 1).clone())
         return found[0], found[1]
+
+
+def check_size(spec: InputSpec) -> None:
+    """Refuse images that are smaller or larger than any that the method was made for.
+
+    Raises:
+        RepairError: They are.
+    """
+    if min(spec.height, spec.width) < _SMALLEST or max(spec.height, spec.width) > _LARGEST:
+        raise RepairError(
+            f"expected images of {_SMALLEST} to {_LARGEST} pixels a side for dhbe, got {spec.height}x{spec.width}: "
+            "use another method, like gym, with --data"
+        )

@@ -48,6 +48,19 @@ def generated(outcome: DhbeOutcome) -> Exhibit:
     )
 
 
+def drawn(outcome: DhbeOutcome) -> Exhibit:
+    """What the copy was taught with."""
+    rows: list[tuple[str, Tensor]] = []
+    for name, images in (("drawings", outcome.samples), ("with patches", outcome.triggers)):
+        rows += [(name if number == 0 else "", part) for number, part in enumerate(images.split(_COLUMNS))]
+    return Exhibit(
+        "Drawings instead of images",
+        ("The copy learnt to answer drawings like the original, and drawings with a patch like those without.",),
+        rows,
+        "Below: others, with patches that move the original to a label, where they do so most.",
+    )
+
+
 def modelled(outcome: GdmOutcome, settings: Gdm) -> Exhibit:
     """Triggers of one backdoor, of each level of success."""
     top, left, height, width = outcome.backdoor.place

@@ -23,7 +23,8 @@ from calibration.repair.codefend import TUNING, Learnt, fine_tune_codefend
 from calibration.repair.dhbe import repair_by_dhbe
 from calibration.repair.dhbe_game import DhbeOutcome
 from calibration.repair.dhbe_settings import Dhbe
-from calibration.repair.exhibits import Exhibit, generated, modelled
+from calibration.repair.drawn import Drawn, repair_by_drawings
+from calibration.repair.exhibits import Exhibit, drawn, generated, modelled
 from calibration.repair.fine_pruning import FinePruning, repair_by_fine_pruning
 from calibration.repair.gdm import Gdm, repair_by_gdm
 from calibration.repair.gdm_places import backdoors_of
@@ -39,6 +40,8 @@ from calibration.repair.unlearning import repair_by_unlearning
 from guard import Predictor
 from guard.errors import RepairError
 from guard.preprocessors import Gym
+
+_BELIEVED = "The model is believed to normalise images for itself, as neither --mean nor --std was given"
 
 
 @final
@@ -213,6 +216,19 @@ def _unlearn_modelled(task: Task) -> Outcome:
 
 
 def _erase(task: Task) -> Outcome:
+    """By drawings (ours), or as published."""
+    how = task.settings
+    if how.recipe == "paper" or how.dhbe is not None:
+        return _erase_as_published(task)
+    settings = how.drawn or Drawn.suited(task.original.spec)
+    if how.epochs is not None:
+        settings = msgspec.structs.replace(settings, epochs=how.epochs)
+    erased = repair_by_drawings(task.copied, task.original, settings, task.engine, how.seed, task.checkpoints, task.progress)
+    believed = () if task.original.spec.mean or task.original.spec.std else (f"{_BELIEVED}.",)
+    return Outcome(erased=erased, exhibits=(drawn(erased),), said=(*erased.said, *believed))
+
+
+def _erase_as_published(task: Task) -> Outcome:
     how, spec = task.settings, task.original.spec
     batch_norm = bool(switchable(task.copied.answers()))
     settings = how.dhbe or Dhbe.suited(spec, batch_norm)
@@ -228,8 +244,7 @@ def _erase(task: Task) -> Outcome:
     if not spec.mean and not spec.std:
         mean, std = settings.pixels(spec)
         said.append(
-            "The model is believed to normalise images for itself, as neither --mean nor --std was given; samples had a mean "
-            f"of {float(mean.mean()):g} and a standard deviation of {float(std.mean()):g}."
+            f"{_BELIEVED}; samples had a mean of {float(mean.mean()):g} and a standard deviation of {float(std.mean()):g}."
         )
     return Outcome(erased=erased, exhibits=(generated(erased),), said=tuple(said))
 

@@ -9,6 +9,7 @@ import msgspec
 from calibration.inspection.neural_cleanse import Search
 from calibration.repair.cyclegan import Training
 from calibration.repair.dhbe_settings import Dhbe
+from calibration.repair.drawn import Drawn
 from calibration.repair.gdm import Gdm
 from calibration.repair.gym import Recipe
 from calibration.repair.record import Method
@@ -41,14 +42,15 @@ class RepairSettings(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         method: One of `Method`.
         max_accuracy_drop: Points of clean accuracy that it may cost; None for the method's own, see `MAX_ACCURACY_DROP`.
-        recipe: Of gym: `distilled` is ours, `paper` the paper's.
+        recipe: Of gym and dhbe: `distilled` is ours, `paper` the paper's.
         views: Of gym: draws whose answers are averaged when serving.
         epochs: Of fine-tuning, at most; of unlearn, in each turn; of dhbe, in all; None for the method's own.
         gan: Of codefend's CycleGAN.
         search: For triggers, where the method needs them and none are given.
         rounds: Of unlearn: searches for what is left, and unlearns it, too.
         gdm: How; None for the method's own.
-        dhbe: How; None for what the model needs, see `Dhbe.suited`.
+        dhbe: How, as published; None for what the model needs, see `Dhbe.suited`, or for ours.
+        drawn: How dhbe goes on in ours; None for the usual.
         allow_missing_classes: Learn from clean images though they hold none of a class, which the copy may forget.
         seed: Of the cut and of every draw.
     """
@@ -63,6 +65,7 @@ class RepairSettings(msgspec.Struct, frozen=True, kw_only=True):
     rounds: int = 3
     gdm: Gdm | None = None
     dhbe: Dhbe | None = None
+    drawn: Drawn | None = None
     allow_missing_classes: bool = False
     seed: int = 0
 

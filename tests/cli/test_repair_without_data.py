@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from calibration.repair.dhbe_settings import Dhbe
+from calibration.repair.drawn import Drawn
 from tests.calibration.repair.test_dhbe import TINY
+from tests.calibration.repair.test_drawn import TINY as DRAWN
 from tests.cli.conftest import Command
 from tests.toy import toy_images
 
@@ -25,6 +27,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         return msgspec.structs.replace(TINY, batch=64)
 
     monkeypatch.setattr(Dhbe, "suited", suited)
+    monkeypatch.setattr(Drawn, "suited", lambda *_: DRAWN)
 
 
 @pytest.fixture
@@ -39,7 +42,9 @@ def test_nothing_but_the_model(tmp_path: Path, guard: Command) -> None:
     out = tmp_path / "repaired"
     run = guard("repair", MODEL, "--method", "dhbe", "--shape", "1,8,8", "--epochs", 2, "--out", out)
     assert run.code == 0, run.err
+    assert "looking for patches 4/4" in run.err
     assert "erasing backdoors 0/2" in run.err
+    assert "Small patches move the original most to label" in run.err
     assert "No accuracy was measured" in run.err
     assert "The model is believed to normalise images for itself" in run.err
     assert "agreement on generated samples" in run.out
@@ -50,6 +55,16 @@ def test_nothing_but_the_model(tmp_path: Path, guard: Command) -> None:
     assert json.loads((out / "repair.json").read_text())["clean_accuracy_after"] is None
     run = guard("repair", out, "--method", "dhbe", "--out", tmp_path / "again")
     assert "expected a model that was not repaired yet" in run.problem
+
+
+@pytest.mark.usefixtures("tiny")
+def test_as_published(tmp_path: Path, guard: Command) -> None:
+    out = tmp_path / "repaired"
+    run = guard("repair", MODEL, "--method", "dhbe", "--recipe", "paper", "--shape", "1,8,8", "--epochs", 2, "--out", out)
+    assert run.code == 0, run.err
+    assert "looking for patches" not in run.err
+    assert "The copy learnt for 2 epochs, at first at a rate of 0.001" in run.err
+    assert json.loads((out / "repair.json").read_text())["settings"]["recipe"] == "paper"
 
 
 @pytest.mark.usefixtures("tiny")

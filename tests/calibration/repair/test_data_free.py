@@ -190,7 +190,7 @@ def test_a_model_without_batch_norm_learns_slower(
 
     monkeypatch.setattr("calibration.repair.methods.Dhbe.suited", suited)
     original = Predictor(wrap(module), InputSpec(channels=1, height=8, width=8, mean=(0.5,), std=(0.5,)), 4, "logits")
-    made = repair(original, None, RepairSettings(method="dhbe", epochs=2), engine=engine)
+    made = repair(original, None, RepairSettings(method="dhbe", recipe="paper", epochs=2), engine=engine)
     assert rates == [isinstance(module, Normed)]
     assert f"learnt for 2 epochs, at first at a {said}" in made.figures.said[0]
     assert len(made.figures.said) == 1  # it normalises as it was said to

@@ -1,0 +1,339 @@
+"""Erasing backdoors without any data, on drawings (ours, after DHBE).
+
+DHBE's generator of samples seeks where copy and original differ. On a processor's budget the copy runs after it in circles, and
+loses its accuracy on the way. Drawings (`drawings`) are samples that stay as they are: the copy learns to answer them like the
+original, which it does from the start, so that accuracy holds.
+
+DHBE's generator of patches puts each batch's at one random place, and has to be lucky to hit on that of a trigger that works
+nowhere else. Ours (`patches`) look everywhere, for every label, and in two models: in the original, whose backdoor stays to be
+found, and in the copy, for what is left. The copy learns to answer a drawing with a patch like the drawing without:
+
+    |s(x) - t'(x)| + w KL(t'(x) || s(x + p))
+
+t'(x) is the original's answer, but where the drawing itself happens to hold what makes it give a label that patches reach
+far more easily than others: then it is the answer without that window.
+
+References: Yan et al., DHBE, arXiv:2306.08009; Baradad et al., arXiv:2106.05963.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self, final
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from calibration.checkpoints import Checkpoints
+from calibration.data import Progress, no_progress
+from calibration.engine import Engine
+from calibration.fine_tuning import Answers, TrainableCopy
+from calibration.frozen import frozen
+from calibration.repair.dhbe import ERASING
+from calibration.repair.dhbe_game import DhbeOutcome
+from calibration.repair.dhbe_settings import check_size
+from calibration.repair.drawings import Drawings
+from calibration.repair.patches import Pasted, Patches, exchange
+from guard import InputSpec, Predictor
+from guard.errors import ModelError, RepairError, one_line
+
+SEARCHING = "looking for patches"
+_FRESH, _SHOWN = 1024, 16
+_FALLS, _FALL = (0.6, 0.8), 0.1  # DHBE's: shares of the training after which the rate falls, and to which share
+_SORE = 0.5  # of the most that patches raise any label by: a label over it may be a backdoor's
+_CANVAS_RATE, _FOCUS = 0.1, 0.7
+_SIDES, _FEWEST = (3.0 / 32.0, 1.0 / 4.0), (2, 3)  # smallest and largest patches: shares of an image's side, and pixels
+_MORE = 6  # further windows of a canvas, where they are only learnt
+_COPIES = 9  # at most, of a patch, in every other step
+_WIDER = 3  # pixels: what a label hangs on may lie a little beside where patches were tried
+_RENEWED, _EVERY = 0.2, 50  # canvases, and iterations
+
+
+class Drawn(msgspec.Struct, frozen=True, kw_only=True):
+    """How to erase.
+
+    Attributes:
+        epochs: Of `iterations` each.
+        iterations: Of `student_steps` steps of the copy, and two of each model's patches.
+        student_steps: See above.
+        batch: Drawings a step.
+        rate: Of AdamW.
+        weight: w.
+        drawings: In stock.
+        search: Steps of the original's patches before all others.
+        plain: Share of the patches that are of one colour, or from another drawing.
+    """
+
+    epochs: int = 12
+    iterations: int = 50
+    student_steps: int = 5
+    batch: int = 64
+    rate: float = 1e-3
+    weight: float = 2.0
+    drawings: int = 4000
+    search: int = 400
+    plain: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Refuse what means nothing."""
+        for name in ("epochs", "iterations", "student_steps", "drawings"):
+            if getattr(self, name) < 1:
+                raise RepairError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        if self.batch < 2:
+            raise RepairError(f"expected a batch of at least 2, got {self.batch}")
+
+    @classmethod
+    def suited(cls, spec: InputSpec) -> Self:
+        """The defaults.
+
+        Raises:
+            RepairError: Images are smaller or larger than any that the method was tried on, or made for.
+        """
+        check_size(spec)
+        return cls()
+
+
+def repair_by_drawings(
+    copied: TrainableCopy,
+    original: Predictor,
+    settings: Drawn,
+    engine: Engine,
+    seed: int,
+    checkpoints: Checkpoints | None = None,
+    progress: Progress = no_progress,
+    watch: Callable[[int], None] | None = None,
+) -> DhbeOutcome:
+    """Erase backdoors from a copy in place, without any data.
+
+    Args:
+        copied: The copy; it ends on the engine's device, see `TrainableCopy.settle`.
+        original: The model that may have a backdoor.
+        settings: How.
+        engine: Where.
+        seed: Of all that is drawn.
+        checkpoints: Written after each epoch, and gone on from.
+        progress: Told how far it is.
+        watch: Called after each epoch with how many are done; the copy answers as it stands.
+
+    Returns:
+        What it came to, on fresh drawings.
+
+    Raises:
+        ModelError: The model can't be trained, or gives its input no gradients.
+        RepairError: The copy's answers ceased to be numbers.
+    """
+    if original.spec.dtype == "uint8":
+        raise ModelError("expected a model that gives its input gradients, got one that takes uint8: use gym or codefend")
+    game = _Game(copied, original, settings, engine, seed)
+    found = None if checkpoints is None else checkpoints.load("drawn", game.modules, game.optimizers)
+    first = 0 if found is None else found[0]
+    try:
+        if found is None:
+            game.search(progress)
+        progress(ERASING, first, settings.epochs)
+        for epoch in range(first, settings.epochs):
+            loss = game.play(epoch)
+            if not torch.isfinite(loss):
+                raise RepairError(f"the copy's answers ceased to be numbers in epoch {epoch + 1}: use another method")
+            if watch is not None:
+                watch(epoch + 1)
+            if checkpoints is not None:
+                checkpoints.save("drawn", epoch + 1, game.modules, game.optimizers)
+            progress(ERASING, epoch + 1, settings.epochs)
+        return game.outcome()
+    except (ModelError, RepairError):
+        raise
+    except Exception as error:  # foreign code
+        raise ModelError(f"the model can't be trained on drawings: {one_line(error)}") from error
+
+
+class _Batch:
+    """What a step needs; Fabric would round tensors that it sees to bfloat16, and does not look into this."""
+
+    def __init__(self, images: Tensor, patched: Tensor, wanted: Tensor) -> None:
+        self.images, self.patched, self.wanted = images, patched, wanted
+        self.answers = wanted  # of the patched ones, once they are known
+
+
+@final
+class _Loss(nn.Module):
+    def __init__(self, answers: Answers, weight: float) -> None:
+        super().__init__()
+        self.answers, self._weight = answers, weight
+
+    def forward(self, batch: _Batch) -> Tensor:
+        count = len(batch.images)
+        clean, patched = self.answers(torch.cat([batch.images, batch.patched])).float().split(count)
+        batch.answers = patched.detach()
+        return drawn_loss(clean, patched, batch.wanted, self._weight)
+
+
+def drawn_loss(clean: Tensor, patched: Tensor, wanted: Tensor, weight: float) -> Tensor:
+    """See the top of this file.
+
+    Args:
+        clean: (B, M), s(x), logits.
+        patched: (B, M), s(x + p).
+        wanted: (B, M), t'(x).
+        weight: w.
+    """
+    logs = patched.log_softmax(dim=1), wanted.log_softmax(dim=1)
+    moved = nn.functional.kl_div(*logs, reduction="batchmean", log_target=True)
+    return (clean - wanted).abs().mean() + weight * moved
+
+
+@final
+class _Game:
+    """Copy, original and their patches."""
+
+    def __init__(self, copied: TrainableCopy, original: Predictor, settings: Drawn, engine: Engine, seed: int) -> None:
+        spec = original.spec
+        self._settings, self._engine, self._seed = settings, engine, seed
+        probe = torch.rand(2, *spec.shape, generator=torch.Generator().manual_seed(seed))
+        self._drawings = Drawings(spec.shape, settings.drawings, seed)
+        self._teacher = engine.place(frozen(original, probe))
+        self.student = copied.faster(probe).answers()
+        side = min(spec.height, spec.width)
+        sides = [min(side, max(fewest, round(share * side))) for share, fewest in zip(_SIDES, _FEWEST, strict=True)]
+        self._largest = sides[1]
+        how = (original.num_classes, spec.shape, _CANVAS_RATE, _FOCUS, (sides[0], sides[1]))
+        self._of_teacher, self._of_student = (engine.place(Patches(*how, seed + number)) for number in (1, 2))
+        optimizer = torch.optim.AdamW(copied.parameters, settings.rate, weight_decay=0.0)
+        self.modules: dict[str, nn.Module] = {
+            "student": self.student,
+            "of_teacher": self._of_teacher,
+            "of_student": self._of_student,
+        }
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            "student": optimizer,
+            "of_teacher": self._of_teacher.optimizer,
+            "of_student": self._of_student.optimizer,
+        }
+        self._parameters = copied.parameters
+        self._loss, self._optimizer = engine.setup(_Loss(self.student, settings.weight), optimizer)
+
+    def search(self, progress: Progress) -> None:
+        """Look for the original's patches alone."""
+        generator, steps = self._generator(0), self._settings.search
+        for step in range(steps):
+            self._ascend(self._of_teacher, self._teacher, generator, step)
+            if (step + 1) % 10 == 0 or step + 1 == steps:
+                progress(SEARCHING, step + 1, steps)
+            if not step and not bool(self._gradients().any()):
+                raise ModelError(
+                    "expected a model that gives its input gradients, got one without: pass its factory, or use gym"
+                )
+        self._of_student.unit.copy_(self._of_teacher.unit)
+
+    def _gradients(self) -> Tensor:
+        found = self._of_teacher.canvases.grad
+        return torch.zeros(1) if found is None else found
+
+    def play(self, epoch: int) -> Tensor:
+        """One epoch; the copy's last loss."""
+        settings, loss, generator = self._settings, torch.zeros(()), self._generator(epoch + 1)
+        for number in range(settings.iterations):
+            done = (epoch * settings.iterations + number) / (settings.epochs * settings.iterations)
+            for group in self._optimizer.param_groups:
+                group["lr"] = settings.rate * _FALL ** sum(done >= share for share in _FALLS)
+            for step in range(settings.student_steps):
+                loss = self._train(generator, step)
+            if (epoch * settings.iterations + number + 1) % _EVERY == 0:
+                for patches in (self._of_teacher, self._of_student):
+                    patches.renew(_RENEWED, generator)
+            for parameter in self._parameters:
+                parameter.requires_grad_(False)
+            for step in (0, 1):
+                self._ascend(self._of_student, self.student, generator, step)
+                self._ascend(self._of_teacher, self._teacher, generator, step)
+            for parameter in self._parameters:
+                parameter.requires_grad_(True)
+        return loss
+
+    def _train(self, generator: torch.Generator, step: int) -> Tensor:
+        images, half = self._draw(generator), self._settings.batch // 2
+        copies = int(torch.randint(_COPIES, (), generator=generator)) if step % 2 else 0
+        with torch.no_grad():
+            parts = [
+                patches.paste(part, generator, copies=copies, plain=self._settings.plain)
+                for patches, part in ((self._of_teacher, images[:half]), (self._of_student, images[half:]))
+            ]
+            wanted = self._wanted(images)
+            of_teacher = self._answers(self._teacher, parts[0].images) - wanted[:half]
+        batch = _Batch(images, torch.cat([part.images for part in parts]), wanted)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss: Tensor = self._loss(batch)
+        self._engine.backward(loss)
+        self._optimizer.step()
+        if not copies:
+            moved = batch.answers - wanted
+            _note(self._of_teacher, parts[0], of_teacher)
+            _note(self._of_student, parts[0], moved[:half])
+            _note(self._of_student, parts[1], moved[half:])
+        return loss.detach()
+
+    def _wanted(self, images: Tensor) -> Tensor:
+        """t'(x)."""
+        answers = self._answers(self._teacher, images)
+        labels = answers.argmax(dim=1)
+        most, rows, columns = self._of_teacher.sorest()
+        without = self._answers(self._teacher, exchange(images, rows[labels], columns[labels], self._largest + _WIDER))
+        hangs = (without.argmax(dim=1) != labels) & (most[labels] >= _SORE * most.max())
+        return torch.where(hangs.unsqueeze(1), without, answers)
+
+    def _ascend(self, patches: Patches, model: Answers | nn.Module, generator: torch.Generator, step: int) -> None:
+        """Every other step with further windows; the first ones of a search all but every fourth."""
+        patches.ascend(lambda images: self._answers(model, images), self._draw(generator), generator, _MORE if step % 4 else 0)
+
+    def _draw(self, generator: torch.Generator) -> Tensor:
+        drawn = self._drawings.draw(self._settings.batch, generator)
+        return self._engine.share(drawn).to(self._engine.device)
+
+    def _answers(self, model: Answers | nn.Module, images: Tensor) -> Tensor:
+        with self._engine.autocast():
+            logits: Tensor = model(images)
+        return logits.float()
+
+    def _generator(self, number: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self._seed * 1_000_003 + number)
+
+    def outcome(self) -> DhbeOutcome:
+        """Compare copy and original on fresh drawings."""
+        generator, answers, alike, steady = self._generator(-1 % 2**31), [], [], []
+        batches = -(-_FRESH // self._settings.batch)
+        with torch.no_grad():
+            for _ in range(batches):
+                images = self._draw(generator)
+                answer = self._answers(self.student, images).argmax(dim=1)
+                pasted = self._of_teacher.paste(images, generator)
+                answers.append(answer)
+                alike.append(answer == self._answers(self._teacher, images).argmax(dim=1))
+                steady.append(answer == self._answers(self.student, pasted.images).argmax(dim=1))
+            shown = self._of_teacher.paste(self._draw(generator), generator).images[:_SHOWN].cpu()
+        return DhbeOutcome(
+            self._drawings.stock[:_SHOWN].clone(),
+            shown,
+            batches * self._settings.batch,
+            self._engine.agree(float(torch.cat(alike).double().mean())),
+            self._engine.agree(float(torch.cat(steady).double().mean())),
+            len(torch.cat(answers).unique()),
+            self._said(),
+        )
+
+    def _said(self) -> tuple[str, ...]:
+        """Which label patches move the original to most, and where from."""
+        most, rows, columns = (values.cpu() for values in self._of_teacher.sorest())
+        label = int(most.argmax())
+        others = torch.cat([most[:label], most[label + 1 :]]).quantile(0.5)
+        return (
+            f"Small patches move the original most to label {label}, {float(most[label] / others):.1f} times as far as to most "
+            f"others, and most around row {int(rows[label])}, column {int(columns[label])}. A backdoor would explain a label "
+            "that stands out; this is no scan.",
+        )
+
+
+def _note(patches: Patches, pasted: Pasted, moved: Tensor) -> None:
+    """The label that was raised most, whether it was meant or not."""
+    raised = moved.max(dim=1)
+    patches.note(pasted, raised.indices, raised.values)

@@ -1,0 +1,196 @@
+"""Patches that move a model to a label: what they look like, and where, for every label at once.
+
+Each label has a canvas as large as an image. A patch is a window of it, pasted where it lies; gradient ascent makes a label's
+canvas such that whichever window is pasted raises that label's logit. A map of what the windows have raised says where it pays
+to look: most are drawn in proportion to its square. A backdoor's label soon stands out, at the trigger's place, for no natural
+patch raises a logit as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+_AT_FIRST = 0.05  # of the unit: what no window has been tried at raises little
+_NEW, _MOST_NEW = 0.2, 0.5  # of the map's value that one window replaces, and that a batch does
+_NEAR = 3  # cells a side, that a window tells something about
+_BIG = (0.6, 0.4)  # of the windows that are plain: of one colour, and of another image
+
+Answers = Callable[[Tensor], Tensor]
+
+
+@final
+@dataclass(frozen=True)
+class Pasted:
+    """Images with a patch on each.
+
+    Attributes:
+        images: (B, C, H, W).
+        labels: (B,), int64, whose canvas it is of.
+        rows: (B,), int64, of its middle.
+        columns: (B,), int64, likewise.
+    """
+
+    images: Tensor
+    labels: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
+@final
+class Patches(nn.Module):
+    """See the top of this file.
+
+    Args:
+        classes: M.
+        shape: (C, H, W).
+        rate: Of the canvases' Adam.
+        focus: Share of the windows that are drawn by the map; the others are drawn anywhere.
+        sides: Smallest and largest side of a window, in pixels.
+        seed: Of the canvases.
+    """
+
+    canvases: Tensor
+    map: Tensor
+    unit: Tensor
+
+    def __init__(
+        self, classes: int, shape: tuple[int, int, int], rate: float, focus: float, sides: tuple[int, int], seed: int
+    ) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.canvases = nn.Parameter(torch.randn(classes, *shape, generator=generator))
+        self.register_buffer("map", torch.full((classes, *shape[1:]), _AT_FIRST))
+        self.register_buffer("unit", torch.zeros(()))  # the model's usual logit, that the map is in
+        self.optimizer = torch.optim.Adam([self.canvases], rate)
+        self._focus, self._sides = focus, sides
+
+    def paste(
+        self, images: Tensor, generator: torch.Generator, *, more: int = 0, copies: int = 0, plain: float = 0.0
+    ) -> Pasted:
+        """Put a patch on each image.
+
+        Args:
+            images: (B, C, H, W), in [0, 1].
+            generator: On the CPU; draws.
+            more: Further windows of the same canvas, anywhere.
+            copies: Of the patch, anywhere, round the edges.
+            plain: Share of the patches that are of one colour, or of another image, instead of the canvas.
+        """
+        count, (height, width), device = len(images), images.shape[2:], images.device
+        labels, rows, columns = self._draw(count, generator)
+        side = torch.randint(self._sides[0], self._sides[1] + 1, (count,), generator=generator)
+        drawn = [torch.randint(most, (more, count), generator=generator) for most in (height, width)]
+        mask = _window(rows.cpu(), columns.cpu(), side, height, width)
+        for row, column in zip(*drawn, strict=True):
+            mask = torch.maximum(mask, _window(row, column, side, height, width))
+        mask = mask.unsqueeze(1).to(device)
+        pattern = torch.sigmoid(self.canvases[labels])
+        if plain > 0.0:
+            pattern = _plain(pattern, images, plain, generator)
+        pasted = images * (1.0 - mask) + pattern * mask
+        for _ in range(copies):
+            shift = [int(torch.randint(most, (), generator=generator)) for most in (height, width)]
+            there = mask.roll(shift, (2, 3))
+            pasted = pasted * (1.0 - there) + (pattern * mask).roll(shift, (2, 3)) * there
+        return Pasted(pasted, labels, rows, columns)
+
+    def ascend(self, answers: Answers, images: Tensor, generator: torch.Generator, more: int) -> None:
+        """Raise logits by one step of the canvases.
+
+        Args:
+            answers: (B, C, H, W), in [0, 1], to logits, (B, M).
+            images: (B, C, H, W).
+            generator: Draws.
+            more: Further windows, see `paste`; with some, the map learns nothing.
+        """
+        with torch.no_grad():
+            before = answers(images)
+            if not float(self.unit):
+                self.unit.copy_(before.std().clamp_min(torch.finfo(torch.float32).tiny))
+        self.optimizer.zero_grad(set_to_none=True)
+        pasted = self.paste(images, generator, more=more)
+        after = answers(pasted.images)
+        others = before.argmax(dim=1) != pasted.labels
+        own = after.gather(1, pasted.labels.unsqueeze(1)).squeeze(1)
+        loss = ((after.mean(dim=1) - own) * others).sum()
+        self.canvases.grad = torch.autograd.grad(loss, self.canvases)[0]
+        self.optimizer.step()
+        if not more:
+            raised = (own.detach() - before.gather(1, pasted.labels.unsqueeze(1)).squeeze(1)) * others
+            self.note(pasted, pasted.labels, raised)
+
+    def note(self, pasted: Pasted, labels: Tensor, raised: Tensor) -> None:
+        """Let the map learn what some patches have raised.
+
+        Args:
+            pasted: Where.
+            labels: (B,), int64, which labels' logits.
+            raised: (B,), by how much.
+        """
+        if not float(self.unit):
+            return
+        where = (labels, pasted.rows, pasted.columns)
+        some = torch.stack([raised.float().clamp_min(0.0) / self.unit, torch.ones_like(raised, dtype=torch.float32)])
+        sums = torch.zeros(2, *self.map.shape, device=self.map.device)
+        for total, part in zip(sums, some, strict=True):
+            total.index_put_(where, part, accumulate=True)
+        near = nn.functional.avg_pool2d(sums, _NEAR, 1, _NEAR // 2) * _NEAR**2
+        new = (_NEW * near[1]).clamp_max(_MOST_NEW)
+        self.map.mul_(1.0 - new).add_(new * near[0] / near[1].clamp_min(1.0))
+
+    def renew(self, share: float, generator: torch.Generator) -> None:
+        """Begin such a share of the canvases anew: there is more than one way to a label."""
+        chosen = torch.rand(len(self.canvases), generator=generator) < share
+        fresh = torch.randn(self.canvases.shape, generator=generator)
+        with torch.no_grad():
+            self.canvases[chosen] = fresh[chosen].to(self.canvases.device)
+
+    def sorest(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For each label, (M,): the most that a window has raised it by, in units, and that window's middle, row and column."""
+        most, place = self.map.flatten(1).max(dim=1)
+        return most, place // self.map.shape[2], place % self.map.shape[2]
+
+    def _draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        weights = self.map.double().square().flatten()
+        share = self._focus * weights / weights.sum() + (1.0 - self._focus) / len(weights)
+        drawn = torch.rand(count, generator=generator, dtype=torch.float64).to(share.device)
+        cell = torch.searchsorted(share.cumsum(0), drawn).clamp_max(len(weights) - 1)
+        height, width = self.map.shape[1:]
+        return cell // (height * width), cell // width % height, cell % width
+
+
+def exchange(images: Tensor, rows: Tensor, columns: Tensor, side: int) -> Tensor:
+    """The same images, (B, C, H, W), each with a window of another one of them where its middle, (B,), is."""
+    height, width = images.shape[2:]
+    sides = torch.full((len(images),), side)
+    mask = _window(rows.cpu(), columns.cpu(), sides, height, width).unsqueeze(1).to(images.device)
+    return images * (1.0 - mask) + images.roll(1, 0) * mask
+
+
+def _window(rows: Tensor, columns: Tensor, side: Tensor, height: int, width: int) -> Tensor:
+    """(B, H, W): 1 in a square of that side around each middle, moved into the image."""
+    mask = torch.ones(len(rows), height, width)
+    for middle, size, view in ((rows, height, (1, -1, 1)), (columns, width, (1, 1, -1))):
+        first = torch.minimum((middle - side // 2).clamp_min(0), size - side).view(-1, 1, 1)
+        place = torch.arange(size).view(view)
+        mask = mask * ((place >= first) & (place < first + side.view(-1, 1, 1)))
+    return mask
+
+
+def _plain(pattern: Tensor, images: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Such a share of the patterns of one colour each, which is often as strong as can be, or from another image."""
+    count, channels = pattern.shape[:2]
+
+    def drawn(channels: int = 1) -> Tensor:
+        return torch.rand(count, channels, 1, 1, generator=generator).to(pattern.device)
+
+    any_colour, full, grey = drawn(channels), (drawn(channels) < 0.5).float(), (drawn() < 0.5).float()
+    which, kind = drawn(), drawn()
+    colour = torch.where(which < 1.0 / 3.0, any_colour, torch.where(which < 2.0 / 3.0, full, grey))
+    other = images.roll(1, 0)
+    return torch.where(kind < share * _BIG[0], colour, torch.where(kind < share, other, pattern))
