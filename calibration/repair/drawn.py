@@ -8,10 +8,11 @@ DHBE's generator of patches puts each batch's at one random place, and has to be
 nowhere else. Ours (`patches`) look everywhere, for every label, and in two models: in the original, whose backdoor stays to be
 found, and in the copy, for what is left. The copy learns to answer a drawing with a patch like the drawing without:
 
-    |s(x) - t(x)| + w KL(t(x) || s(x + p))
+    |s(x) - t'(x)| + w KL(t'(x) || s(x + p))
 
-A drawing may hold by chance what resembles a trigger, where a trigger works, and would teach the copy what it is to forget. So
-both see it without: at the place from which a label is reached far more easily than most, it is flat.
+t'(x) is the original's answer, unless that is a label which patches reach far more easily than most, and hangs on what the
+drawing happens to hold where they do so: then it is the answer without that window. So drawings that resemble the trigger don't
+teach it once more, but teach to forget it.
 
 References: Yan et al., DHBE, arXiv:2306.08009; Baradad et al., arXiv:2106.05963.
 """
@@ -34,7 +35,7 @@ from calibration.repair.dhbe import ERASING
 from calibration.repair.dhbe_game import DhbeOutcome
 from calibration.repair.dhbe_settings import check_size
 from calibration.repair.drawings import Drawings
-from calibration.repair.patches import Pasted, Patches, flatten
+from calibration.repair.patches import Pasted, Patches, exchange
 from guard import InputSpec, Predictor
 from guard.errors import ModelError, RepairError, one_line
 
@@ -175,7 +176,7 @@ def drawn_loss(clean: Tensor, patched: Tensor, wanted: Tensor, weight: float) ->
     Args:
         clean: (B, M), s(x), logits.
         patched: (B, M), s(x + p).
-        wanted: (B, M), t(x).
+        wanted: (B, M), t'(x).
         weight: w.
     """
     logs = patched.log_softmax(dim=1), wanted.log_softmax(dim=1)
@@ -252,7 +253,7 @@ class _Game:
         return loss
 
     def _train(self, generator: torch.Generator, step: int) -> Tensor:
-        images = self._flattened(self._draw(generator), generator)
+        images = self._draw(generator)
         half = len(images) // 2
         copies = int(torch.randint(_COPIES, (), generator=generator)) if step % 2 else 0
         with torch.no_grad():
@@ -260,7 +261,7 @@ class _Game:
                 patches.paste(part, generator, copies=copies, plain=self._settings.plain)
                 for patches, part in ((self._of_teacher, images[:half]), (self._of_student, images[half:]))
             ]
-            wanted = self._answers(self._teacher, images)
+            wanted = self._wanted(images)
             of_teacher = self._answers(self._teacher, parts[0].images) - wanted[:half]
         batch = _Batch(images, torch.cat([part.images for part in parts]), wanted)
         self._optimizer.zero_grad(set_to_none=True)
@@ -274,12 +275,14 @@ class _Game:
             _note(self._of_student, parts[1], moved[half:])
         return loss.detach()
 
-    def _flattened(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Each drawing without what it holds at the sorest place of one of the labels that stand out."""
+    def _wanted(self, images: Tensor) -> Tensor:
+        """t'(x)."""
+        answers = self._answers(self._teacher, images)
+        labels = answers.argmax(dim=1)
         most, rows, columns = self._of_teacher.sorest()
-        weights = torch.where(most >= _SORE * most.max(), most, 0.0)
-        labels = torch.multinomial(weights.cpu(), len(images), replacement=True, generator=generator).to(most.device)
-        return flatten(images, rows[labels], columns[labels], self._largest + _WIDER)
+        without = self._answers(self._teacher, exchange(images, rows[labels], columns[labels], self._largest + _WIDER))
+        hangs = (without.argmax(dim=1) != labels) & (most[labels] >= _SORE * most.max())
+        return torch.where(hangs.unsqueeze(1), without, answers)
 
     def _ascend(self, patches: Patches, model: Answers | nn.Module, generator: torch.Generator, step: int) -> None:
         """Every other step with further windows; the first ones of a search all but every fourth."""

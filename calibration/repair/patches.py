@@ -165,12 +165,12 @@ class Patches(nn.Module):
         return cell // (height * width), cell // width % height, cell % width
 
 
-def flatten(images: Tensor, rows: Tensor, columns: Tensor, side: int) -> Tensor:
-    """The same images, (B, C, H, W), each with its mean colour, (B, C), in a window around a middle, (B,)."""
+def exchange(images: Tensor, rows: Tensor, columns: Tensor, side: int) -> Tensor:
+    """The same images, (B, C, H, W), each with another one's content in a window around a middle, (B,)."""
     height, width = images.shape[2:]
     sides = torch.full((len(images),), min(side, height, width))
     mask = _window(rows.cpu(), columns.cpu(), sides, height, width).unsqueeze(1).to(images.device)
-    return images * (1.0 - mask) + images.mean(dim=(2, 3), keepdim=True) * mask
+    return images * (1.0 - mask) + images.roll(1, 0) * mask
 
 
 def _window(rows: Tensor, columns: Tensor, side: Tensor, height: int, width: int) -> Tensor:

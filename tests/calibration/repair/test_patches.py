@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibration.repair.patches import Pasted, Patches, flatten
+from calibration.repair.patches import Pasted, Patches, exchange
 
 SHAPE = (1, 12, 12)
 
@@ -91,10 +91,10 @@ def test_some_canvases_begin_anew() -> None:
     assert 0.15 < float(changed) < 0.35
 
 
-def test_windows_become_flat() -> None:
-    images = torch.rand(3, *SHAPE, generator=generator())
-    flat = flatten(images, torch.tensor([0, 6, 11]), torch.tensor([6, 6, 6]), 4)
-    for row, first in enumerate((0, 4, 8)):
-        window = flat[row, 0, first : first + 4, 4:8]
-        assert float((window - images[row].mean()).abs().max()) < 1e-6
-        assert int((flat[row] != images[row]).sum()) == 16
+def test_windows_are_exchanged() -> None:
+    images = torch.arange(3.0).view(3, 1, 1, 1).expand(3, *SHAPE)
+    mixed = exchange(images, torch.tensor([0, 6, 11]), torch.tensor([6, 6, 6]), 4)
+    assert mixed[0, 0, :4, 4:8].unique().tolist() == [2.0]
+    assert mixed[1, 0, 4:8, 4:8].unique().tolist() == [0.0]
+    assert mixed[2, 0, 8:, 4:8].unique().tolist() == [1.0]
+    assert [int((mixed[row] != row).sum()) for row in range(3)] == [16] * 3
