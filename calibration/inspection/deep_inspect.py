@@ -50,7 +50,7 @@ _GENERATED = {"cpu": 1 << 28, "cuda": 1 << 32}  # bytes for these
 _TINY = 1e-3  # pixels
 CUTOFF = 2.0  # of deviation factors: 95%
 _UNUSUAL = 0.45  # of the median size: on development models, backdoors need 0.16 to 0.39 of it, clean labels 0.50 at least
-_FAR_TOO_SMALL = 0.3  # likewise: infected whatever the factor, which several infected labels make small
+_FAR_TOO_SMALL = 0.3  # likewise; chosen later, on a digits net and on mnist-three-targets: infected whatever the factor
 _BETWEEN = 20.0  # seconds from one checkpoint to the next
 
 
