@@ -12,6 +12,7 @@ import typer
 
 from cli.edge_token import made_token, read_token
 from cli.extras import needs
+from cli.repair_inputs import looks_at
 from guard.errors import CalibrationError, InputError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -132,7 +133,8 @@ def _told(job: Job) -> list[str]:
         "dtype": options.dtype,
         "container": options.container,
     }
-    return [f"--{name}={value}" for name, value in given.items() if value not in (None, "")]
+    wanted = {f"--{name}": value for name, value in given.items() if value not in (None, "")}
+    return [f"{option}={value}" for option, value in wanted.items() if looks_at(options.method, option)]
 
 
 def _overlays(images: int) -> int:

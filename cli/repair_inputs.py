@@ -43,6 +43,11 @@ _USED_BY: dict[str, tuple[RepairMethod, ...]] = {
 """Options that some methods alone look at; auto may choose any of these."""
 
 
+def looks_at(method: RepairMethod, option: str) -> bool:
+    """Whether a method looks at an option, like `--epochs`; auto may choose one that does."""
+    return method == "auto" or method in _USED_BY.get(option, (method,))
+
+
 def check_options(method: RepairMethod, given: Collection[str]) -> None:
     """Refuse an option that the method would not look at.
 
@@ -54,7 +59,7 @@ def check_options(method: RepairMethod, given: Collection[str]) -> None:
         InputError: It names the methods that do.
     """
     for name, methods in _USED_BY.items():
-        if name in given and method != "auto" and method not in methods:
+        if name in given and not looks_at(method, name):
             by = methods[0] if len(methods) == 1 else f"{', '.join(methods[:-1])} or {methods[-1]}"
             raise InputError(f"expected {name} with --method {by}, got {method}, which does not look at it: drop it")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -128,6 +129,11 @@ def test_the_commands_of_a_job_are_its_options_and_our_paths(tmp_path: Path) -> 
         assert given in step.command
     assert not any(text.startswith(("--epochs", "--recipe", "--views", "--layout")) for text in step.command)
     assert not is_repaired(store.result(job.id))
+    options = RepairOptions(method="gym", recipe="distilled", views=1, epochs=2, gan_epochs=200)  # as a device sends them
+    step = next(edge_steps(store.create(msgspec.structs.replace(request, options=options)), store))
+    for given in ("--method=gym", "--recipe=distilled", "--views=1", "--epochs=2"):
+        assert given in step.command
+    assert not any(text.startswith("--gan-epochs") for text in step.command)  # which guard repair refuses with gym
 
 
 def test_a_profile_of_other_models_is_refused(tmp_path: Path, guard: Command, files: Files) -> None:
