@@ -43,7 +43,7 @@ class Checkpoints:
         self._prefix, self._stage = "", ""
         there = [_owner(path) for path in folder.glob("*.safetensors")]
         own = [seconds for found, seconds in there if found == self._key]
-        self._found, self._others = bool(own), len(own) < len(there)
+        self._found, self._others = bool(own), any(found not in ("", self._key) for found, _ in there)
         self._before = max(own, default=0.0)
 
     @property

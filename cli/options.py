@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -61,6 +62,11 @@ def given(context: typer.Context) -> set[str]:
         if source is not None and source.name == "COMMANDLINE":
             found.update(item.opts)
     return found
+
+
+def again(values: Mapping[str, object]) -> list[str]:
+    """Options and their values, as a further command is told them; those that are None were not given."""
+    return [part for name, value in values.items() if value is not None for part in (name, str(value))]
 
 
 def hints(

@@ -83,8 +83,8 @@ def red_team_command(
         show_red_team(found)
         given: dict[str, object] = {"--weights": weights, "--mean": mean, "--std": std, "--output": output}
         given |= {"--layout": layout, "--dtype": dtype, "--container": container, "--shape": shape, "--frr": frr}
-        same = [part for name, value in given.items() if value is not None for part in (name, str(value))]
-        _show_next(found, [model, *same, *(["--skip-unreadable"] if skip_unreadable else [])], data, len(clean), overlays)
+        same = [model, *options.again(given), *(["--skip-unreadable"] if skip_unreadable else [])]
+        _show_next(found, same, data, len(clean), overlays)
     if report is not None:
         report.write_bytes(red_team_report(found))
         typer.echo(f"report: {report}", err=True)

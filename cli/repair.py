@@ -186,7 +186,7 @@ def repair_command(
         from calibration.fine_tuning import trainable
         from calibration.inspection.triggers_file import read_infected
         from calibration.repair.cyclegan import Training
-        from calibration.repair.dhbe import ERASING
+        from calibration.repair.epochs import ERASING
         from calibration.repair.record import KIND
         from calibration.repair.settings import RepairSettings
         from calibration.repair.work import repair_into

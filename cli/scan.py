@@ -187,8 +187,7 @@ def scan_command(
         _show(record, out)
         same = {"--weights": weights, "--mean": mean, "--std": std, "--output": output, "--layout": layout}
         same |= {"--dtype": dtype, "--container": container, "--shape": shape if clean is not None else None}
-        given_again = [part for name, value in same.items() if value is not None for part in (name, str(value))]
-        typer.echo(f"next: {shlex.join(_next_command(record, [model, *given_again], data, out))}")
+        typer.echo(f"next: {shlex.join(_next_command(record, [model, *options.again(same)], data, out))}")
     return 1 if record.infected else 0
 
 

@@ -20,8 +20,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import final
 
 import msgspec
 import torch
@@ -32,6 +30,7 @@ from calibration.data import Progress, no_progress
 from calibration.engine import Engine
 from calibration.fine_tuning import Answers
 from calibration.inspection.passes import images_at_once
+from calibration.inspection.pools import Pools
 from calibration.inspection.triggers import Goals, Triggers, blend, squash, unsquash
 from guard.errors import CalibrationError
 
@@ -118,7 +117,7 @@ def recover_triggers(
     with torch.inference_mode():
         own = torch.cat([answers(part).argmax(dim=1) for part in images.split(at_once)]).clone()
     order = own.argsort(stable=True)
-    images, pools = images[order], _Pools.of(own[order], goals)
+    images, pools = images[order], Pools.of(own[order], goals)
     count, size = len(goals), max(8, _PER_LABEL // (4 * _COPIES * (images[0].numel() + images[0, 0].numel())))
     found = []
     for number, first in enumerate(range(0, count, size)):
@@ -132,56 +131,6 @@ def recover_triggers(
     return Triggers.together(found)
 
 
-@final
-@dataclass(frozen=True)
-class _Pools:
-    """Of images in the order of the model's answers, those that a goal wants to send somewhere: all but one run, or one run.
-
-    Attributes:
-        first: (K,), int64: where its images begin.
-        count: (K,), int64: how many there are.
-        gap: (K,), int64: where the run of those lies that get the label anyway.
-        skip: (K,), int64: how long that is.
-    """
-
-    first: Tensor
-    count: Tensor
-    gap: Tensor
-    skip: Tensor
-
-    @classmethod
-    def of(cls, own: Tensor, goals: Goals) -> _Pools:
-        """The pools of goals among images with these answers, sorted."""
-        labels, sources = goals.labels.to(own.device), goals.sources.to(own.device)
-
-        def run(wanted: Tensor) -> tuple[Tensor, Tensor]:
-            begin = torch.searchsorted(own, wanted)
-            return begin, torch.searchsorted(own, wanted, right=True) - begin
-
-        (first, count), (gap, skip), all_of_them = run(sources), run(labels), sources < 0
-        pools = cls(
-            torch.where(all_of_them, 0, first),
-            torch.where(all_of_them, len(own) - skip, count),
-            gap,
-            torch.where(all_of_them, skip, 0),
-        )
-        empty = torch.nonzero(pools.count == 0).flatten().tolist()
-        if empty:
-            label, source = int(labels[empty[0]]), int(sources[empty[0]])
-            what = f"gives label {source}" if source >= 0 else f"gives another label than {label}"
-            raise CalibrationError(f"expected clean images that the model {what}, got none: add images of every class")
-        return pools
-
-    def select(self, rows: Tensor | slice) -> _Pools:
-        """Of some goals."""
-        return _Pools(self.first[rows], self.count[rows], self.gap[rows], self.skip[rows])
-
-    def draw(self, draws: Tensor) -> Tensor:
-        """Numbers from 0 to 1, (B,), to images, (K, B)."""
-        chosen = self.first.unsqueeze(1) + (draws * self.count.unsqueeze(1)).long()
-        return chosen + (chosen >= self.gap.unsqueeze(1)) * self.skip.unsqueeze(1)
-
-
 class _Block:
     """Goals whose masks are in memory together."""
 
@@ -190,7 +139,7 @@ class _Block:
         answers: nn.Module,
         images: Tensor,
         goals: Goals,
-        pools: _Pools,
+        pools: Pools,
         search: Search,
         seed: int,
         engine: Engine,

@@ -26,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from calibration.checkpoints import Checkpoints
 from calibration.data import Progress, no_progress
@@ -34,11 +35,9 @@ from calibration.fine_tuning import TrainableCopy
 from calibration.repair.batch_norm import batch_statistics
 from calibration.repair.dhbe_game import DhbeOutcome, Game
 from calibration.repair.dhbe_settings import Dhbe
+from calibration.repair.epochs import check_gradients, play_epochs
 from guard import Predictor
-from guard.errors import ModelError, RepairError
-
-ERASING = "erasing backdoors"
-"""What is shown while it works, in epochs."""
+from guard.errors import RepairError
 
 
 def repair_by_dhbe(
@@ -71,26 +70,15 @@ def repair_by_dhbe(
         RepairError: The settings do not fit its images, or the student's answers ceased to be numbers.
     """
     spec = original.spec
-    if spec.dtype == "uint8":
-        raise ModelError("expected a model that gives its input gradients, got one that takes uint8: use gym or codefend")
+    check_gradients(spec)
     if settings.patch > min(spec.height, spec.width):
         raise RepairError(f"expected a patch of at most {min(spec.height, spec.width)} pixels, got {settings.patch}")
     game = Game(copied, original, settings, engine, seed)
-    found = None if checkpoints is None else checkpoints.load("dhbe", game.modules, game.optimizers)
-    first = 0 if found is None else found[0]
-    progress(ERASING, first, settings.epochs)
-    for epoch in range(first, settings.epochs):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch + 1)
+
+    def play(epoch: int) -> Tensor:
         with batch_statistics(game.student, settings.batch_statistics):
-            loss = game.play(epoch, generator)
-        if not torch.isfinite(loss):
-            raise RepairError(
-                f"the student's answers ceased to be numbers in epoch {epoch + 1}: lower the rate {settings.rate:g}, "
-                "or use another method"
-            )
-        if watch is not None:
-            watch(epoch + 1)
-        if checkpoints is not None:
-            checkpoints.save("dhbe", epoch + 1, game.modules, game.optimizers)
-        progress(ERASING, epoch + 1, settings.epochs)
+            return game.play(epoch, torch.Generator().manual_seed(seed * 1_000_003 + epoch + 1))
+
+    advice = f"lower the rate {settings.rate:g}, or use another method"
+    play_epochs(game, play, "dhbe", settings.epochs, advice, checkpoints, progress, watch)
     return game.outcome(torch.Generator().manual_seed(seed * 1_000_003))

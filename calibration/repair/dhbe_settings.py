@@ -8,6 +8,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from calibration.repair.epochs import share_of_rates
 from guard.errors import RepairError
 from guard.images import InputSpec
 
@@ -67,9 +68,7 @@ class Dhbe(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Refuse what means nothing."""
-        for name in ("epochs", "iterations", "student_steps", "patch", "latent", "width"):
-            if getattr(self, name) < 1:
-                raise RepairError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        check_counts(self, "epochs", "iterations", "student_steps", "patch", "latent", "width")
         if self.batch < 2:
             raise RepairError(f"expected a batch of at least 2, whose statistics mean something, got {self.batch}")
         if self.doublings < 0:
@@ -98,7 +97,7 @@ class Dhbe(msgspec.Struct, frozen=True, kw_only=True):
 
     def share_of_rates(self, done: float) -> float:
         """Of the first rates, when such a share of the iterations is done."""
-        return float(self.fall ** sum(done >= share for share in self.falls))
+        return share_of_rates(done, self.falls, self.fall)
 
     def pixels(self, spec: InputSpec) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of images in [0, 1], (1, C, 1, 1) each.
@@ -112,6 +111,17 @@ class Dhbe(msgspec.Struct, frozen=True, kw_only=True):
                 raise RepairError(f"expected 1 or {spec.channels} values of {name}, one per channel, got {len(values)}")
             found.append(torch.tensor(values).view(1, -1, 1, 1).expand(1, spec.channels, 1, 1).clone())
         return found[0], found[1]
+
+
+def check_counts(settings: msgspec.Struct, *names: str) -> None:
+    """Refuse settings that count something and are not positive.
+
+    Raises:
+        RepairError: It names the first one.
+    """
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise RepairError(f"expected {name} of at least 1, got {getattr(settings, name)}")
 
 
 def check_size(spec: InputSpec) -> None:

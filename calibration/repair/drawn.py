@@ -19,6 +19,7 @@ References: Yan et al., DHBE, arXiv:2306.08009; Baradad et al., arXiv:2106.05963
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Self, final
 
@@ -31,22 +32,24 @@ from calibration.data import Progress, no_progress
 from calibration.engine import Engine
 from calibration.fine_tuning import Answers, TrainableCopy
 from calibration.frozen import frozen
-from calibration.repair.dhbe import ERASING
 from calibration.repair.dhbe_game import DhbeOutcome
-from calibration.repair.dhbe_settings import check_size
+from calibration.repair.dhbe_settings import check_counts, check_size
 from calibration.repair.drawings import Drawings
+from calibration.repair.epochs import check_gradients, play_epochs, share_of_rates
 from calibration.repair.patches import Pasted, Patches, exchange
 from guard import InputSpec, Predictor
-from guard.errors import ModelError, RepairError, one_line
+from guard.errors import GuardError, ModelError, RepairError, one_line
 
 SEARCHING = "looking for patches"
 _FRESH, _SHOWN = 1024, 16
+_LAST = 1_000_002  # draws, after those of all epochs
 _FALLS, _FALL = (0.6, 0.8), 0.1  # DHBE's: shares of the training after which the rate falls, and to which share
 _SORE = 0.5  # of the most that patches raise any label by: a label over it may be a backdoor's
 _CANVAS_RATE, _FOCUS = 0.1, 0.7
 _SIDES, _FEWEST = (3.0 / 32.0, 1.0 / 4.0), (2, 3)  # smallest and largest patches: shares of an image's side, and pixels
 _MORE = 6  # further windows of a canvas, where they are only learnt
-_COPIES = 9  # at most, of a patch, in every other step
+_COPIES = 9  # of a patch and itself, at most, in every other step
+_LEAST = 0.01  # units: where patches raise the other labels by nothing
 _WIDER = 3  # pixels: what a label hangs on may lie a little beside where patches were tried
 _RENEWED, _EVERY = 0.2, 50  # canvases, and iterations
 
@@ -78,9 +81,7 @@ class Drawn(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Refuse what means nothing."""
-        for name in ("epochs", "iterations", "student_steps", "drawings"):
-            if getattr(self, name) < 1:
-                raise RepairError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        check_counts(self, "epochs", "iterations", "student_steps", "drawings")
         if self.batch < 2:
             raise RepairError(f"expected a batch of at least 2, got {self.batch}")
 
@@ -124,26 +125,13 @@ def repair_by_drawings(
         ModelError: The model can't be trained, or gives its input no gradients.
         RepairError: The copy's answers ceased to be numbers.
     """
-    if original.spec.dtype == "uint8":
-        raise ModelError("expected a model that gives its input gradients, got one that takes uint8: use gym or codefend")
+    check_gradients(original.spec)
     game = _Game(copied, original, settings, engine, seed)
-    found = None if checkpoints is None else checkpoints.load("drawn", game.modules, game.optimizers)
-    first = 0 if found is None else found[0]
+    begin, advice = functools.partial(game.search, progress), "use another method"
     try:
-        if found is None:
-            game.search(progress)
-        progress(ERASING, first, settings.epochs)
-        for epoch in range(first, settings.epochs):
-            loss = game.play(epoch)
-            if not torch.isfinite(loss):
-                raise RepairError(f"the copy's answers ceased to be numbers in epoch {epoch + 1}: use another method")
-            if watch is not None:
-                watch(epoch + 1)
-            if checkpoints is not None:
-                checkpoints.save("drawn", epoch + 1, game.modules, game.optimizers)
-            progress(ERASING, epoch + 1, settings.epochs)
+        play_epochs(game, game.play, "drawn", settings.epochs, advice, checkpoints, progress, watch, begin)
         return game.outcome()
-    except (ModelError, RepairError):
+    except GuardError:
         raise
     except Exception as error:  # foreign code
         raise ModelError(f"the model can't be trained on drawings: {one_line(error)}") from error
@@ -237,7 +225,7 @@ class _Game:
         for number in range(settings.iterations):
             done = (epoch * settings.iterations + number) / (settings.epochs * settings.iterations)
             for group in self._optimizer.param_groups:
-                group["lr"] = settings.rate * _FALL ** sum(done >= share for share in _FALLS)
+                group["lr"] = settings.rate * share_of_rates(done, _FALLS, _FALL)
             for step in range(settings.student_steps):
                 loss = self._train(generator, step)
             if (epoch * settings.iterations + number + 1) % _EVERY == 0:
@@ -285,7 +273,7 @@ class _Game:
         return torch.where(hangs.unsqueeze(1), without, answers)
 
     def _ascend(self, patches: Patches, model: Answers | nn.Module, generator: torch.Generator, step: int) -> None:
-        """Every other step with further windows; the first ones of a search all but every fourth."""
+        """With further windows, but at every fourth step, and the first of any round."""
         patches.ascend(lambda images: self._answers(model, images), self._draw(generator), generator, _MORE if step % 4 else 0)
 
     def _draw(self, generator: torch.Generator) -> Tensor:
@@ -302,7 +290,7 @@ class _Game:
 
     def outcome(self) -> DhbeOutcome:
         """Compare copy and original on fresh drawings."""
-        generator, answers, alike, steady = self._generator(-1 % 2**31), [], [], []
+        generator, answers, alike, steady = self._generator(_LAST), [], [], []
         batches = -(-_FRESH // self._settings.batch)
         with torch.no_grad():
             for _ in range(batches):
@@ -327,7 +315,7 @@ class _Game:
         """Which label patches move the original to most, and where from."""
         most, rows, columns = (values.cpu() for values in self._of_teacher.sorest())
         label = int(most.argmax())
-        others = torch.cat([most[:label], most[label + 1 :]]).quantile(0.5)
+        others = torch.cat([most[:label], most[label + 1 :]]).quantile(0.5).clamp_min(_LEAST)
         return (
             f"Small patches move the original most to label {label}, {float(most[label] / others):.1f} times as far as to most "
             f"others, and most around row {int(rows[label])}, column {int(columns[label])}. A backdoor would explain a label "

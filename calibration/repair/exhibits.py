@@ -34,29 +34,24 @@ class Exhibit:
 
 def generated(outcome: DhbeOutcome) -> Exhibit:
     """What DHBE's generators drew in the end."""
-    rows: list[tuple[str, Tensor]] = []
-    for name, images in (("samples", outcome.samples), ("patches", (0.5 + outcome.triggers / 2.0).clamp(0.0, 1.0))):
-        rows += [(name if number == 0 else "", part) for number, part in enumerate(images.split(_COLUMNS))]
+    patches = (0.5 + outcome.triggers / 2.0).clamp(0.0, 1.0)
     return Exhibit(
         "What the generators drew in the end",
         (
             "Samples need not look like the model's images: they are what the copy and the original were compared on, and "
             "sought where the two differ. Patches were added to them, and the copy learnt not to mind.",
         ),
-        rows,
+        [*_rows("samples", outcome.samples), *_rows("patches", patches)],
         "Above: samples. Below: patches, enlarged, around mid-grey, which adds nothing.",
     )
 
 
 def drawn(outcome: DhbeOutcome) -> Exhibit:
     """What the copy was taught with."""
-    rows: list[tuple[str, Tensor]] = []
-    for name, images in (("drawings", outcome.samples), ("with patches", outcome.triggers)):
-        rows += [(name if number == 0 else "", part) for number, part in enumerate(images.split(_COLUMNS))]
     return Exhibit(
         "Drawings instead of images",
         ("The copy learnt to answer drawings like the original, and drawings with a patch like those without.",),
-        rows,
+        [*_rows("drawings", outcome.samples), *_rows("with patches", outcome.triggers)],
         "Below: others, with patches that move the original to a label, where they do so most.",
     )
 
@@ -71,3 +66,8 @@ def modelled(outcome: GdmOutcome, settings: Gdm) -> Exhibit:
         [(f"level {level:g}", triggers) for level, triggers in levels],
         "A few of each generator; its level is the success that it was to reach.",
     )
+
+
+def _rows(name: str, images: Tensor) -> list[tuple[str, Tensor]]:
+    """Of pictures; the first one is named."""
+    return [(name if number == 0 else "", part) for number, part in enumerate(images.split(_COLUMNS))]

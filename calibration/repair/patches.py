@@ -19,7 +19,7 @@ _AT_FIRST = 0.05  # of the unit: what no window has been tried at raises little
 _NEW, _MOST_NEW = 0.2, 0.5  # of the map's value that one window replaces, and that a batch does
 _SHARPNESS = 4  # of the draws: one label that stands out threefold is to outweigh dozens that do not
 _NEAR = 3  # cells a side, that a window tells something about
-_BIG = (0.6, 0.4)  # of the windows that are plain: of one colour, and of another image
+_COLOURED = 0.6  # of the plain windows; the others are of another image
 
 Answers = Callable[[Tensor], Tensor]
 
@@ -194,4 +194,4 @@ def _plain(pattern: Tensor, images: Tensor, share: float, generator: torch.Gener
     which, kind = drawn(), drawn()
     colour = torch.where(which < 1.0 / 3.0, any_colour, torch.where(which < 2.0 / 3.0, full, grey))
     other = images.roll(1, 0)
-    return torch.where(kind < share * _BIG[0], colour, torch.where(kind < share, other, pattern))
+    return torch.where(kind < share * _COLOURED, colour, torch.where(kind < share, other, pattern))

@@ -130,6 +130,8 @@ def test_what_can_not_be_repaired(engine: Engine) -> None:
         attempt(Normed(), msgspec.structs.replace(SPEC, dtype="uint8"))
     with pytest.raises(ModelError, match="expected a model that gives its input gradients"):
         attempt(Rounding())
+    with pytest.raises(ModelError, match="run for gradients, on a batch of 8: ValueError: no gradients here"):
+        attempt(Failing())
     with pytest.raises(RepairError, match="images of 28 to 64 pixels a side for dhbe, got 8x8"):
         Drawn.suited(SPEC)
 
