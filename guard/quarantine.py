@@ -27,6 +27,7 @@ from guard.errors import QuarantineError
 
 logger = logging.getLogger("guard.quarantine")
 _ID = re.compile(r"[0-9]{19}-[0-9a-f]{8}")
+_TRIES = 3
 
 
 class Item(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -95,29 +96,37 @@ class Quarantine:
         Returns:
             The item's id, or None when it could not be stored; then `failures` has grown and the log says why.
         """
-        now = time.time_ns()
-        name = f"{now:019d}-{secrets.token_hex(4)}"
         data, suffix = _encode(image)
-        item = Item(
-            id=name, time=now / 1e9, image=name + suffix, detector=detector, score=score, threshold=threshold,
-            label_index=label_index, label=label,
-        )  # fmt: skip
+        for left in reversed(range(_TRIES)):
+            with self._lock:
+                now = time.time_ns()
+                name = f"{now:019d}-{secrets.token_hex(4)}"
+                item = Item(
+                    id=name, time=now / 1e9, image=name + suffix, detector=detector, score=score, threshold=threshold,
+                    label_index=label_index, label=label,
+                )  # fmt: skip
+                try:
+                    self._put(item, data)
+                    return name
+                except OSError as error:
+                    self._discard(name)
+                    if isinstance(error, FileNotFoundError) and left:
+                        continue  # a busier process took it for the oldest, half written
+                    self.failures += 1
+                    logger.warning(
+                        "quarantine: could not store an image (%s); %d so far", error.strerror or error, self.failures
+                    )
+                    return None
+        return None
+
+    def _put(self, item: Item, data: bytes) -> None:
         record = msgspec.json.format(msgspec.json.encode(item), indent=1)
-        try:
-            if len(data) + len(record) > self.max_bytes:
-                raise OSError(f"item of {len(data) + len(record)} bytes is over the folder's bound of {self.max_bytes}")
-            with self._lock:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                _write(self.folder / item.image, data)
-                _write(self.folder / f"{name}.json", record)
-                self._evict()
-        except OSError as error:
-            with self._lock:
-                self.failures += 1
-            logger.warning("quarantine: could not store an image (%s); %d so far", error.strerror or error, self.failures)
-            self._discard(name)
-            return None
-        return name
+        if len(data) + len(record) > self.max_bytes:
+            raise OSError(f"item of {len(data) + len(record)} bytes is over the folder's bound of {self.max_bytes}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write(self.folder / item.image, data)
+        _write(self._record(item.id), record)
+        self._evict()
 
     def items(self) -> list[Item]:
         """All items, oldest first; records that can't be read are left out."""

@@ -363,3 +363,21 @@ def test_what_cannot_be_removed_is_not_called_removed(tmp_path: Path, monkeypatc
         quarantine.delete(stored)
     with pytest.raises(QuarantineError, match="could not remove"):
         quarantine.release(stored, tmp_path / "clean")
+
+
+def test_what_another_process_evicts_half_written_is_stored_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, evicted = Path.replace, list[str]()
+
+    def replace(self: Path, target: Path) -> Path:
+        if len(evicted) < 2:
+            evicted.append(self.name)
+            self.unlink()
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    quarantine = Quarantine(tmp_path)
+    stored = add(quarantine)
+    assert len(evicted) == 2
+    assert [item.id for item in quarantine.items()] == [stored]
+    assert quarantine.failures == 0
+    assert len(list(tmp_path.iterdir())) == 2
