@@ -22,6 +22,7 @@ from benchmarks import (
     gym_cost,
     inspection,
     neural_cleanse,
+    passes,
     red_team,
     repairs,
     scan_cost,
@@ -59,6 +60,7 @@ def _costs() -> str:
 QUOTED = (
     Quoted("README.md", _of(strip.load_reports, strip.short_table)),
     Quoted("docs/victims.md", _of(strip.load_reports, strip.table)),
+    Quoted("docs/victims.md", _of(passes.load_reports, passes.table)),
     Quoted("docs/victims.md", _of(fixed.load_reports, fixed.table)),
     Quoted("docs/victims.md", _of(red_team.load_reports, red_team.table)),
     Quoted("docs/repair.md", _of(codefend.load_reports, codefend.table)),

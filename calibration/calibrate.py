@@ -2,7 +2,8 @@
 
 The clean set is cut in two by a seed: images that are set aside, STRIP's overlays, which also choose the neurons of activation
 filters; and the images that set the thresholds and measure accuracy. Where there are several detectors (a pair of blends is
-two), all the latter images set each threshold, and the rate is shared.
+two), all the latter images set each threshold, and the rate is shared. With sequential passes, some of them choose STRIP's
+boundaries and set no threshold.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from calibration.detectors import DetectorCalibration, calibrate_detector, compo
 from calibration.discovery import Hints, discover
 from calibration.filters import FoundTrigger
 from calibration.overlays import choose_overlays
-from calibration.settings import Settings, check_settings, set_aside
+from calibration.settings import Settings, check_settings, for_boundaries, set_aside
 from calibration.strip import calibrate_strip
 from calibration.versions import versions
 from guard import CalibratedDetector, Guard, Policy, Predictor
@@ -176,7 +177,8 @@ def calibrate(
                 "expected clean images that the repair has not learnt from, to measure what the preprocessor costs: add some"
             )
         check_drop(accuracy, raw_accuracy, settings.max_accuracy_drop)
-    parts = tuple(_calibrated(item, clean.select(rest), settings, len(detectors), progress) for item in detectors)
+    choosing, setting = (clean.select(rows) for rows in _divide_rest(rest, settings))
+    parts = tuple(_calibrated(item, setting, choosing, settings, len(detectors), progress) for item in detectors)
     refuse_blind(parts)
     records, arrays = recorded(parts)
     profile = Profile(
@@ -230,10 +232,10 @@ def without(clean: ImageSet, learnt: Collection[str], settings: Settings) -> Ima
 
 
 def _calibrated(
-    detector: Detector, clean: ImageSet, settings: Settings, detectors: int, progress: Progress
+    detector: Detector, clean: ImageSet, choosing: ImageSet, settings: Settings, detectors: int, progress: Progress
 ) -> DetectorCalibration:
     if isinstance(detector, Strip):
-        return calibrate_strip(detector, clean, settings, detectors, progress)
+        return calibrate_strip(detector, clean, choosing, settings, detectors, progress)
     return calibrate_detector(detector, clean, settings, detectors, progress)
 
 
@@ -270,6 +272,13 @@ def divide(clean: ImageSet, predictor: Predictor, settings: Settings, preferred:
     rest = torch.nonzero(left).squeeze(1)
     _check_missing(clean.select(rest), predictor, settings)  # the overlays may have taken the last image of one
     return chosen, rest
+
+
+def _divide_rest(rest: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Of the images that are not set aside those that choose STRIP's boundaries, at random, and those that set thresholds."""
+    order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(settings.seed))
+    choosing, setting = order.split([count := for_boundaries(settings, len(rest)), len(rest) - count])
+    return rest[choosing], rest[setting.sort().values]
 
 
 def _record(record: ModelRecord | None, backend: Backend, predictor: Predictor) -> ModelRecord:

@@ -56,9 +56,15 @@ class DetectorCalibration:
     def record(self, array: str) -> DetectorRecord:
         """For the profile; STRIP's overlays under that name."""
         match self.detector:
-            case Strip(blend=blend, alpha=alpha, name=name):
+            case Strip(blend=blend, alpha=alpha, name=name, boundaries=boundaries):
                 return StripRecord(
-                    threshold=self.threshold, blend=blend, alpha=alpha, mean_passes=self.mean_passes, array=array, title=name
+                    threshold=self.threshold,
+                    blend=blend,
+                    alpha=alpha,
+                    mean_passes=self.mean_passes,
+                    array=array,
+                    boundaries=boundaries,
+                    title=name,
                 )
             case FeatureSqueezing(squeezers=squeezers, bits=bits):
                 return FeatureSqueezingRecord(threshold=self.threshold, squeezers=squeezers, bits=bits)

@@ -131,6 +131,9 @@ def _settings_rows(calibration: Calibration) -> list[tuple[str, str]]:
     if profile.clean_accuracy is not None:
         rows.append(("Clean accuracy of the model", f"{profile.clean_accuracy:.2%}"))
     rows.append(("Mean forward passes of a clean input", f"{calibration.mean_passes:.1f} of {calibration.most_passes}"))
+    if strips:
+        sequential = any(strip.boundaries is not None for strip in strips)
+        rows.append(("STRIP stops early", "by boundaries" if sequential else "when its verdict is certain"))
     return rows + [(f"Version of {name}", version) for name, version in profile.libraries.items()]
 
 

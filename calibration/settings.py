@@ -6,15 +6,20 @@ from typing import Literal
 
 import msgspec
 
+from calibration.boundaries import images_for_boundaries, images_needed
 from calibration.thresholds import Method, check_rates
 from guard.detectors import Blend
-from guard.errors import CalibrationError
+from guard.errors import CalibrationError, TooFewImagesError
 
 BlendChoice = Literal["logit", "logit+demeaned", "add", "mix", "demeaned", "max"]
 """How overlays are superimposed: by one blend, or by two, each with a detector of its own, either of which may reject."""
 
 DetectorChoice = Literal["strip", "feature-squeezing"]
 """An online test that needs nothing but the model and clean images."""
+
+PassesChoice = Literal["exact", "sequential"]
+"""How many of STRIP's passes an input takes: as many as make the verdict of all of them certain, or fewer, by boundaries that
+are calibrated along with the threshold, see `calibration.boundaries`."""
 
 PreprocessChoice = Literal["none", "gym", "gym-intensive", "shrink-pad", "flip"]
 """What happens to an image before the model answers it."""
@@ -38,6 +43,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         blend: How overlays are superimposed.
         alpha: Their weight, for a single blend; None for the blend's own default (3.5 for `logit`, 1.5 for `demeaned`,
             .5 for `mix`, 1 for `add` and `max`).
+        passes: How many an input takes.
         preprocess: What happens to an image before the model answers it.
         max_accuracy_drop: Points of clean accuracy that the preprocessor may cost.
         method: Of setting the threshold.
@@ -52,6 +58,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     overlays: int = 100
     blend: BlendChoice = "logit"
     alpha: float | None = None
+    passes: PassesChoice = "exact"
     preprocess: PreprocessChoice = "none"
     max_accuracy_drop: float = 3.0
     method: Method = "conformal"
@@ -90,6 +97,11 @@ def set_aside(settings: Settings) -> int:
     return settings.overlays if "strip" in settings.detectors or settings.triggers else 0
 
 
+def for_boundaries(settings: Settings, images: int) -> int:
+    """Clean images, of so many that are not set aside, that choose boundaries and set no threshold either."""
+    return images_for_boundaries(images) if settings.passes == "sequential" and asked_strips(settings) else 0
+
+
 def check_settings(settings: Settings, images: int) -> None:
     """Refuse, before any work, what can't be calibrated from so many images; see `calibrate`."""
     if len(set(settings.detectors)) < len(settings.detectors):
@@ -106,12 +118,24 @@ def check_settings(settings: Settings, images: int) -> None:
         raise CalibrationError(
             f"expected more clean images than the {aside} overlays, got {images}: add images or use fewer --overlays"
         )
-    check_rates(
-        images - aside,
-        settings.frr,
-        settings.method,
-        settings.confidence,
-        blends + others,
-        what="detectors" if others else "blends",
-        overlays=aside > 0,
-    )
+    choosing = for_boundaries(settings, images - aside)
+    try:
+        check_rates(
+            images - aside - choosing,
+            settings.frr,
+            settings.method,
+            settings.confidence,
+            blends + others,
+            what="detectors" if others else "blends",
+            overlays=aside > 0,
+        )
+    except TooFewImagesError as error:
+        if not choosing:
+            raise
+        needed = images_needed(error.needed)
+        raise TooFewImagesError(
+            f"sequential passes need at least {needed} clean images besides the overlays, {needed - error.needed} of them for "
+            f"boundaries, got {images - aside}: add images, or take exact passes",
+            needed=needed,
+            available=images - aside,
+        ) from error

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from calibration.boundaries import choose_boundaries, order_for_boundaries
 from calibration.data import ImageSet, Progress
 from calibration.detectors import DetectorCalibration
 from calibration.overlays import order_overlays
 from calibration.settings import Settings
-from calibration.thresholds import set_threshold
+from calibration.thresholds import set_threshold, share
 from guard.detectors import Strip
-from guard.detectors.strip import stage_ends
+from guard.detectors.boundaries import Evidence
 from guard.errors import CalibrationError
 from guard.records import ThresholdRecord
 
+_AT_ONCE = 64
+
 
 def calibrate_strip(
-    strip: Strip, clean: ImageSet, settings: Settings, detectors: int, progress: Progress
+    strip: Strip, clean: ImageSet, choosing: ImageSet, settings: Settings, detectors: int, progress: Progress
 ) -> DetectorCalibration:
     """Set one detector's threshold.
 
     Args:
         strip: The detector, overlays in any order.
         clean: The threshold-setting images.
+        choosing: Others, that choose the order of the overlays and where it may stop; none for exact passes.
         settings: What is asked of the guard as a whole.
         detectors: That share the false rejection rate.
         progress: Told how far it is.
@@ -34,35 +40,63 @@ def calibrate_strip(
     Raises:
         CalibrationError: The model's answers can't be used.
     """
-    what = "superimposing clean images" + (f" by {strip.blend}" if strip.name != "strip" else "")
-    entropies, scored = [], []
-    for part in torch.arange(len(clean)).split(64):
-        images = clean.images(part)
-        if strip.predictor.labels_only:
-            scored.append(strip.score(images))
-        else:
-            entropies.append(strip.pass_entropies(images))
-        progress(what, int(part[-1]) + 1, len(clean))
 
     def threshold(scores: NDArray[np.float32]) -> ThresholdRecord:
         return set_threshold(scores, settings.frr, settings.method, settings.confidence, detectors)
 
     if strip.predictor.labels_only:
-        scores = torch.cat(scored).numpy()
+        if len(choosing):
+            raise CalibrationError(
+                "expected a model with probabilities for sequential passes, got labels: take exact ones (--passes exact)"
+            )
+        scores = torch.cat([strip.score(images) for images in _batches(strip, clean, progress)]).numpy()
         return DetectorCalibration(strip, threshold(scores), scores, float(len(strip.overlays)))
-    table = torch.cat(entropies)
+    if len(choosing):
+        strip = _sequential(strip, _entropies(strip, choosing, progress), share(settings.frr, None, detectors)[0])
+    table = _entropies(strip, clean, progress)
+    if strip.boundaries is None:
+        provisional = threshold(strip.score_passes(table).numpy())
+        order = torch.from_numpy(order_overlays(table.numpy(), -provisional.value * table.shape[1]))
+        strip, table = replace(strip, overlays=strip.overlays[order]), table[:, order]
+    scores = strip.score_passes(table).numpy()
+    record = threshold(scores)
+    return DetectorCalibration(strip, record, scores, _mean_passes(strip, table, record.value))
+
+
+def _sequential(strip: Strip, table: Tensor, frr: float) -> Strip:
+    """With overlays in order, and boundaries; none where not even all passes tell inputs from triggered ones."""
+    entropies = table.numpy()
+    threshold = float(np.quantile(entropies.mean(axis=1), frr))
+    if threshold <= 0.0:
+        return strip
+    order = order_for_boundaries(entropies, threshold)
+    boundaries = choose_boundaries(entropies[:, order], threshold, frr)
+    return replace(strip, overlays=strip.overlays[torch.from_numpy(order)], boundaries=boundaries)
+
+
+def _entropies(strip: Strip, clean: ImageSet, progress: Progress) -> Tensor:
+    """(n, N), float64, bits."""
+    table = torch.cat([strip.pass_entropies(images) for images in _batches(strip, clean, progress)])
     if not bool(torch.isfinite(table).all()):
         raise CalibrationError("the model gives NaN or Inf on superimposed images: check --mean and --std")
-    provisional = threshold(strip.score_passes(table).numpy())
-    order = torch.from_numpy(order_overlays(table.numpy(), -provisional.value * table.shape[1]))
-    ordered, table = replace(strip, overlays=strip.overlays[order]), table[:, order]
-    scores = ordered.score_passes(table).numpy()
-    return DetectorCalibration(ordered, threshold(scores), scores, _mean_passes(table.numpy(), provisional.value))
+    return table
 
 
-def _mean_passes(table: NDArray[np.float64], threshold: float) -> float:
-    """Passes that a clean image takes on its own, given its entropy under each overlay."""
-    total = table.shape[1]
-    ends = np.array(stage_ends(total))
-    over = np.cumsum(table, axis=1)[:, ends - 1] / total > -threshold
-    return float(ends[np.where(over.any(axis=1), over.argmax(axis=1), len(ends) - 1)].mean())
+def _batches(strip: Strip, clean: ImageSet, progress: Progress) -> Iterator[Tensor]:
+    what = "superimposing clean images" + (f" by {strip.blend}" if strip.name != "strip" else "")
+    for part in torch.arange(len(clean)).split(_AT_ONCE):
+        yield clean.images(part)
+        progress(what, int(part[-1]) + 1, len(clean))
+
+
+def _mean_passes(strip: Strip, table: Tensor, threshold: float) -> float:
+    """That a clean image takes on its own, given its entropy under each overlay."""
+    evidence, active = Evidence(len(table), table.shape[1], strip.boundaries, threshold), torch.arange(len(table))
+    passes, done = torch.zeros(len(table)), 0
+    for end in strip.stage_ends():
+        evidence.add(active, table[active, done:end])
+        passes[active], done = end, end
+        active = torch.nonzero(evidence.undecided).squeeze(1)
+        if not len(active):
+            break
+    return float(passes.mean())

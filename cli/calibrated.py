@@ -91,9 +91,13 @@ def _rows(made: Calibrated) -> list[tuple[str, str]]:
         *rows,
         *(_threshold_row(part) for part in calibration.parts),
         ("false rejections", f"{rate.value:.2%} asked for; {interval} {rate.low:.2%} to {rate.high:.2%}"),
-        ("passes, clean input", f"{calibration.mean_passes:.1f} of {calibration.most_passes} on average"),
+        ("passes, clean input", f"{calibration.mean_passes:.1f} of {calibration.most_passes} on average{_stops(calibration)}"),
         ("report", str(made.out / "report.html")),
     ]
+
+
+def _stops(calibration: Calibration) -> str:
+    return ", by boundaries" if any(strip.boundaries is not None for strip in calibration.strips) else ""
 
 
 def _threshold_row(part: DetectorCalibration) -> tuple[str, str]:
@@ -174,8 +178,14 @@ def _detector(part: DetectorCalibration) -> dict[str, object]:
     rate = {"frr": limit.frr, "frr_low": limit.frr_low, "frr_high": limit.frr_high}
     own: dict[str, object]
     match detector:
-        case Strip(blend=blend, alpha=alpha, overlays=overlays):
-            own = {"blend": blend, "alpha": alpha, "entropy_threshold": -limit.value, "overlays": len(overlays)}
+        case Strip(blend=blend, alpha=alpha, overlays=overlays, boundaries=boundaries):
+            own = {
+                "blend": blend,
+                "alpha": alpha,
+                "entropy_threshold": -limit.value,
+                "overlays": len(overlays),
+                "passes": "exact" if boundaries is None else "sequential",
+            }
         case ActivationFilter(neurons=neurons):
             own = {"threshold": limit.value, "neurons": neurons.tolist()}
         case _:

@@ -146,8 +146,9 @@ def _for_people(line: Line) -> str:
 
 
 def _in_words(item: Found, several: bool) -> str:
-    """`entropy at least 0.0814 bits`; of several, `strip-logit 0.0103 bits (suspicious)`."""
+    """`entropy at least 0.0814 bits`; of several, `strip-logit 0.0103 bits (suspicious)`. Only STRIP stops early."""
     reading = reading_of(item.detector)
     value = reading.value(item.score) if isinstance(item.score, float) else item.entropy
-    text = f"{'' if item.exact else 'at least '}{value:.4f}{reading.unit}"
+    bound = "" if item.exact else "at most " if item.suspicious else "at least "
+    text = f"{bound}{value:.4f}{reading.unit}"
     return f"{item.detector} {text}{' (suspicious)' if item.suspicious else ''}" if several else f"{reading.quantity} {text}"

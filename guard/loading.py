@@ -123,7 +123,8 @@ def profile_overlays(profile: Profile, arrays: dict[str, Tensor]) -> tuple[Tenso
 def _detector(record: DetectorRecord, watched: Predictor, profile: Profile, arrays: dict[str, Tensor]) -> Detector:
     match record:
         case StripRecord():
-            return Strip(watched, _images(profile, arrays, record.array), record.blend, record.alpha, name=record.title)
+            overlays = _images(profile, arrays, record.array)
+            return Strip(watched, overlays, record.blend, record.alpha, name=record.title, boundaries=record.boundaries)
         case FeatureSqueezingRecord():
             return FeatureSqueezing(watched, record.squeezers, record.bits, record.title)
         case ActivationFilterRecord():

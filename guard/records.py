@@ -6,7 +6,7 @@ from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
-from guard.detectors import Blend, Squeezer
+from guard.detectors import Blend, Boundaries, Squeezer
 
 OVERLAYS = "strip.overlays"
 """Array of a lone STRIP's overlays, and of the first one's of several."""
@@ -49,6 +49,7 @@ class StripRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         alpha: Their weight.
         mean_passes: Mean forward passes on the clean calibration images, one image at a time.
         array: Name of its overlays among the profile's arrays.
+        boundaries: Where it may stop before all passes; None where only as soon as their verdict is certain.
     """
 
     threshold: ThresholdRecord
@@ -56,6 +57,7 @@ class StripRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     alpha: float
     mean_passes: float | None = None
     array: str = OVERLAYS
+    boundaries: Boundaries | None = None
     title: Annotated[str, msgspec.Meta(pattern=r"^strip(-[a-z]+)?\Z")] = "strip"
 
 

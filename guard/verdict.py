@@ -30,7 +30,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
         detector: Its name.
         score: Higher is more suspicious; NaN when the detector failed.
         threshold: A score at or over it is suspicious.
-        exact: False where the detector stopped early, so that the score is an upper bound.
+        exact: False where the detector stopped early: the score is a bound, on the side of the threshold where it lies.
         suspicious: The score reached the threshold.
         passes: Forward passes of the detector's model spent on this image.
     """

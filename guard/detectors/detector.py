@@ -15,7 +15,8 @@ class Inspection:
 
     Attributes:
         exceeds: (B,), bool: the score is at or over the threshold, or is not finite.
-        scores: (B,), float32: higher is more suspicious; an upper bound where `exact` is false.
+        scores: (B,), float32: higher is more suspicious; where `exact` is false a bound, from above of what does not exceed and
+            from below of what does.
         exact: (B,), bool: the score is the full evaluation's.
         passes: (B,), int64: the model's forward passes spent on each image.
     """

@@ -4,7 +4,8 @@
 
 in bits, entropy over the classes. The score is -H: low entropy is suspicious. Every h_n is >= 0 and floating-point
 addition of non-negative numbers never decreases a sum, so once the running mean (sum so far / N) is over the threshold
-in bits, the full mean is too: `inspect` stops there and accepts with the verdict that all N passes would give.
+in bits, the full mean is too: `inspect` stops there and accepts with the verdict that all N passes would give. With
+`boundaries`, it stops sooner, and at triggered inputs as well; the score is then another one, see `guard.detectors.boundaries`.
 
 Blind to: source-specific and all-to-all backdoors, triggers that a blend destroys (faint or spread over the image), and
 attackers who train against it. Which triggers survive depends on the blend: a guard may run several, each with overlays and a
@@ -24,6 +25,7 @@ from typing import Literal, final, get_args
 import torch
 from torch import Tensor
 
+from guard.detectors.boundaries import Boundaries, Evidence, final_scores
 from guard.detectors.detector import Detector, Inspection, at_or_over
 from guard.errors import CalibrationError
 from guard.predictors.predictor import Predictor
@@ -117,9 +119,10 @@ class Strip(Detector):
         stage_rows: Blends in a stage's batch, at least; stages also grow to half of what went before, so that a lone
             input takes few forward calls.
         name: `strip`, or `strip-BLEND` where a guard has several.
+        boundaries: Where it may stop; None for exact early acceptance.
 
     Raises:
-        CalibrationError: No overlays, or an alpha out of range.
+        CalibrationError: No overlays, an alpha out of range, or boundaries of another number of overlays.
         InputError: The overlays are not images.
     """
 
@@ -129,6 +132,7 @@ class Strip(Detector):
     alpha: float = 1.0
     stage_rows: int = 4
     name: str = "strip"
+    boundaries: Boundaries | None = None
 
     def __post_init__(self) -> None:
         """Validate once."""
@@ -139,6 +143,16 @@ class Strip(Detector):
             raise CalibrationError(f"expected a blend of {', '.join(get_args(Blend))}, got {self.blend!r}")
         if not (math.isfinite(self.alpha) and 0.0 < self.alpha <= (1.0 if self.blend == "mix" else math.inf)):
             raise CalibrationError(f"expected alpha in (0, 1] for mix and over 0 otherwise, got {self.alpha} for {self.blend}")
+        if self.boundaries is None:
+            return
+        if self.predictor.labels_only:
+            raise CalibrationError(
+                "expected a model with probabilities for boundaries, got labels: their entropy is of all passes"
+            )
+        if self.boundaries.ends[-1] != len(self.overlays):
+            raise CalibrationError(
+                f"expected boundaries of {len(self.overlays)} overlays, got {self.boundaries.ends[-1]}: calibrate again"
+            )
 
     @functools.cached_property
     def layers(self) -> Tensor:
@@ -157,14 +171,14 @@ class Strip(Detector):
         return entropy_bits(self._answers(images, self.layers))
 
     def score(self, images: Tensor) -> Tensor:
-        """Minus the mean entropy of all N passes, in bits; (B,), float32."""
+        """Minus the mean entropy of all N passes, or what boundaries make of it, in bits; (B,), float32."""
         if self.predictor.labels_only:
             return -entropy_bits(self._answers(images, self.layers).mean(dim=1)).to(torch.float32)
         return self.score_passes(self.pass_entropies(images))
 
     def score_passes(self, entropies: Tensor) -> Tensor:
         """The score that follows from every overlay's entropy; (B, N), float64, to (B,), float32."""
-        return _score(_add(torch.zeros(len(entropies), dtype=torch.float64), entropies), len(self.overlays))
+        return final_scores(entropies, self.boundaries)
 
     def inspect(self, images: Tensor, threshold: float) -> Inspection:
         """Compare `score(images)` with a threshold, stopping for each image as soon as the verdict is certain.
@@ -182,19 +196,31 @@ class Strip(Detector):
             scores = self.score(images)
             passes = torch.full((batch,), total)
             return Inspection(at_or_over(scores, threshold), scores, torch.ones(batch, dtype=torch.bool), passes)
-        sums = torch.zeros(batch, dtype=torch.float64)
+        evidence = Evidence(batch, total, self.boundaries, threshold)
         passes = torch.zeros(batch, dtype=torch.int64)
         active = torch.arange(batch)
         done = 0
         while done < total and len(active):
-            step = _next_stage(done, total, len(active), self.stage_rows)
-            answers = self._answers(images[active.to(images.device)], self.layers[done : done + step])
-            sums[active] = _add(sums[active], entropy_bits(answers))
-            done += step
-            passes[active] = done
-            active = active[at_or_over(_score(sums[active], total), threshold)]
-        scores = _score(sums, total)
-        return Inspection(at_or_over(scores, threshold), scores, passes == total, passes)
+            end = self._end_of_stage(done, len(active))
+            answers = self._answers(images[active.to(images.device)], self.layers[done:end])
+            evidence.add(active, entropy_bits(answers))
+            passes[active] = done = end
+            active = torch.nonzero(evidence.undecided).squeeze(1)
+        return Inspection(at_or_over(evidence.scores, threshold), evidence.scores, evidence.exact, passes)
+
+    def _end_of_stage(self, done: int, active: int) -> int:
+        """Overlays tried after the next stage: enough rows to be worth a call, and, where any end will do, growing."""
+        rows, total = -(-self.stage_rows // active), len(self.overlays)
+        if self.boundaries is not None:
+            return next((end for end in self.boundaries.ends if end >= done + max(rows, 1)), total)
+        return min(total, done + max(rows, done // 2, 1))
+
+    def stage_ends(self, active: int = 1) -> list[int]:
+        """How many overlays have been tried after each stage, while so many images remain."""
+        ends = [0]
+        while ends[-1] < len(self.overlays):
+            ends.append(self._end_of_stage(ends[-1], active))
+        return ends[1:]
 
     def _answers(self, images: Tensor, layers: Tensor) -> Tensor:
         """(B, n, M) on the CPU: answers to every blend, in forward passes of at most the predictor's `max_rows`."""
@@ -210,30 +236,3 @@ class Strip(Detector):
             ]
             parts.append(torch.cat(columns, dim=1))
         return torch.cat(parts).cpu()
-
-
-def stage_ends(total: int, active: int = 1, stage_rows: int = 4) -> list[int]:
-    """How many overlays have been tried after each stage, while `active` images remain."""
-    ends: list[int] = []
-    done = 0
-    while done < total:
-        done += _next_stage(done, total, active, stage_rows)
-        ends.append(done)
-    return ends
-
-
-def _next_stage(done: int, total: int, active: int, stage_rows: int) -> int:
-    """Overlays of the next stage: enough rows to be worth a call, and growing, so that the calls stay few."""
-    return min(total - done, max(-(-stage_rows // active), done // 2, 1))
-
-
-def _add(sums: Tensor, entropies: Tensor) -> Tensor:
-    """Add columns one by one, in float64: the same order, so the same sum, wherever the stages were cut."""
-    for column in entropies.unbind(dim=1):
-        sums = sums + column
-    return sums
-
-
-def _score(sums: Tensor, total: int) -> Tensor:
-    """Rounding is monotone, so a larger sum never gets a larger score."""
-    return -(sums / total).to(torch.float32)

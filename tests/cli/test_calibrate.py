@@ -90,6 +90,24 @@ def test_another_blend_is_one_detector_too(tmp_path: Path, guard: Command, files
     assert "strip-" not in page
 
 
+def test_sequential_passes_from_calibration_to_verdict(tmp_path: Path, guard: Command, files: Files, digits: Digits) -> None:
+    command = ["calibrate", files.model, "--data", files.clean, "--out", tmp_path / "p", "--passes", "sequential"]
+    assert "by boundaries" in guard(*command).out
+    assert "by boundaries" in (tmp_path / "p" / "report.html").read_text()
+    (summary,) = guard(*command, "--json").lines
+    assert summary["images"] == 197
+    assert [item["passes"] for item in summary["detectors"]] == ["sequential"]
+    for images, verdict, bound in ((digits.test, "accepted", "at least"), (digits.triggered, "rejected", "at most")):
+        np.savez(tmp_path / "images.npz", x=images.pixels[:40, 0].numpy())
+        lines = guard("check", tmp_path / "p", tmp_path / "images.npz", "--json").lines
+        assert [line["verdict"] for line in lines].count(verdict) >= 38
+        assert sum(line["passes"] for line in lines) < 40 * 25
+        inexact = [line for line in lines if not line["entropy_exact"] and line["verdict"] == verdict]
+        assert len(inexact) >= 20
+        assert all((line["entropy"] > line["threshold"]) == (verdict == "accepted") for line in inexact)
+        assert guard("check", tmp_path / "p", tmp_path / "images.npz").out.count(f"entropy {bound}") == len(inexact)
+
+
 MIX = ["--detector", "strip", "--detector", "feature-squeezing", "--overlays", 20, "--frr", 0.06]
 
 
@@ -173,9 +191,10 @@ def test_detectors_that_can_not_be_calibrated(
         (files.model, ["--detector", "feature-squeezing", "--red-team"], "expected --red-team with STRIP alone"),
         (
             files.model,
-            ["--detector", "feature-squeezing", "--blend", "add"],
-            "expected --blend and --alpha with --detector strip",
+            ["--detector", "feature-squeezing", "--blend", "add", "--passes", "exact"],
+            "expected --blend and --passes with --detector strip",
         ),
+        (files.model, ["--passes", "sequential", "--overlays", 200], "at least 399 clean images besides the overlays"),
         (files.model, ["--detector", "strip", "--detector", "strip"], "expected each detector once"),
         (files.model, ["--detector", "magic"], "magic"),
     ]

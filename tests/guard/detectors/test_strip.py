@@ -11,7 +11,6 @@ from torch import Tensor
 
 from guard.detectors import Blend, Strip, blend_images, entropy_bits
 from guard.detectors.detector import at_or_over
-from guard.detectors.strip import stage_ends
 from guard.errors import CalibrationError, InputError, ModelError
 from guard.images import Array, InputSpec
 from guard.predictors import BackendKind, Predictor
@@ -250,12 +249,13 @@ def test_a_lone_input_takes_few_calls() -> None:
     strip, images, table = keyed(peaked(torch.zeros(1, 100)))
     strip.inspect(images, 0.0)
     assert len(table.rows) == 100
-    assert table.calls == len(stage_ends(100)) <= 12
+    assert table.calls == len(strip.stage_ends()) <= 12
 
 
 @pytest.mark.parametrize(("active", "stage_rows"), [(1, 4), (3, 4), (100, 4), (1, 1), (2, 0)])
 def test_stages_end_at_the_last_overlay(active: int, stage_rows: int) -> None:
-    ends = stage_ends(100, active, stage_rows)
+    strip, _, _ = keyed(peaked(torch.zeros(1, 100)), stage_rows)
+    ends = strip.stage_ends(active)
     assert ends[-1] == 100
     assert ends == sorted(set(ends))
 
