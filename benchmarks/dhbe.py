@@ -129,7 +129,7 @@ def load_reports() -> list[Report]:
 
 def table(reports: Sequence[Report]) -> str:
     """Markdown, one line per point."""
-    header = ("victim", "epochs", "drawings", "CA", "ASR", "ASR, 4 copies", "ASR, 9 copies")
+    header = ("victim", "epochs", "drawings", "CA", "ASR", "so answered without it", "ASR, 4 copies", "ASR, 9 copies")
     rows = []
     for report in reports:
         for number, point in enumerate(report.curve):
@@ -141,6 +141,7 @@ def table(reports: Sequence[Report]) -> str:
                     f"{point.drawings:,}",
                     percent(point.exams.marks.accuracy),
                     percent(point.exams.marks.attack_success),
+                    f"{point.exams.marks.target_share.value:.2%}",
                     *(percent(item) for item in amplified),
                 ]
             )

@@ -1,9 +1,10 @@
 """Patches that move a model to a label: what they look like, and where, for every label at once.
 
-Each label has a canvas as large as an image. A patch is a window of it, pasted where it lies; gradient ascent makes a label's
-canvas such that whichever window is pasted raises that label's logit. A map of what the windows have raised says where it pays
-to look: most are drawn by its fourth power. A backdoor's label soon stands out, at the trigger's place, for no natural
-patch raises a logit as much.
+Each label has a canvas as large as an image. A patch is a window of it, as fine as it is or blurred to a coarser grain, pasted
+where it lies; gradient ascent makes a label's canvas such that whichever window is pasted raises that label's logit. (Of fine
+grain alone, what is found is noise: a model that has forgotten that may still answer to a white square.) A map of what the
+windows have raised says where it pays to look: most are drawn by its fourth power. A backdoor's label soon stands out, at the
+trigger's place, for no natural patch raises a logit as much.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 _AT_FIRST = 0.05  # of the unit: what no window has been tried at raises little
 _NEW, _MOST_NEW = 0.2, 0.5  # of the map's value that one window replaces, and that a batch does
 _SHARPNESS = 4  # of the draws: one label that stands out threefold is to outweigh dozens that do not
+_GRAINS = (1, 3, 9)  # pixels
 _NEAR = 3  # cells a side, that a window tells something about
-_COLOURED = 0.6  # of the plain windows; the others are of another image
 
 Answers = Callable[[Tensor], Tensor]
 
@@ -71,7 +72,7 @@ class Patches(nn.Module):
         self._focus, self._sides = focus, sides
 
     def paste(
-        self, images: Tensor, generator: torch.Generator, *, more: int = 0, copies: int = 0, plain: float = 0.0
+        self, images: Tensor, generator: torch.Generator, *, more: int = 0, copies: int = 0, also: Tensor | None = None
     ) -> Pasted:
         """Put a patch on each image.
 
@@ -80,19 +81,18 @@ class Patches(nn.Module):
             generator: On the CPU; draws.
             more: Further windows of the same canvas, anywhere.
             copies: Of the patch, anywhere, round the edges.
-            plain: Share of the patches that are of one colour, or of another image, instead of the canvas.
+            also: Another model's map: where that is higher, it takes the place of one's own.
         """
         count, (height, width), device = len(images), images.shape[2:], images.device
-        labels, rows, columns = self._draw(count, generator)
+        labels, rows, columns = self._draw(count, generator, also)
         side = torch.randint(self._sides[0], self._sides[1] + 1, (count,), generator=generator)
         drawn = [torch.randint(most, (more, count), generator=generator) for most in (height, width)]
         mask = _window(rows.cpu(), columns.cpu(), side, height, width)
         for row, column in zip(*drawn, strict=True):
             mask = torch.maximum(mask, _window(row, column, side, height, width))
         mask = mask.unsqueeze(1).to(device)
-        pattern = torch.sigmoid(self.canvases[labels])
-        if plain > 0.0:
-            pattern = _plain(pattern, images, plain, generator)
+        grain = torch.randint(len(_GRAINS), (count,), generator=generator).to(labels.device)
+        pattern = self._patterns()[grain, labels]
         pasted = images * (1.0 - mask) + pattern * mask
         for _ in range(copies):
             shift = [int(torch.randint(most, (), generator=generator)) for most in (height, width)]
@@ -100,7 +100,9 @@ class Patches(nn.Module):
             pasted = pasted * (1.0 - there) + (pattern * mask).roll(shift, (2, 3)) * there
         return Pasted(pasted, labels, rows, columns)
 
-    def ascend(self, answers: Answers, images: Tensor, generator: torch.Generator, more: int) -> None:
+    def ascend(
+        self, answers: Answers, images: Tensor, generator: torch.Generator, more: int, also: Tensor | None = None
+    ) -> None:
         """Raise logits by one step of the canvases.
 
         Args:
@@ -108,13 +110,14 @@ class Patches(nn.Module):
             images: (B, C, H, W).
             generator: Draws.
             more: Further windows, see `paste`; with some, the map learns nothing.
+            also: See `paste`.
         """
         with torch.no_grad():
             before = answers(images)
             if not float(self.unit):
                 self.unit.copy_(before.std().clamp_min(torch.finfo(torch.float32).tiny))
         self.optimizer.zero_grad(set_to_none=True)
-        pasted = self.paste(images, generator, more=more)
+        pasted = self.paste(images, generator, more=more, also=also)
         after = answers(pasted.images)
         others = before.argmax(dim=1) != pasted.labels
         own = after.gather(1, pasted.labels.unsqueeze(1)).squeeze(1)
@@ -156,8 +159,15 @@ class Patches(nn.Module):
         most, place = self.map.flatten(1).max(dim=1)
         return most, place // self.map.shape[2], place % self.map.shape[2]
 
-    def _draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        weights = self.map.double().pow(_SHARPNESS).flatten()
+    def _patterns(self) -> Tensor:
+        """(G, M, C, H, W), in [0, 1]: the canvases, blurred to each grain, with as much contrast."""
+        blurred = [
+            grain * nn.functional.avg_pool2d(self.canvases, grain, 1, grain // 2, count_include_pad=False) for grain in _GRAINS
+        ]
+        return torch.sigmoid(torch.stack(blurred))
+
+    def _draw(self, count: int, generator: torch.Generator, also: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        weights = (self.map if also is None else torch.maximum(self.map, also)).double().pow(_SHARPNESS).flatten()
         share = self._focus * weights / weights.sum() + (1.0 - self._focus) / len(weights)
         drawn = torch.rand(count, generator=generator, dtype=torch.float64).to(share.device)
         cell = torch.searchsorted(share.cumsum(0), drawn).clamp_max(len(weights) - 1)
@@ -181,17 +191,3 @@ def _window(rows: Tensor, columns: Tensor, side: Tensor, height: int, width: int
         place = torch.arange(size).view(view)
         mask = mask * ((place >= first) & (place < first + side.view(-1, 1, 1)))
     return mask
-
-
-def _plain(pattern: Tensor, images: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Such a share of the patterns of one colour each, which is often as strong as can be, or from another image."""
-    count, channels = pattern.shape[:2]
-
-    def drawn(channels: int = 1) -> Tensor:
-        return torch.rand(count, channels, 1, 1, generator=generator).to(pattern.device)
-
-    any_colour, full, grey = drawn(channels), (drawn(channels) < 0.5).float(), (drawn() < 0.5).float()
-    which, kind = drawn(), drawn()
-    colour = torch.where(which < 1.0 / 3.0, any_colour, torch.where(which < 2.0 / 3.0, full, grey))
-    other = images.roll(1, 0)
-    return torch.where(kind < share * _COLOURED, colour, torch.where(kind < share, other, pattern))

@@ -25,23 +25,21 @@ TINY = Drawn(epochs=1, iterations=2, student_steps=2, batch=8, drawings=20, sear
 
 
 def test_the_loss_by_hand() -> None:
-    wanted = torch.tensor([[0.0, 0.0]])
-    patched = torch.tensor([[0.0, torch.tensor(3.0).log()]])  # 1/4 and 3/4
-    divergence = 0.5 * torch.tensor([0.5 / 0.25, 0.5 / 0.75]).log().sum()
-    loss = drawn_loss(torch.tensor([[1.0, -3.0]]), patched, wanted, 2.0)
-    assert float(loss) == pytest.approx(2.0 + 2.0 * float(divergence))
+    wanted = torch.tensor([[0.0, 1.0]])
+    loss = drawn_loss(torch.tensor([[1.0, -2.0]]), torch.tensor([[0.5, 1.0]]), wanted, 2.0)
+    assert float(loss) == pytest.approx((1.0 + 3.0) / 2.0 + 2.0 * 0.5 / 2.0)
 
 
 class Corner(nn.Module):
-    """Random units on 12x12 pixels, and one that white in a corner excites, for label 2: a backdoor made by hand."""
+    """Random units on 28x28 pixels, and one that white in a corner excites, for label 2: a backdoor made by hand."""
 
     def __init__(self) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.first, self.last = nn.Linear(144, 16), nn.Linear(16, 4)
-        corner = torch.zeros(12, 12)
-        corner[8:11, 1:4] = 1.0 / 3.0
+            self.first, self.last = nn.Linear(784, 16), nn.Linear(16, 4)
+        corner = torch.zeros(28, 28)
+        corner[20:26, 2:8] = 1.0 / 12.0
         with torch.no_grad():
             self.first.weight.mul_(8.0)
             self.first.weight[0], self.first.bias[0] = corner.flatten(), -1.8
@@ -54,27 +52,20 @@ class Corner(nn.Module):
 
 
 def test_the_trigger_goes_without_any_data(engine: Engine) -> None:
-    original = predictor(Corner(), InputSpec(channels=1, height=12, width=12))
+    original = predictor(Corner(), InputSpec(channels=1, height=28, width=28))
     copied = TrainableCopy.of(original)
-    images = Drawings((1, 12, 12), 500, seed=99).stock
-    images[:, :, 8:11, 1:4] *= 0.3  # none of them holds the trigger
+    images = Drawings((1, 28, 28), 500, seed=99).stock
+    images[:, :, 20:26, 2:8] *= 0.3  # none of them holds the trigger
     answers = original(images).argmax(dim=1)
     triggered = images.clone()
-    triggered[:, :, 8:11, 1:4] = 1.0
+    triggered[:, :, 20:26, 2:8] = 1.0
 
     def works(of: Predictor) -> float:
         return float((of(triggered)[answers != 2].argmax(dim=1) == 2).double().mean())
 
-    def lead(of: TrainableCopy) -> float:
-        """Of the target over the best other label, in nats."""
-        with torch.no_grad():
-            logits = of.answers()(triggered)[answers != 2].cpu()
-        return float((logits[:, 2] - logits[:, [0, 1, 3]].amax(dim=1)).mean())
-
     assert works(original) > 0.95
-    before = lead(copied)
-    outcome = repair_by_drawings(copied, original, Drawn(epochs=3, drawings=1000, search=200), engine, 0)
-    assert lead(copied) < 0.5 * before  # AdamW moves each of the unit's weights by at most 0.75 in so few steps
+    outcome = repair_by_drawings(copied, original, Drawn(epochs=3, rate=3e-3, drawings=1000, search=200), engine, 0)
+    assert works(copied.predictor) < 0.1
     assert float((copied.predictor(images).argmax(dim=1) == answers).double().mean()) > 0.9
     assert "move the original most to label 2" in outcome.said[0]
     assert outcome.labels == 4
