@@ -39,6 +39,7 @@ moves them as much, and pixels near black or white, such as a sticker's, hardly 
 
 _LOGIT_EDGE = 0.001
 _MOST_LOGIT = 30.0  # beyond it a pixel is black or white, and float32 overflows
+_FULL = 64  # rows: a forward pass of more is hardly faster a row
 _LEAST_CONTRAST = 0.02  # of an overlay, so that noise in a flat one is not blown up
 
 
@@ -116,8 +117,8 @@ class Strip(Detector):
         overlays: (N, C, H, W), float32, clean images in [0, 1], in the order in which they are tried.
         blend: How they are superimposed.
         alpha: The overlay's weight, in (0, 1] for `mix` and over 0 otherwise.
-        stage_rows: Blends in a stage's batch, at least; stages also grow to half of what went before, so that a lone
-            input takes few forward calls.
+        stage_rows: Blends in a stage's batch, at least; stages also grow, to half of what went before, as long as they hold
+            fewer than 64, so that a lone input takes few forward calls.
         name: `strip`, or `strip-BLEND` where a guard has several.
         boundaries: Where it may stop; None for exact early acceptance.
 
@@ -209,11 +210,11 @@ class Strip(Detector):
         return Inspection(at_or_over(evidence.scores, threshold), evidence.scores, evidence.exact, passes)
 
     def _end_of_stage(self, done: int, active: int) -> int:
-        """Overlays tried after the next stage: enough rows to be worth a call, and, where any end will do, growing."""
-        rows, total = -(-self.stage_rows // active), len(self.overlays)
+        """Overlays tried after the next stage: rows that are worth a call, and where any end will do, till it is full."""
+        rows, total = max(1, -(-self.stage_rows // active)), len(self.overlays)
         if self.boundaries is not None:
-            return next((end for end in self.boundaries.ends if end >= done + max(rows, 1)), total)
-        return min(total, done + max(rows, done // 2, 1))
+            return next((end for end in self.boundaries.ends if end >= done + rows), total)
+        return min(total, done + max(rows, min(done // 2, _FULL // active)))
 
     def stage_ends(self, active: int = 1) -> list[int]:
         """How many overlays have been tried after each stage, while so many images remain."""

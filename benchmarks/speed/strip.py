@@ -1,0 +1,212 @@
+"""Inputs inspected per second: STRIP here, exact and sequential, against STRIP as others run it, at N = 100.
+
+    python -m benchmarks.speed.strip measure --all    # on an idle machine
+    python -m benchmarks.speed.strip table
+
+All of them run the same ONNX session with two threads, on the same clean images of the evaluation part, in turn, several times
+over: figures are medians, and ratios are of one round each. FAR is at a false rejection rate of 1%, each with a threshold from
+the same images of the defender's part, so that a fast one that sees less is told from one that is as good.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.datasets import Parts
+from benchmarks.entry import enter
+from benchmarks.plans import Plan
+from benchmarks.reports import load_results, markdown, percent, run, versions
+from benchmarks.roster import REPORTED
+from benchmarks.speed.rivals import RIVALS, Pixels
+from benchmarks.strip import Probe, as_onnx, evaluation_images, shuffled
+from benchmarks.victims import CACHE, bars, name_of, victim
+from calibration import Calibration, PassesChoice, Settings, calibrate
+from calibration.statistics import Estimate, proportion
+from calibration.thresholds import set_threshold
+from guard.predictors.onnx import OnnxBackend
+
+TIMED: Mapping[str, Plan] = {name: REPORTED[name] for name in ("mnist-a", "gtsrb-b", "cifar10-c")}
+_OURS: tuple[PassesChoice, ...] = ("exact", "sequential")
+_OVERLAYS, _FRR, _ROUNDS, _BATCH, _THREADS = 100, 0.01, 5, 32, 2
+_DEFENDER, _SETTING = 2_500, 400  # clean images to calibrate ours, and, less the overlays, a rival's threshold
+_TIMED, _TRIGGERED = 128, 200
+
+
+class Speed(msgspec.Struct, frozen=True, kw_only=True):
+    """One way to run STRIP.
+
+    Attributes:
+        name: Which.
+        per_second: Clean inputs inspected.
+        of_bare: The time of the model's own answers to the same inputs that it takes beside them, as a multiple.
+        passes: Mean, of clean inputs.
+        far: Of attacks that succeed unguarded, accepted.
+    """
+
+    name: str
+    per_second: float
+    of_bare: float
+    passes: float
+    far: Estimate
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """One victim.
+
+    Attributes:
+        name: Of the victim.
+        command: That made this.
+        plan: What was trained.
+        speeds: Ours and the others'.
+        libraries: Versions.
+    """
+
+    name: str
+    command: str
+    plan: Plan
+    speeds: list[Speed]
+    libraries: dict[str, str]
+
+
+def measure(name: str, parts: Parts, cache: Path = CACHE) -> Report:
+    """Measure one victim."""
+    torch.set_num_threads(_THREADS)
+    plan = TIMED[name]
+    with bars() as progress:
+        found = victim(plan, parts, cache, progress)
+        as_onnx(found, parts, cache)
+        backend = OnnxBackend.load(cache / f"{name_of(plan)}.onnx", threads=_THREADS)
+        defender = shuffled(parts.defender, 0).select(torch.arange(_DEFENDER))
+        probe = evaluation_images(found, parts, _TIMED, _TRIGGERED)
+        made = {choice: calibrate(backend, defender, Settings(passes=choice), progress=progress) for choice in _OURS}
+    predictor = made["exact"].predictor
+
+    def predict(batch: Pixels) -> Pixels:
+        answers: Pixels = predictor(torch.from_numpy(batch)).numpy()
+        return answers
+
+    clean, triggered = probe.clean.images(slice(None)), _successful(probe, predict)
+    aside, setting = defender.images(slice(0, _OVERLAYS)).numpy(), defender.images(slice(_OVERLAYS, _SETTING)).numpy()
+    ways: dict[str, Callable[[], object]] = {"the bare model": lambda: [predictor(part) for part in clean.split(_BATCH)]}
+    for choice, calibration in made.items():
+        ways[choice] = partial(_passes, calibration, clean)
+    for rival, method in RIVALS.items():
+        ways[rival] = partial(_in_batches, method, predict, clean.numpy(), aside)
+    seconds = _timed(ways)
+    speeds = []
+    for way, calibration in ((choice, made[choice]) for choice in _OURS):
+        accepted = sum(int((~_inspected(calibration, part)).sum()) for part in triggered.split(_BATCH))
+        speeds.append(_speed(way, seconds, _passes(calibration, clean), proportion(accepted, len(triggered))))
+    for rival, method in RIVALS.items():
+        limit = np.float32(set_threshold(-method(predict, setting, aside).astype(np.float32), _FRR).value)
+        scores = -_in_batches(method, predict, triggered.numpy(), aside).astype(np.float32)
+        speeds.append(_speed(rival, seconds, _OVERLAYS, proportion(int((scores < limit).sum()), len(scores))))
+    return Report(
+        name=name,
+        command=f"python -m benchmarks.speed.strip measure --name {name}",
+        plan=plan,
+        speeds=speeds,
+        libraries=versions(),
+    )
+
+
+def _successful(probe: Probe, predict: Callable[[Pixels], Pixels]) -> torch.Tensor:
+    images = probe.triggered.images(slice(None))
+    answers = torch.from_numpy(predict(images.numpy())).argmax(dim=1)
+    return images[answers == probe.targets]
+
+
+def _timed(ways: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Seconds of each, round by round, after one that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(_ROUNDS + 1):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def _speed(name: str, seconds: Mapping[str, list[float]], passes: float, far: Estimate) -> Speed:
+    bare = zip(seconds[name], seconds["the bare model"], strict=True)
+    return Speed(
+        name=name,
+        per_second=_TIMED / statistics.median(seconds[name]),
+        of_bare=statistics.median(ours / theirs for ours, theirs in bare),
+        passes=passes,
+        far=far,
+    )
+
+
+def _passes(made: Calibration, images: torch.Tensor) -> float:
+    strip, threshold = made.strips[0], made.thresholds[0].value
+    return sum(int(strip.inspect(part, threshold).passes.sum()) for part in images.split(_BATCH)) / len(images)
+
+
+def _inspected(made: Calibration, images: torch.Tensor) -> torch.Tensor:
+    return made.strips[0].inspect(images, made.thresholds[0].value).exceeds
+
+
+def _in_batches(
+    method: Callable[[Callable[[Pixels], Pixels], Pixels, Pixels], NDArray[np.float64]],
+    predict: Callable[[Pixels], Pixels],
+    images: Pixels,
+    overlays: Pixels,
+) -> NDArray[np.float64]:
+    return np.concatenate(
+        [method(predict, images[start : start + _BATCH], overlays) for start in range(0, len(images), _BATCH)]
+    )
+
+
+def load_reports() -> list[Report]:
+    """The committed results, in the order of `TIMED`."""
+    return load_results("speed_strip", list(TIMED), Report)
+
+
+def table(reports: Sequence[Report]) -> str:
+    """Markdown: how many times as many inputs a second as each of the others."""
+    header = (
+        "victim",
+        "STRIP",
+        "inputs/s",
+        "of the bare model's time",
+        "passes",
+        "FAR",
+        "exact is faster",
+        "sequential is faster",
+    )
+    rows = []
+    for report in reports:
+        ours = {item.name: item.per_second for item in report.speeds if item.name in _OURS}
+        for number, item in enumerate(report.speeds):
+            rows.append(
+                [
+                    report.name if number == 0 else "",
+                    item.name,
+                    f"{item.per_second:.0f}",
+                    f"{item.of_bare:.1f}",
+                    f"{item.passes:.1f}",
+                    percent(item.far),
+                    *(f"{speed / item.per_second:.1f} times" for speed in ours.values()),
+                ]
+            )
+    return markdown(header, rows)
+
+
+def main() -> int:
+    """Run from the command line."""
+    return run("speed_strip", __doc__, TIMED, Report, measure, table)
+
+
+if __name__ == "__main__":
+    enter(main)
