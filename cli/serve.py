@@ -28,6 +28,14 @@ def serve(
     on_error: Annotated[
         Literal["reject", "accept"] | None, typer.Option(help="When the guard fails.", show_default="the profile's")
     ] = None,
+    latency_budget: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="That detectors may take; what is undecided then is treated like an error.",
+            show_default="no bound",
+        ),
+    ] = None,
     quarantine: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep copies of suspicious images there.")] = None,
     max_bytes: Annotated[int, typer.Option(min=1, help="Of one encoded image.")] = Limits().max_bytes,
     max_pixels: Annotated[int, typer.Option(min=1, help="Of one image, by its header.")] = Limits().max_pixels,
@@ -52,7 +60,11 @@ def serve(
     model = name or profile.absolute().name
     limits = Limits(max_bytes=max_bytes, max_pixels=max_pixels)
     settings, _ = load_profile(profile)
-    policy = Policy(mode=mode or settings.policy.mode, on_error=on_error or settings.policy.on_error)
+    policy = Policy(
+        mode=mode or settings.policy.mode,
+        on_error=on_error or settings.policy.on_error,
+        latency_budget=settings.policy.latency_budget if latency_budget is None else latency_budget,
+    )
     if engine == "asgi":
         _serve_asgi(profile, model, host, port, policy, limits, quarantine, expose_scores, device)
         return
@@ -63,6 +75,7 @@ def serve(
     extra: dict[str, object] = {
         "mode": policy.mode,
         "on_error": policy.on_error,
+        **({} if policy.latency_budget is None else {"latency_budget": policy.latency_budget}),
         "max_bytes": limits.max_bytes,
         "max_pixels": limits.max_pixels,
         "expose_scores": expose_scores,

@@ -7,6 +7,7 @@ import logging
 import math
 import secrets
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,10 +131,12 @@ class Guard:
         """
         self.predictor.spec.check(images)
         images = images.to(self.device)
-        verdicts = self._judge(images)
-        if len(images) > 1 and any(verdict.failed for verdict in verdicts):
+        deadline = None if self.policy.latency_budget is None else time.monotonic() + self.policy.latency_budget
+        verdicts = self._judge(images, deadline)
+        if len(images) > 1 and any(_worth_another_look(verdict) for verdict in verdicts):
             verdicts = [  # one bad image must not take its neighbours down
-                self._judge(images[row : row + 1])[0] if verdict.failed else verdict for row, verdict in enumerate(verdicts)
+                self._judge(images[row : row + 1], deadline)[0] if _worth_another_look(verdict) else verdict
+                for row, verdict in enumerate(verdicts)
             ]
         return tuple(self._store(image, verdict) for image, verdict in zip(images, verdicts, strict=True))
 
@@ -190,8 +193,8 @@ class Guard:
         with self._generator_lock:
             return self.preprocessor(images, self._generator)
 
-    def _judge(self, images: Tensor) -> list[Verdict]:
-        inspections = [_inspect(calibrated, images) for calibrated in self.detectors]
+    def _judge(self, images: Tensor, deadline: float | None) -> list[Verdict]:
+        inspections = [_inspect(calibrated, images, deadline) for calibrated in self.detectors]
         try:
             probabilities = self.answer(images).cpu()
         except Exception as error:  # fail closed: whatever went wrong, there is no answer to give out
@@ -209,7 +212,9 @@ class Guard:
         answered = bool(torch.isfinite(probabilities).all())
         label = int(probabilities.argmax()) if answered else None
         suspicious = any(finding.suspicious for finding in findings)
-        accepted, reason = self._decide(answered, suspicious, any(not math.isfinite(item.score) for item in findings))
+        undecided = [finding for finding in findings if not math.isfinite(finding.score)]
+        late = bool(undecided) and all(finding.late for finding in undecided)
+        accepted, reason = self._decide(answered, suspicious, bool(undecided), "out-of-time" if late else "guard-failed")
         with_probabilities = answered and not self.predictor.labels_only
         return Verdict(
             accepted=accepted,
@@ -222,13 +227,13 @@ class Guard:
             findings=findings,
         )
 
-    def _decide(self, answered: bool, suspicious: bool, undecided: bool) -> tuple[bool, Reason | None]:
+    def _decide(self, answered: bool, suspicious: bool, undecided: bool, why: Reason) -> tuple[bool, Reason | None]:
         if not answered:
             return False, "model-failed"
         if suspicious and self.policy.mode == "enforce":
             return False, "backdoor-suspected"
         if undecided:
-            return self.policy.mode == "monitor" or self.policy.on_error == "accept", "guard-failed"
+            return self.policy.mode == "monitor" or self.policy.on_error == "accept", why
         return True, None
 
     def _store(self, image: Tensor, verdict: Verdict) -> Verdict:
@@ -246,10 +251,15 @@ class Guard:
         return verdict if stored is None else msgspec.structs.replace(verdict, quarantined=stored)
 
 
-def _inspect(calibrated: CalibratedDetector, images: Tensor) -> Inspection:
+def _worth_another_look(verdict: Verdict) -> bool:
+    return verdict.failed and verdict.reason != "out-of-time"
+
+
+def _inspect(calibrated: CalibratedDetector, images: Tensor, deadline: float | None) -> Inspection:
     """A detector that raises has found nothing: every score is NaN, and the policy decides."""
+    detector, threshold = calibrated.detector, calibrated.threshold
     try:
-        found = calibrated.detector.inspect(images, calibrated.threshold)
+        found = detector.inspect(images, threshold) if deadline is None else detector.inspect_by(images, threshold, deadline)
         if any(len(part) != len(images) for part in (found.exceeds, found.scores, found.exact, found.passes)):
             raise ValueError(f"expected {len(images)} results, got {len(found.scores)}")
         return found
@@ -269,6 +279,7 @@ def _finding(calibrated: CalibratedDetector, found: Inspection, row: int) -> Fin
         exact=bool(found.exact[row]),
         suspicious=bool(found.exceeds[row]) and math.isfinite(score),
         passes=int(found.passes[row]),
+        late=found.late is not None and bool(found.late[row]),
     )
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import msgspec
 
-Reason = Literal["backdoor-suspected", "guard-failed", "model-failed"]
+from guard.errors import InputError
+
+Reason = Literal["backdoor-suspected", "guard-failed", "out-of-time", "model-failed"]
 
 _METHODS = ("strip", "feature-squeezing", "activation-filter")
 
@@ -17,10 +20,23 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     Args:
         mode: `enforce` rejects suspicious inputs; `monitor` never blocks and records what it would have done.
         on_error: What happens to an input that the guard could not judge: `reject` (fail closed) or `accept`.
+        latency_budget: Seconds from when the guard gets a batch, after which detectors begin nothing more; an input that is
+            undecided then could not be judged. None for no bound.
+
+    Raises:
+        InputError: A budget that is no time.
     """
 
     mode: Literal["enforce", "monitor"] = "enforce"
     on_error: Literal["reject", "accept"] = "reject"
+    latency_budget: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what would judge nothing."""
+        if self.latency_budget is not None and not 0.0 < self.latency_budget < math.inf:
+            raise InputError(
+                f"expected a latency budget of more than 0 seconds, got {self.latency_budget:g}: leave it out for none"
+            )
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,6 +49,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
         exact: False where the detector stopped early: the score is a bound, on the side of the threshold where it lies.
         suspicious: The score reached the threshold.
         passes: Forward passes of the detector's model spent on this image.
+        late: The score is NaN because time was up.
     """
 
     detector: str
@@ -41,6 +58,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     exact: bool
     suspicious: bool
     passes: int
+    late: bool = False
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,8 +93,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def failed(self) -> bool:
-        """True when the guard or the model failed, rather than finding something."""
-        return self.reason in ("guard-failed", "model-failed")
+        """True when the guard or the model failed, or had no time, rather than finding something."""
+        return self.reason in ("guard-failed", "out-of-time", "model-failed")
 
     @property
     def rejected_by(self) -> str | None:

@@ -15,10 +15,13 @@ REJECTIONS = "guard_rejections_total"
 """Counter by `detector`."""
 
 ENTROPY = "guard_entropy_bits"
-"""Histogram by `detector` of STRIP's entropy, in bits; a lower bound for inputs accepted early."""
+"""Histogram by `detector` of STRIP's entropy, in bits; a bound for inputs whose verdict was certain early."""
 
 PASSES = "guard_forward_passes_total"
 """Counter of the forward passes that detectors spent."""
+
+OUT_OF_TIME = "guard_out_of_time_total"
+"""Counter of requests that the latency budget left undecided; they are also counted as failed, or as unjudged."""
 
 SECONDS = "guard_seconds"
 """Histogram of the seconds that decoding and guarding took per request."""

@@ -34,7 +34,7 @@ class PrometheusMetrics:
         )
         self._entropy = Histogram(
             names.ENTROPY,
-            "STRIP's entropy in bits, by detector; a lower bound for inputs accepted early.",
+            "STRIP's entropy in bits, by detector; a bound for inputs whose verdict was certain early.",
             (*model, "detector"),
             buckets=names.ENTROPY_BUCKETS,
             registry=self.registry,
@@ -46,6 +46,9 @@ class PrometheusMetrics:
             model,
             buckets=names.SECONDS_BUCKETS,
             registry=self.registry,
+        )
+        self._late = Counter(
+            names.OUT_OF_TIME, "Requests that the latency budget left undecided.", model, registry=self.registry
         )
         self._lost = Counter(
             names.QUARANTINE_FAILURES, "Suspicious images that could not be stored.", model, registry=self.registry
@@ -59,7 +62,7 @@ class PrometheusMetrics:
             self._rejections.labels(model, calibrated.detector.name)
             if method_of(calibrated.detector.name) == "strip":
                 self._entropy.labels(model, calibrated.detector.name)
-        for metric in (self._passes, self._seconds, self._lost):
+        for metric in (self._passes, self._seconds, self._late, self._lost):
             metric.labels(model)
 
     def observe(self, outcome: Outcome, model: str = "default") -> None:
@@ -77,6 +80,7 @@ class PrometheusMetrics:
             self._entropy.labels(model, detector).observe(entropy)
         if outcome.verdict is not None:
             self._passes.labels(model).inc(outcome.verdict.passes)
+            self._late.labels(model).inc(outcome.verdict.reason == "out-of-time")
             if outcome.kind == "rejected" and outcome.verdict.rejected_by is not None:
                 self._rejections.labels(model, outcome.verdict.rejected_by).inc()
 

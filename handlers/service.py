@@ -56,7 +56,7 @@ class Outcome:
 
     @property
     def entropy(self) -> float | None:
-        """STRIP's entropy in bits, where it ran and answered; a lower bound where it stopped early.
+        """STRIP's entropy in bits, where it ran and answered; a bound where it stopped early.
 
         Of several, that of the first that fired; where none did, of the first.
         """

@@ -33,6 +33,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         quarantine_max_bytes: Bytes kept there.
         mode: Replaces the profile's.
         on_error: Replaces the profile's.
+        latency_budget: Seconds; replaces the profile's.
         max_bytes: Size of one encoded image.
         max_pixels: Width times height.
         expose_scores: Put detector scores into answers.
@@ -43,6 +44,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     quarantine_max_bytes: _Positive = 1024**3
     mode: Literal["enforce", "monitor"] | None = None
     on_error: Literal["reject", "accept"] | None = None
+    latency_budget: Annotated[float, msgspec.Meta(gt=0.0)] | None = None
     max_bytes: _Positive = Limits().max_bytes
     max_pixels: _Positive = Limits().max_pixels
     expose_scores: bool = False
@@ -85,7 +87,7 @@ def load_service(context: Context, *, with_preprocessor: bool = True) -> ImageSe
             "expected a profile without a preprocessor for a handler that preprocesses by itself, got one with GYM's: "
             "calibrate without one, or serve it with GuardHandler"
         )
-    replaced = {name: value for name in ("mode", "on_error") if (value := getattr(options, name)) is not None}
+    replaced = {name: value for name in ("mode", "on_error", "latency_budget") if (value := getattr(options, name)) is not None}
     quarantine = None
     if options.quarantine is not None:
         quarantine = Quarantine(options.quarantine, options.quarantine_max_items, options.quarantine_max_bytes)

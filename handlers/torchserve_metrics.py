@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, final
 
-from handlers.metrics import ENTROPY, OUTCOMES, PASSES, QUARANTINE_FAILURES, REJECTIONS, REQUESTS, SECONDS
+from handlers.metrics import ENTROPY, OUT_OF_TIME, OUTCOMES, PASSES, QUARANTINE_FAILURES, REJECTIONS, REQUESTS, SECONDS
 from handlers.service import Outcome
 
 
@@ -46,6 +46,7 @@ class TorchServeMetrics:
         for detector in detectors:
             self._add(REJECTIONS, self._counter, "count", 0, detector=detector)
         self._add(PASSES, self._counter, "count", 0)
+        self._add(OUT_OF_TIME, self._counter, "count", 0)
         self._add(QUARANTINE_FAILURES, self._counter, "count", 0)
 
     def observe(self, outcome: Outcome) -> None:
@@ -54,6 +55,8 @@ class TorchServeMetrics:
         self._add(SECONDS, self._histogram, "s", outcome.seconds)
         if outcome.verdict is not None:
             self._add(PASSES, self._counter, "count", outcome.verdict.passes)
+            if outcome.verdict.reason == "out-of-time":
+                self._add(OUT_OF_TIME, self._counter, "count", 1)
             if outcome.kind == "rejected" and outcome.verdict.rejected_by is not None:
                 self._add(REJECTIONS, self._counter, "count", 1, detector=outcome.verdict.rejected_by)
         for detector, entropy in outcome.entropies.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -19,12 +20,14 @@ class Inspection:
             from below of what does.
         exact: (B,), bool: the score is the full evaluation's.
         passes: (B,), int64: the model's forward passes spent on each image.
+        late: (B,), bool: the deadline came before the verdict; the score is NaN, and exceeds.
     """
 
     exceeds: Tensor
     scores: Tensor
     exact: Tensor
     passes: Tensor
+    late: Tensor | None = None
 
 
 class Detector(ABC):
@@ -49,6 +52,22 @@ class Detector(ABC):
     @abstractmethod
     def inspect(self, images: Tensor, threshold: float) -> Inspection:
         """Compare with a threshold, as cheaply as the same answer allows."""
+
+    def inspect_by(self, images: Tensor, threshold: float, deadline: float) -> Inspection:
+        """`inspect`, but begin nothing that would end later.
+
+        Args:
+            images: (B, C, H, W), float32, in [0, 1].
+            threshold: On the score.
+            deadline: On `time.monotonic`'s clock.
+
+        Returns:
+            What was found; where time was up before the verdict, `late`.
+        """
+        if time.monotonic() < deadline:
+            return self.inspect(images, threshold)
+        no = torch.zeros(len(images), dtype=torch.bool)
+        return Inspection(~no, torch.full((len(images),), torch.nan), no, no.to(torch.int64), ~no)
 
     def exceeds(self, images: Tensor, threshold: float) -> Tensor:
         """(B,), bool: exactly `score(images) >= threshold`, with scores that are not finite counted as exceeding."""

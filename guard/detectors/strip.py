@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 from dataclasses import dataclass
 from typing import Literal, final, get_args
 
@@ -191,6 +192,15 @@ class Strip(Detector):
             images: (B, C, H, W), in [0, 1].
             threshold: On the score: minus bits.
         """
+        return self._inspect(images, threshold, _Clock(math.inf))
+
+    def inspect_by(self, images: Tensor, threshold: float, deadline: float) -> Inspection:
+        """See `Detector`; how long a stage takes is told by those before."""
+        if self.predictor.labels_only:
+            return super().inspect_by(images, threshold, deadline)
+        return self._inspect(images, threshold, _Clock(deadline))
+
+    def _inspect(self, images: Tensor, threshold: float, clock: _Clock) -> Inspection:
         total = len(self.overlays)
         batch = len(images)
         if self.predictor.labels_only:
@@ -203,11 +213,15 @@ class Strip(Detector):
         done = 0
         while done < total and len(active):
             end = self._end_of_stage(done, len(active))
+            if not clock.allows((end - done) * len(active)):
+                break
             answers = self._answers(images[active.to(images.device)], self.layers[done:end])
             evidence.add(active, entropy_bits(answers))
             passes[active] = done = end
             active = torch.nonzero(evidence.undecided).squeeze(1)
-        return Inspection(at_or_over(evidence.scores, threshold), evidence.scores, evidence.exact, passes)
+        late = evidence.undecided & (passes < total)
+        scores = evidence.scores.masked_fill(late, torch.nan)
+        return Inspection(at_or_over(scores, threshold), scores, evidence.exact & ~late, passes, late)
 
     def _end_of_stage(self, done: int, active: int) -> int:
         """Overlays tried after the next stage: rows that are worth a call, and where any end will do, till it is full."""
@@ -237,3 +251,16 @@ class Strip(Detector):
             ]
             parts.append(torch.cat(columns, dim=1))
         return torch.cat(parts).cpu()
+
+
+class _Clock:
+    """Whether there is time for so many rows, by what those before took."""
+
+    def __init__(self, deadline: float) -> None:
+        self._deadline, self._began, self._rows = deadline, time.monotonic(), 0
+
+    def allows(self, rows: int) -> bool:
+        """Ask before a stage."""
+        now, before = time.monotonic(), self._rows
+        self._rows += rows
+        return now + (rows * (now - self._began) / before if before else 0.0) < self._deadline

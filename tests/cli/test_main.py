@@ -12,6 +12,7 @@ import pytest
 from cli import main
 from guard import __version__
 from tests.cli.conftest import Command, Files
+from tests.toy import save_toy_profile
 
 COMMANDS = (
     "demo", "calibrate", "red-team", "repair", "check", "evaluate", "export", "serve", "roll-out", "edge", "quarantine",
@@ -125,3 +126,8 @@ def test_a_reader_that_leaves_is_no_verdict() -> None:
         problem = running.stderr.read()
     assert running.returncode == 128 + signal.SIGPIPE
     assert problem == ""
+
+
+def test_a_server_without_any_time_is_not_started(tmp_path: Path, guard: Command) -> None:
+    run = guard("serve", save_toy_profile(tmp_path / "toy"), "--latency-budget", 0)
+    assert run.problem == "guard: expected a latency budget of more than 0 seconds, got 0: leave it out for none"

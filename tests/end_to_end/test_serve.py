@@ -59,7 +59,7 @@ def test_it_answers_and_a_signal_ends_it_all(tmp_path: Path, engine: str, sign: 
     if engine == "torchserve" and shutil.which("java") is None:
         pytest.skip("TorchServe needs Java")
     port = free_port()
-    options = ["--engine", engine, "--port", str(port), "--quarantine", str(tmp_path / "q")]
+    options = ["--engine", engine, "--port", str(port), "--quarantine", str(tmp_path / "q"), "--latency-budget", "30"]
     log = tmp_path / "log"
     with log.open("wb") as stream:
         command = [*COMMAND, str(save_toy_profile(tmp_path / "toy")), *options]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from prometheus_client import REGISTRY
@@ -10,6 +11,7 @@ from guard import Policy, Quarantine
 from handlers import metrics as names
 from handlers.metrics import Metrics
 from handlers.prometheus import PrometheusMetrics
+from handlers.service import OutcomeKind
 from tests.handlers.toy_service import clean, toy_guard, toy_pair, toy_service, triggered
 
 
@@ -58,6 +60,20 @@ def test_what_monitor_mode_lets_through_is_suspicious_and_no_rejection() -> None
     metrics.observe(toy_service(toy_guard(Policy(mode="monitor")))([triggered()])[0])
     assert value(metrics, names.REQUESTS, outcome="suspicious") == 1
     assert value(metrics, names.REJECTIONS, detector="strip") is None
+
+
+@pytest.mark.parametrize(("on_error", "status", "kind"), [("reject", 503, "failed"), ("accept", 200, "unjudged")])
+def test_a_request_that_time_was_too_short_for_is_counted(
+    on_error: Literal["reject", "accept"], status: int, kind: OutcomeKind
+) -> None:
+    metrics, service = PrometheusMetrics(), toy_service(toy_guard(Policy(on_error=on_error, latency_budget=1e-9)))
+    metrics.prepare("default", service)
+    assert value(metrics, names.OUT_OF_TIME) == 0
+    for outcome in service([clean(0), triggered()]):
+        metrics.observe(outcome)
+        assert (outcome.answer.status, outcome.kind) == (status, kind)
+        assert outcome.answer.body.get("reason") == ("out-of-time" if status == 503 else None)
+    assert value(metrics, names.OUT_OF_TIME) == value(metrics, names.REQUESTS, outcome=kind) == 2
 
 
 def test_a_lost_quarantine_image_is_counted(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from guard import Guard, Quarantine, load_profile
 from guard.detectors import Blend
+from guard.errors import GuardError
 from guard.predictors.screening import file_sha256
 from guard.preprocessors import Gym
 from guard.profile import save_profile
@@ -118,6 +119,14 @@ def test_monitor_mode_and_scores_are_the_operators_choice(profile: Path) -> None
     context = started(handler, profile, {"mode": "monitor", "on_error": "accept", "expose_scores": True})
     (reply,) = ask(handler, context, triggered())
     assert (reply.status, list(reply.body["scores"])) == (200, ["strip"])
+
+
+def test_a_latency_budget_is_the_operators_choice(profile: Path) -> None:
+    handler = GuardHandler()
+    (reply,) = ask(handler, started(handler, profile, {"latency_budget": 1e-9}), clean())
+    assert (reply.status, reply.body["reason"]) == (503, "out-of-time")
+    with pytest.raises(GuardError, match="latency_budget"):
+        Options.read({"guard": {"latency_budget": 0}})
 
 
 def test_suspicious_images_are_kept(profile: Path, tmp_path: Path) -> None:
