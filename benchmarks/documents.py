@@ -29,6 +29,7 @@ from benchmarks import (
     strip,
 )
 from benchmarks.entry import enter
+from benchmarks.speed import strip as speed_strip
 from guard.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -63,6 +64,7 @@ QUOTED = (
     Quoted("docs/victims.md", _of(passes.load_reports, passes.table)),
     Quoted("docs/victims.md", _of(fixed.load_reports, fixed.table)),
     Quoted("docs/victims.md", _of(red_team.load_reports, red_team.table)),
+    Quoted("docs/speed.md", _of(speed_strip.load_reports, speed_strip.table)),
     Quoted("docs/repair.md", _of(codefend.load_reports, codefend.table)),
     Quoted("docs/repair.md", _of(gym.load_reports, gym.table)),
     Quoted("docs/repair.md", _of(gym.load_reports, gym.few_table)),

@@ -1,0 +1,35 @@
+"""Committed figures of sequential passes: a few passes each, and as many triggers found on victims that STRIP sees."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import passes
+
+REPORTS = passes.load_reports()
+SEEN = [report for report in REPORTS if report.figures[0].far is not None and report.figures[0].far.value <= 0.01]
+MOST = {"mnist": 4.0, "gtsrb": 10.0, "cifar10": 10.0}
+"""Mean passes of a clean input."""
+
+
+def test_there_are_victims_of_every_set() -> None:
+    assert {report.plan.images for report in SEEN} == set(MOST)
+
+
+@pytest.mark.parametrize("report", REPORTS, ids=lambda report: report.name)
+def test_few_passes_for_clean_inputs_at_the_rate_asked_for(report: passes.Report) -> None:
+    exact, sequential = report.figures
+    assert sequential.passes == "sequential"
+    assert sequential.clean_passes <= MOST[report.plan.images]
+    assert sequential.clean_passes < exact.clean_passes
+    assert sequential.frr.low <= 0.0125  # the threshold's own spread, and frames of one sign that stand or fall together
+
+
+@pytest.mark.parametrize("report", SEEN, ids=lambda report: report.name)
+def test_few_passes_for_triggered_inputs_and_as_many_of_them_found(report: passes.Report) -> None:
+    exact, sequential = report.figures
+    assert exact.far is not None
+    assert sequential.far is not None
+    assert sequential.triggered_passes is not None
+    assert sequential.triggered_passes <= 16.0
+    assert sequential.far.value <= exact.far.value + 0.005
