@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from guard.detectors.detector import Detector, Inspection
+from guard.detectors.strip import Strip
 from guard.errors import CalibrationError, InputError, ModelError, RejectedError, one_line
 from guard.images import Array
 from guard.predictors.predictor import Predictor
@@ -87,6 +88,7 @@ class Guard:
         self.quarantine = quarantine
         self._generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
         self._generator_lock = threading.Lock()
+        self._rider = self._with_room_for_the_answer()
 
     @classmethod
     def load(
@@ -193,10 +195,21 @@ class Guard:
         with self._generator_lock:
             return self.preprocessor(images, self._generator)
 
+    def _with_room_for_the_answer(self) -> CalibratedDetector | None:
+        """A STRIP over the very model that answers, without a preprocessor: its first batch may answer as well."""
+        if self.preprocessor is not None:
+            return None
+        found = (
+            item for item in self.detectors if isinstance(item.detector, Strip) and item.detector.predictor is self.predictor
+        )
+        return next(found, None)
+
     def _judge(self, images: Tensor, deadline: float | None) -> list[Verdict]:
-        inspections = [_inspect(calibrated, images, deadline) for calibrated in self.detectors]
+        inspections = [_inspect(calibrated, images, deadline, calibrated is self._rider) for calibrated in self.detectors]
         try:
-            probabilities = self.answer(images).cpu()
+            probabilities = next((found.answers for found in inspections if found.answers is not None), None)
+            if probabilities is None:
+                probabilities = self.answer(images).cpu()
         except Exception as error:  # fail closed: whatever went wrong, there is no answer to give out
             logger.exception("the model failed: %s", one_line(error))
             probabilities = torch.full((len(images), self.predictor.num_classes), torch.nan)
@@ -255,11 +268,16 @@ def _worth_another_look(verdict: Verdict) -> bool:
     return verdict.failed and verdict.reason != "out-of-time"
 
 
-def _inspect(calibrated: CalibratedDetector, images: Tensor, deadline: float | None) -> Inspection:
+def _inspect(calibrated: CalibratedDetector, images: Tensor, deadline: float | None, answering: bool) -> Inspection:
     """A detector that raises has found nothing: every score is NaN, and the policy decides."""
     detector, threshold = calibrated.detector, calibrated.threshold
     try:
-        found = detector.inspect(images, threshold) if deadline is None else detector.inspect_by(images, threshold, deadline)
+        if answering and isinstance(detector, Strip):
+            found = detector.inspect_and_answer(images, threshold, math.inf if deadline is None else deadline)
+        elif deadline is None:
+            found = detector.inspect(images, threshold)
+        else:
+            found = detector.inspect_by(images, threshold, deadline)
         if any(len(part) != len(images) for part in (found.exceeds, found.scores, found.exact, found.passes)):
             raise ValueError(f"expected {len(images)} results, got {len(found.scores)}")
         return found

@@ -21,6 +21,7 @@ class Inspection:
         exact: (B,), bool: the score is the full evaluation's.
         passes: (B,), int64: the model's forward passes spent on each image.
         late: (B,), bool: the deadline came before the verdict; the score is NaN, and exceeds.
+        answers: (B, M), the model's probabilities for the images themselves, where they rode along.
     """
 
     exceeds: Tensor
@@ -28,6 +29,7 @@ class Inspection:
     exact: Tensor
     passes: Tensor
     late: Tensor | None = None
+    answers: Tensor | None = None
 
 
 class Detector(ABC):

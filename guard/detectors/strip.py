@@ -200,7 +200,13 @@ class Strip(Detector):
             return super().inspect_by(images, threshold, deadline)
         return self._inspect(images, threshold, _Clock(deadline))
 
-    def _inspect(self, images: Tensor, threshold: float, clock: _Clock) -> Inspection:
+    def inspect_and_answer(self, images: Tensor, threshold: float, deadline: float = math.inf) -> Inspection:
+        """`inspect_by`; the images themselves ride in the first stage's batch, for their `answers`, which are no passes."""
+        if self.predictor.labels_only:
+            return self.inspect_by(images, threshold, deadline)
+        return self._inspect(images, threshold, _Clock(deadline), riding=True)
+
+    def _inspect(self, images: Tensor, threshold: float, clock: _Clock, *, riding: bool = False) -> Inspection:
         total = len(self.overlays)
         batch = len(images)
         if self.predictor.labels_only:
@@ -210,18 +216,21 @@ class Strip(Detector):
         evidence = Evidence(batch, total, self.boundaries, threshold)
         passes = torch.zeros(batch, dtype=torch.int64)
         active = torch.arange(batch)
-        done = 0
+        done, own = 0, None
         while done < total and len(active):
             end = self._end_of_stage(done, len(active))
             if not clock.allows((end - done) * len(active)):
                 break
-            answers = self._answers(images[active.to(images.device)], self.layers[done:end])
+            chosen = images if len(active) == batch else images[active.to(images.device)]
+            answers = self._answers(chosen, self.layers[done:end], riding=riding and not done)
+            if riding and not done:
+                own, answers = answers[:, 0], answers[:, 1:]
             evidence.add(active, entropy_bits(answers))
             passes[active] = done = end
             active = torch.nonzero(evidence.undecided).squeeze(1)
         late = evidence.undecided & (passes < total)
         scores = evidence.scores.masked_fill(late, torch.nan)
-        return Inspection(at_or_over(scores, threshold), scores, evidence.exact & ~late, passes, late)
+        return Inspection(at_or_over(scores, threshold), scores, evidence.exact & ~late, passes, late, own)
 
     def _end_of_stage(self, done: int, active: int) -> int:
         """Overlays tried after the next stage: rows that are worth a call, and where any end will do, till it is full."""
@@ -237,18 +246,21 @@ class Strip(Detector):
             ends.append(self._end_of_stage(ends[-1], active))
         return ends[1:]
 
-    def _answers(self, images: Tensor, layers: Tensor) -> Tensor:
-        """(B, n, M) on the CPU: answers to every blend, in forward passes of at most the predictor's `max_rows`."""
-        layers = layers.to(images.device)
-        rows = max(1, self.predictor.max_rows // len(layers))
+    def _answers(self, images: Tensor, layers: Tensor, *, riding: bool = False) -> Tensor:
+        """(B, n, M) on the CPU: answers to every blend, in forward passes of at most the predictor's `max_rows`.
+
+        With `riding`, (B, 1 + n, M), the images' own first.
+        """
+        layers, more = layers.to(images.device), int(riding)
+        most = max(1, self.predictor.max_rows - more)
         parts = []
-        for part in images.split(rows):
-            columns = [
-                self.predictor(superimpose(part, some, self.blend, self.alpha).flatten(0, 1)).unflatten(
-                    0, (len(part), len(some))
-                )
-                for some in layers.split(self.predictor.max_rows)
-            ]
+        for part in images.split(max(1, self.predictor.max_rows // (len(layers) + more))):
+            columns = []
+            for number, some in enumerate(layers.split(most)):
+                blends = superimpose(part, some, self.blend, self.alpha)
+                if riding and not number:
+                    blends = torch.cat([part.unsqueeze(1), blends], dim=1)
+                columns.append(self.predictor(blends.flatten(0, 1)).unflatten(0, blends.shape[:2]))
             parts.append(torch.cat(columns, dim=1))
         return torch.cat(parts).cpu()
 
