@@ -1,0 +1,25 @@
+"""Committed figures of the repair without any data: what is left of the attack, and what it cost."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import dhbe
+
+REPORTS = dhbe.load_reports()
+
+
+def test_both_victims_are_there() -> None:
+    assert {report.name for report in REPORTS} == set(dhbe.ERASED)
+
+
+@pytest.mark.parametrize("report", REPORTS, ids=lambda report: report.name)
+def test_nothing_is_left_of_the_attack_but_what_is_answered_anyway(report: dhbe.Report) -> None:
+    first, last = report.curve[0].exams, report.curve[-1].exams
+    assert first.marks.attack_success.value > 0.99
+    assert last.marks.attack_success.value <= min(0.016, last.marks.target_share.value + 0.002)
+    assert last.amplified is not None
+    assert last.amplified[0].value <= max(0.0028, last.marks.target_share.value)
+    assert last.amplified[1].value <= 0.012
+    drop = first.marks.accuracy.value - last.marks.accuracy.value
+    assert drop <= (0.02 if report.name == "cifar10-c" else 0.01)  # the paper's 1 point is missed on CIFAR-10
