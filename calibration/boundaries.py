@@ -25,6 +25,7 @@ _ACCEPTED = 0.2  # of inputs at the threshold, that are accepted before all pass
 _REJECTED = 0.25  # of the false rejection rate: clean inputs that are rejected before all passes would have accepted them
 
 
+_SMALLEST = 1e-6  # share: what is over nothing is accepted
 _GOAL = 8  # overlays' worth of the threshold, that the order of the overlays is to gather soon
 _SHARE, _LEAST, _MOST = 0.25, 300, 600  # of the clean images that are not set aside
 
@@ -51,8 +52,8 @@ def order_for_boundaries(entropies: NDArray[np.float64], threshold: float) -> ND
     return order_overlays(entropies, _GOAL * threshold)
 
 
-def choose_boundaries(entropies: NDArray[np.float64], threshold: float, frr: float) -> Boundaries:
-    """Boundaries of a test that decides as all passes would, mostly.
+def choose_boundaries(entropies: NDArray[np.float64], threshold: float, frr: float) -> Boundaries | None:
+    """Boundaries of a test that decides as all passes would, mostly; None where entropies are too much alike to choose any.
 
     Args:
         entropies: (n, N), bits, of each clean image under each overlay, in the order in which they are tried.
@@ -65,8 +66,10 @@ def choose_boundaries(entropies: NDArray[np.float64], threshold: float, frr: flo
     full, at_ends = sums[:, -1], sums[:, np.array(ends, dtype=np.int64) - 1]
     near = np.argsort(full, kind="stable")[: max(_FEWEST, round(_NEAR * len(full)))]
     near = near[full[near] > 0.0]
-    accept = _band(at_ends[near] / full[near, None], 1.0 - _ACCEPTED)
     passing = at_ends[full > total * threshold]
+    if not (ends and len(near) and len(passing)):
+        return None
+    accept = np.clip(_band(at_ends[near] / full[near, None], 1.0 - _ACCEPTED), _SMALLEST, 1.0)
     reject = np.minimum(-_band(-passing, 1.0 - _REJECTED * frr) / (total * threshold), accept)
     return Boundaries(ends=(*ends, total), accept=(*accept.tolist(), 1.0), reject=(*reject.tolist(), 1.0))
 

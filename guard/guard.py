@@ -135,11 +135,8 @@ class Guard:
         images = images.to(self.device)
         deadline = None if self.policy.latency_budget is None else time.monotonic() + self.policy.latency_budget
         verdicts = self._judge(images, deadline)
-        if len(images) > 1 and any(_worth_another_look(verdict) for verdict in verdicts):
-            verdicts = [  # one bad image must not take its neighbours down
-                self._judge(images[row : row + 1], deadline)[0] if _worth_another_look(verdict) else verdict
-                for row, verdict in enumerate(verdicts)
-            ]
+        if len(images) > 1:  # one bad image must not take its neighbours down
+            verdicts = [self._second_look(images[row : row + 1], item, deadline) for row, item in enumerate(verdicts)]
         return tuple(self._store(image, verdict) for image, verdict in zip(images, verdicts, strict=True))
 
     def answer(self, images: Tensor) -> Tensor:
@@ -204,6 +201,13 @@ class Guard:
         )
         return next(found, None)
 
+    def _second_look(self, image: Tensor, first: Verdict, deadline: float | None) -> Verdict:
+        """At an image whose batch failed, alone; what was found first stays where time does not allow for all of it again."""
+        if not first.failed or first.reason == "out-of-time" or (deadline is not None and time.monotonic() >= deadline):
+            return first
+        second = self._judge(image, deadline)[0]
+        return first if any(finding.late for finding in second.findings) else second
+
     def _judge(self, images: Tensor, deadline: float | None) -> list[Verdict]:
         inspections = [_inspect(calibrated, images, deadline, calibrated is self._rider) for calibrated in self.detectors]
         try:
@@ -262,10 +266,6 @@ class Guard:
             label=verdict.label,
         )
         return verdict if stored is None else msgspec.structs.replace(verdict, quarantined=stored)
-
-
-def _worth_another_look(verdict: Verdict) -> bool:
-    return verdict.failed and verdict.reason != "out-of-time"
 
 
 def _inspect(calibrated: CalibratedDetector, images: Tensor, deadline: float | None, answering: bool) -> Inspection:

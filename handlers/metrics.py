@@ -21,7 +21,7 @@ PASSES = "guard_forward_passes_total"
 """Counter of the forward passes that detectors spent."""
 
 OUT_OF_TIME = "guard_out_of_time_total"
-"""Counter of requests that the latency budget left undecided; they are also counted as failed, or as unjudged."""
+"""Counter of requests that the latency budget left undecided; each is counted by its outcome as well."""
 
 SECONDS = "guard_seconds"
 """Histogram of the seconds that decoding and guarding took per request."""

@@ -79,7 +79,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 def measure(name: str, parts: Parts, cache: Path = CACHE) -> Report:
     """Measure one victim."""
-    torch.set_num_threads(_THREADS)
+    torch.set_num_threads(1)  # as commands settle it: PyTorch's own threads, blending, would get in the session's way
     plan = TIMED[name]
     with bars() as progress:
         found = victim(plan, parts, cache, progress)

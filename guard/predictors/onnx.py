@@ -55,6 +55,7 @@ class OnnxBackend:
             raise MissingExtraError("onnxruntime", "onnx") from error
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would take cores from PyTorch
         options.log_severity_level = 3
         try:
             data = path.read_bytes()  # from memory: what is hashed is what runs, and weights in further files are refused

@@ -16,6 +16,7 @@ from calibration.boundaries import choose_boundaries, images_for_boundaries, ima
 from calibration.settings import check_settings
 from cli.demonstration.digits import ATTACK, Digits
 from guard import Guard
+from guard.detectors import Boundaries
 from guard.detectors.boundaries import Evidence, final_scores
 from guard.errors import CalibrationError, TooFewImagesError
 
@@ -29,6 +30,12 @@ def entropies(count: int, seed: int, overlays: int = 60) -> NDArray[np.float64]:
     return 2.0 * np.clip(sure + strong + 0.3 * drawn.normal(size=(count, overlays)), 0.0, 2.0)
 
 
+def chosen(table: NDArray[np.float64], threshold: float, frr: float) -> Boundaries:
+    boundaries = choose_boundaries(table, threshold, frr)
+    assert boundaries is not None
+    return boundaries
+
+
 @pytest.fixture(scope="module")
 def sequential(digits: Digits, backdoored: nn.Module) -> Calibration:
     return calibrate(backdoored, digits.clean, SEQUENTIAL)
@@ -37,7 +44,7 @@ def sequential(digits: Digits, backdoored: nn.Module) -> Calibration:
 def test_inputs_at_the_threshold_mostly_get_the_verdict_of_all_passes() -> None:
     table, others = entropies(1000, 0), entropies(20_000, 1)
     limit = float(np.quantile(table.mean(axis=1), 0.01))
-    boundaries = choose_boundaries(table, limit, 0.01)
+    boundaries = chosen(table, limit, 0.01)
     rejected = final_scores(torch.from_numpy(others), boundaries).numpy() >= -limit
     by_all = others.mean(axis=1) <= limit
     assert np.mean(~rejected & by_all) < 0.35 * np.mean(by_all)  # these lie at the threshold; a trigger's lie far below
@@ -55,9 +62,24 @@ def test_the_order_is_led_by_the_overlays_that_tell_soonest() -> None:
 def test_what_all_overlays_leave_at_nothing_has_no_part() -> None:
     table = entropies(400, 2)
     table[:20] = 0.0
-    boundaries = choose_boundaries(table, 1.0, 0.06)
+    boundaries = chosen(table, 1.0, 0.06)
     assert all(np.isfinite(boundaries.accept))
     assert min(boundaries.accept) > 0.0
+
+
+def test_nothing_is_chosen_where_entropies_are_all_alike() -> None:
+    assert choose_boundaries(np.full((300, 20), 0.5), 0.5, 0.01) is None
+    mostly_none = np.zeros((300, 20))
+    mostly_none[60:] = 1.0
+    assert choose_boundaries(mostly_none, 1.0, 0.25) is None
+    assert choose_boundaries(np.ones((300, 1)), 0.5, 0.01) is None
+
+
+def test_an_input_that_gains_all_its_entropy_late_may_be_accepted_for_any() -> None:
+    table = np.zeros((300, 20))
+    table[:, -1] = np.linspace(1.0, 2.0, 300)
+    boundaries = chosen(table, 0.051, 0.01)
+    assert boundaries.accept[0] == 1e-6
 
 
 @pytest.mark.parametrize(("count", "used"), [(301, 300), (1200, 300), (1600, 400), (2400, 600), (90_000, 600)])

@@ -128,6 +128,41 @@ def test_sequential_passes_need_less_time(clock: Clock) -> None:
     assert found[1].exceeds.tolist() == [True, True]
 
 
+def test_what_was_found_is_not_lost_when_there_is_no_time_for_a_second_look(clock: Clock) -> None:
+    """The model that answers fails on one image, and with it on the batch; STRIP has found the triggers by then."""
+
+    def fails(batch: Tensor) -> Tensor:
+        if len(batch) > 1:
+            raise RuntimeError("one of them is bad")
+        answers: Tensor = ToyNet()(batch)
+        return answers
+
+    answering = Predictor(wrap(fails), SPEC, 4, "logits")
+    detectors = [CalibratedDetector(strip(clock), -ENTROPY_THRESHOLD)]
+    for seconds in (500.0, 200.0, 130.0):  # for both looks; for the first and a part of the second; for the first
+        clock.rows.clear()
+        policy = Policy(latency_budget=seconds, on_error="accept")
+        verdicts = Guard(answering, detectors, policy=policy)(mixed())
+        assert [verdict.suspicious for verdict in verdicts] == [False, False, True, True]
+        assert not any(verdict.accepted for verdict in verdicts[2:])
+        assert not any(verdict.reason == "out-of-time" for verdict in verdicts)
+        assert sum(clock.rows) <= seconds
+
+
+def test_an_image_without_an_answer_has_failed_however_little_time_there_was(clock: Clock) -> None:
+    def nothing(batch: Tensor) -> Tensor:
+        answers: Tensor = ToyNet()(batch).masked_fill((batch.mean(dim=(1, 2, 3)) > 0.9).unsqueeze(1), math.nan)
+        return answers
+
+    overlays, _ = toy_images(40, seed=1)
+    detector = Strip(Predictor(wrap(clock.taking(nothing)), SPEC, 4, "logits"), overlays)
+    images = torch.cat([torch.ones(1, *SPEC.shape), mixed()[2:]])
+    found = detector.inspect_by(images, -ENTROPY_THRESHOLD, clock.now + 60.0)
+    assert found.late is not None
+    assert found.late.tolist() == [False, True, True]
+    assert found.exceeds.tolist() == [True] * 3
+
+
 @pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf])
 def test_a_budget_that_is_no_time_is_refused(seconds: float) -> None:
     with pytest.raises(InputError, match="expected a latency budget of more than 0 seconds"):
