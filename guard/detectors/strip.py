@@ -228,8 +228,9 @@ class Strip(Detector):
             evidence.add(active, entropy_bits(answers))
             passes[active] = done = end
             active = torch.nonzero(evidence.undecided).squeeze(1)
-        late = evidence.undecided & (passes < total) & ~evidence.scores.isnan()  # without an answer it has failed, in time
-        scores = evidence.scores.masked_fill(late, torch.nan)
+        scores = evidence.scores
+        late = evidence.undecided & (passes < total) & ~scores.isnan()  # without an answer it has failed, in time
+        scores = scores.masked_fill(late, torch.nan)
         return Inspection(at_or_over(scores, threshold), scores, evidence.exact & ~late, passes, late, own)
 
     def _end_of_stage(self, done: int, active: int) -> int:

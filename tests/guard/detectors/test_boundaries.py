@@ -14,7 +14,7 @@ from torch import Tensor
 from guard.detectors import Boundaries, Strip
 from guard.errors import CalibrationError
 from guard.predictors import Predictor
-from tests.guard.detectors.test_strip import KEYED, keyed, nasty_thresholds, peaked
+from tests.guard.detectors.test_strip import KEYED, Table, inspected, keyed, peaked
 
 BOUNDARIES = Boundaries(ends=(2, 3, 7, 12), accept=(0.25, 0.3, 0.75, 1.0), reject=(0.0, 0.1, 0.5, 1.0))
 
@@ -33,7 +33,7 @@ def by_formula(entropies: Tensor, boundaries: Boundaries) -> Tensor:
     return torch.tensor(scores)
 
 
-def stopping(draws: Tensor, stage_rows: int = 1, boundaries: Boundaries | None = BOUNDARIES) -> tuple[Strip, Tensor, Any]:
+def stopping(draws: Tensor, stage_rows: int = 1, boundaries: Boundaries | None = BOUNDARIES) -> tuple[Strip, Tensor, Table]:
     strip, images, table = keyed(peaked(draws), stage_rows)
     return replace(strip, boundaries=boundaries), images, table
 
@@ -65,18 +65,9 @@ def test_shares_of_one_are_the_exact_test() -> None:
 def test_verdicts_are_the_scores(seed: int, stage_rows: int) -> None:
     """However the batch is cut, and at whichever threshold."""
     strip, images, table = stopping(random_draws(seed), stage_rows)
-    scores = strip.score(images)
-    for threshold in nasty_thresholds(scores):
-        expected = scores >= torch.tensor(threshold, dtype=torch.float32)
-        table.rows.clear()
-        found = strip.inspect(images, threshold)
-        assert torch.equal(found.exceeds, expected), threshold
-        assert found.passes.tolist() == [table.rows.count(row) for row in range(len(images))]
-        assert torch.equal(found.scores[found.exact], scores[found.exact])
+    for scores, expected, found in inspected(strip, images, table):
         assert (found.scores >= scores)[~expected].all()  # "at least so many bits"
         assert (found.scores <= scores)[expected].all()  # "at most"
-        alone = strip.inspect(images[7:8], threshold)
-        assert alone.exceeds.tolist() == expected[7:8].tolist()
 
 
 def test_both_kinds_of_input_stop_early() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import cast, get_args
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from guard.detectors import Blend, Strip, blend_images, entropy_bits
+from guard.detectors import Blend, Inspection, Strip, blend_images, entropy_bits
 from guard.detectors.detector import at_or_over
 from guard.errors import CalibrationError, InputError, ModelError
 from guard.images import Array, InputSpec
@@ -195,6 +196,21 @@ def nasty_thresholds(scores: Tensor) -> list[float]:
     return [*exact, *beside, *random, 0.0, -0.0, 1e-45, -1e-45, -1.0, 1.0, 0.1 + 0.2]
 
 
+def inspected(strip: Strip, images: Tensor, table: Table) -> Iterator[tuple[Tensor, Tensor, Inspection]]:
+    """At each threshold: full scores, the verdicts that follow from them, and what was found, which has the same verdicts."""
+    scores = strip.score(images)
+    for threshold in nasty_thresholds(scores):
+        expected = scores >= torch.tensor(threshold, dtype=torch.float32)
+        table.rows.clear()
+        found = strip.inspect(images, threshold)
+        assert torch.equal(found.exceeds, expected), threshold
+        assert found.passes.tolist() == [table.rows.count(row) for row in range(len(images))]
+        assert torch.equal(found.scores[found.exact], scores[found.exact])
+        alone = strip.inspect(images[7:8], threshold)
+        assert alone.exceeds.tolist() == expected[7:8].tolist()
+        yield scores, expected, found
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("stage_rows", [1, 4, 64])
 def test_curtailed_verdicts_are_those_of_the_full_score(seed: int, stage_rows: int) -> None:
@@ -208,17 +224,10 @@ def test_curtailed_verdicts_are_those_of_the_full_score(seed: int, stage_rows: i
     draws[5] *= 10.0 ** -(torch.rand(37, generator=generator) * 12)
     draws[6] = draws[7].flip(0)  # the same entropies, summed the other way round
     strip, images, table = keyed(peaked(draws), stage_rows)
-    scores = strip.score(images)
-    for threshold in nasty_thresholds(scores):
-        expected = scores >= torch.tensor(threshold, dtype=torch.float32)
-        table.rows.clear()
-        found = strip.inspect(images, threshold)
-        assert torch.equal(found.exceeds, expected), threshold
-        assert found.passes.tolist() == [table.rows.count(row) for row in range(len(images))]
+    for scores, _, found in inspected(strip, images, table):
         assert torch.equal(found.exact, found.passes == 37)
-        assert torch.equal(found.scores[found.exact], scores[found.exact])
         assert (found.scores >= scores).all()
-    for row, score in enumerate(scores):
+    for row, score in enumerate(strip.score(images)):
         assert strip.exceeds(images[row : row + 1], float(score)).tolist() == [True]
 
 
