@@ -22,10 +22,11 @@ import itertools
 from typing import final
 
 import msgspec
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from guard.detectors.detector import at_or_over
 from guard.errors import CalibrationError
 
 
@@ -72,66 +73,63 @@ class Evidence:
     """
 
     def __init__(self, images: int, total: int, boundaries: Boundaries | None, threshold: float | None) -> None:
-        self._total, self._threshold = total, threshold
+        self._total, self._done = total, 0
         self._stages = (
             None
             if boundaries is None
             else dict(zip(boundaries.ends, zip(boundaries.accept, boundaries.reject, strict=True), strict=True))
         )
-        self._done = torch.zeros(images, dtype=torch.int64)
-        self._sums = torch.zeros(images, dtype=torch.float64)
-        self._accepting = torch.zeros(images, dtype=torch.float64)  # max S_j / (N a_j)
-        self._most = torch.full((images,), torch.inf, dtype=torch.float64)  # V is at most that
+        self._limit = None if threshold is None else np.float32(-threshold)  # of V: at it or under it, rejected
+        self._sums = np.zeros(images)
+        self._accepting = np.zeros(images)  # max S_j / (N a_j)
+        self._most = np.full(images, np.inf)  # V is at most that
+        self._undecided = np.ones(images, dtype=np.bool_)
 
     @property
     def exact(self) -> Tensor:
         """(B,), bool: the score is the full evaluation's."""
-        return (self._most <= self._accepting) | self._accepting.isnan()
+        return torch.from_numpy((self._most <= self._accepting) | np.isnan(self._accepting))
 
     @property
     def scores(self) -> Tensor:
         """(B,), float32: minus V where that is known; else a bound of it, on the same side of the threshold."""
-        return torch.where(self._rejected(), _score(self._most), self._highest())
+        lowest, most = _rounded(np.minimum(self._accepting, self._most)), _rounded(self._most)
+        rejected = False if self._limit is None else most <= self._limit
+        return torch.from_numpy(-np.where(rejected, most, lowest))
 
     @property
     def undecided(self) -> Tensor:
         """(B,), bool: what is still to come may turn the verdict."""
-        if self._threshold is None:
-            return torch.ones_like(self._done, dtype=torch.bool)
-        return at_or_over(self._highest(), self._threshold) & ~self._rejected()
+        return torch.from_numpy(self._undecided.copy())
 
     def add(self, rows: Tensor, entropies: Tensor) -> None:
         """Learn of further passes.
 
         Args:
-            rows: (A,), int64, the images that had them; all of them had as many before.
+            rows: (A,), int64, the images that had them: all that are undecided, or some that nobody asks about again.
             entropies: (A, n), float64, bits.
         """
-        before = int(self._done[rows[0]])
-        last = before + entropies.shape[1]
-        sums = torch.cat([self._sums[rows].unsqueeze(1), entropies], dim=1).cumsum(dim=1)[:, 1:]  # one by one, in order
+        before, own = self._done, rows.numpy()
+        self._done = last = before + entropies.shape[1]
+        sums = np.concatenate([self._sums[own, None], entropies.numpy()], axis=1)
+        sums = np.add.accumulate(sums, axis=1)[:, 1:]  # one by one, in order
+        self._sums[own] = sums[:, -1]
         for end in (last,) if self._stages is None else (end for end in self._stages if before < end <= last):
-            open_ = self.undecided[rows]
-            self._close(rows[open_], sums[open_, end - before - 1] / self._total, end)
-        self._sums[rows], self._done[rows] = sums[:, -1], last
+            open_ = self._undecided[own]
+            self._close(own[open_], sums[open_, end - before - 1] / self._total, end)
 
-    def _close(self, rows: Tensor, means: Tensor, end: int) -> None:
-        """A stage; (A,), int64, and (A,), float64: S_n / N."""
+    def _close(self, rows: NDArray[np.int64], means: NDArray[np.float64], end: int) -> None:
+        """A stage; (A,), and (A,): S_n / N."""
         accept, reject = (1.0, float(end == self._total)) if self._stages is None else self._stages[end]
-        before = self._accepting[rows]
+        accepting, most = self._accepting[rows], self._most[rows]
         if reject > 0.0:
-            self._most[rows] = torch.minimum(self._most[rows], torch.maximum(means / reject, before))
-        self._accepting[rows] = torch.maximum(before, means / accept)
-
-    def _highest(self) -> Tensor:
-        """Minus the lowest V that is possible."""
-        return _score(torch.minimum(self._accepting, self._most))
-
-    def _rejected(self) -> Tensor:
-        lowest = _score(self._most)
-        if self._threshold is None:
-            return torch.zeros_like(self._done, dtype=torch.bool)
-        return lowest >= torch.tensor(self._threshold, dtype=lowest.dtype)
+            most = np.minimum(most, np.maximum(means / reject, accepting))
+            self._most[rows] = most
+        accepting = np.maximum(accepting, means / accept)
+        self._accepting[rows] = accepting
+        if self._limit is not None:  # NaN is over nothing: undecided, and in the end rejected
+            lowest = _rounded(np.minimum(accepting, most))
+            self._undecided[rows] = ~((lowest > self._limit) & np.isfinite(lowest)) & ~(_rounded(most) <= self._limit)
 
 
 def final_scores(entropies: Tensor, boundaries: Boundaries | None) -> Tensor:
@@ -141,6 +139,7 @@ def final_scores(entropies: Tensor, boundaries: Boundaries | None) -> Tensor:
     return evidence.scores
 
 
-def _score(values: Tensor) -> Tensor:
+def _rounded(values: NDArray[np.float64]) -> NDArray[np.float32]:
     """Rounding is monotone, so that a larger V never gets a larger score."""
-    return -values.to(torch.float32)
+    with np.errstate(over="ignore"):  # a share may be so small that V is infinite in float32
+        return values.astype(np.float32)

@@ -88,7 +88,7 @@ def superimpose(images: Tensor, layers: Tensor, blend: Blend, alpha: float) -> T
     if blend == "logit":
         inside = images.clamp(_LOGIT_EDGE, 1.0 - _LOGIT_EDGE).unsqueeze(1)
         raised = inside * layers.unsqueeze(0)
-        return raised / (raised + (1.0 - inside))
+        return raised.div_(raised + (1.0 - inside))
     if blend == "max":
         return torch.maximum(images.unsqueeze(1), layers.unsqueeze(0)).clamp_(0.0, 1.0)
     base = images * (1.0 - alpha) if blend == "mix" else images
@@ -118,8 +118,8 @@ class Strip(Detector):
         overlays: (N, C, H, W), float32, clean images in [0, 1], in the order in which they are tried.
         blend: How they are superimposed.
         alpha: The overlay's weight, in (0, 1] for `mix` and over 0 otherwise.
-        stage_rows: Blends in a stage's batch, at least; stages also grow, to half of what went before, as long as they hold
-            fewer than 64, so that a lone input takes few forward calls.
+        stage_rows: Blends in the first stage's batch, at least, and twice as many in later ones'; without boundaries, stages
+            also grow, to half of what went before, as long as they hold fewer than 64, so that a lone input takes few calls.
         name: `strip`, or `strip-BLEND` where a guard has several.
         boundaries: Where it may stop; None for exact early acceptance.
 
@@ -235,7 +235,8 @@ class Strip(Detector):
 
     def _end_of_stage(self, done: int, active: int) -> int:
         """Overlays tried after the next stage: rows that are worth a call, and where any end will do, till it is full."""
-        rows, total = max(1, -(-self.stage_rows // active)), len(self.overlays)
+        least = 2 * self.stage_rows if done else self.stage_rows  # what is not decided by the first takes many
+        rows, total = max(1, -(-least // active)), len(self.overlays)
         if self.boundaries is not None:
             return next((end for end in self.boundaries.ends if end >= done + rows), total)
         return min(total, done + max(rows, min(done // 2, _FULL // active)))
@@ -252,18 +253,23 @@ class Strip(Detector):
 
         With `riding`, (B, 1 + n, M), the images' own first.
         """
-        layers, more = layers.to(images.device), int(riding)
-        most = max(1, self.predictor.max_rows - more)
+        layers, columns, most = layers.to(images.device), len(layers) + riding, self.predictor.max_rows
+        if len(images) * columns <= most:
+            return self._answer(images, layers, riding=riding).cpu()
         parts = []
-        for part in images.split(max(1, self.predictor.max_rows // (len(layers) + more))):
-            columns = []
-            for number, some in enumerate(layers.split(most)):
-                blends = superimpose(part, some, self.blend, self.alpha)
-                if riding and not number:
-                    blends = torch.cat([part.unsqueeze(1), blends], dim=1)
-                columns.append(self.predictor(blends.flatten(0, 1)).unflatten(0, blends.shape[:2]))
-            parts.append(torch.cat(columns, dim=1))
+        for part in images.split(max(1, most // columns)):
+            answers = [
+                self._answer(part, some, riding=riding and not number)
+                for number, some in enumerate(layers.split(max(1, most - riding)))
+            ]
+            parts.append(torch.cat(answers, dim=1))
         return torch.cat(parts).cpu()
+
+    def _answer(self, images: Tensor, layers: Tensor, *, riding: bool) -> Tensor:
+        blends = superimpose(images, layers, self.blend, self.alpha)
+        if riding:
+            blends = torch.cat([images.unsqueeze(1), blends], dim=1)
+        return self.predictor(blends.flatten(0, 1)).reshape(len(images), blends.shape[1], -1)
 
 
 class _Clock:

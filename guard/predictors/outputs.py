@@ -96,14 +96,11 @@ def to_probabilities(raw: Tensor, kind: OutputKind, num_classes: int, batch: int
     if raw.ndim != 2 or tuple(raw.shape) != (batch, num_classes):
         raise ModelError(f"expected {kind} of shape ({batch}, {num_classes}), got {tuple(raw.shape)}: is it another model?")
     values = raw.to(torch.float32)
+    total = values.sum(dim=1, keepdim=True)
     if kind == "logits":
-        probabilities = torch.softmax(values, dim=1)
-        bad = ~torch.isfinite(values).all(dim=1)
-    else:
-        total = values.sum(dim=1, keepdim=True)
-        probabilities = values.clamp_min(0.0) / total
-        bad = ~torch.isfinite(values).all(dim=1) | ((total[:, 0] - 1.0).abs() > 0.01) | (values < -0.001).any(dim=1)
-    return probabilities.masked_fill(bad.unsqueeze(1), torch.nan)
+        return torch.softmax(values, dim=1) + (total - total)  # zero, or NaN where a logit is not finite
+    bad = ~torch.isfinite(values).all(dim=1) | ((total[:, 0] - 1.0).abs() > 0.01) | (values < -0.001).any(dim=1)
+    return (values.clamp_min(0.0) / total).masked_fill(bad.unsqueeze(1), torch.nan)
 
 
 def _one_hot(labels: Tensor, num_classes: int) -> Tensor:
