@@ -14,7 +14,7 @@ try:
     from calibration.calibrate import Calibration, calibrate
     from calibration.evaluation import Evaluation, evaluate
     from calibration.red_team import RedTeam, red_team, split
-    from calibration.settings import BlendChoice, DetectorChoice, PassesChoice, Settings
+    from calibration.settings import BlendChoice, DetectorChoice, PassesChoice, PrecisionChoice, Settings
     from calibration.statistics import Estimate
 except ModuleNotFoundError as error:  # a thin device has no statistics, and still reads images and repaired models
     if error.name is None or error.name.partition(".")[0] not in ("scipy", "sklearn"):
@@ -36,6 +36,7 @@ __all__ = [
     "Hints",
     "ImageSet",
     "PassesChoice",
+    "PrecisionChoice",
     "RedTeam",
     "Settings",
     "calibrate",

@@ -22,6 +22,7 @@ from calibration.accuracy import accuracies, answers, check_drop
 from calibration.data import ImageSet, Progress, no_progress
 from calibration.detectors import DetectorCalibration, calibrate_detector, compose, recorded, refuse_blind
 from calibration.discovery import Hints, discover
+from calibration.execution import TIMED, TOLERANCE, fastest, refuse_turned, turned_verdicts
 from calibration.filters import FoundTrigger
 from calibration.overlays import choose_overlays
 from calibration.settings import Settings, check_settings, for_boundaries, set_aside
@@ -31,7 +32,8 @@ from guard import CalibratedDetector, Guard, Policy, Predictor
 from guard.detectors import Detector, Strip
 from guard.errors import CalibrationError, ModelError, TooFewImagesError
 from guard.loading import PROBE, PROBE_IMAGES, PROBES, TRIPWIRE_PROBE
-from guard.predictors import Backend, wrap
+from guard.predictors import Backend, Execution, wrap
+from guard.predictors.execution import ORDINARY
 from guard.preprocessors import AnyPreprocessor, Flip, Gym, GymIntensive, ShrinkPad
 from guard.profile import SCHEMA, ModelRecord, Profile, TripwireRecord, overlays_to_array, save_profile
 from guard.records import ThresholdRecord
@@ -49,6 +51,7 @@ class Calibration:
         parts: Each detector's, in the order in which they run.
         measured: Images that measured accuracy.
         learnt: Images that a repair had learnt from, and that were not used for what they would have flattered.
+        turned: Share of the verdicts on clean images that are not float32's; None where detectors run in that.
     """
 
     profile: Profile
@@ -57,6 +60,7 @@ class Calibration:
     parts: tuple[DetectorCalibration, ...]
     measured: int = 0
     learnt: int = 0
+    turned: float | None = None
 
     @property
     def strips(self) -> tuple[Strip, ...]:
@@ -67,6 +71,18 @@ class Calibration:
     def thresholds(self) -> tuple[ThresholdRecord, ...]:
         """Each detector's, on its score."""
         return tuple(part.threshold for part in self.parts)
+
+    @property
+    def execution(self) -> Execution:
+        """How PyTorch runs the model that the detectors look at."""
+        tripwire = self.profile.tripwire
+        return (self.profile.model if tripwire is None else tripwire.model).execution
+
+    @property
+    def runs(self) -> str:
+        """The same for people; empty where nothing is out of the ordinary."""
+        turned = "" if self.turned is None else f"; {self.turned:.2%} of the verdicts are not float32's"
+        return "" if self.execution == ORDINARY else f"{self.execution}{turned}"
 
     @property
     def mean_passes(self) -> float:
@@ -150,7 +166,7 @@ def calibrate(
     Raises:
         CalibrationError: No threshold can be set, a trigger does not work, or the preprocessor costs too much accuracy.
         TooFewImagesError: It says how many images are needed.
-        ModelError: The model's answers can't be used, or its activations not be looked at.
+        ModelError: The model's answers can't be used, its activations not be looked at, or it does not run in bfloat16.
     """
     settings = msgspec.structs.replace(settings or Settings(), triggers=len(triggers))
     given = len(clean)
@@ -165,6 +181,9 @@ def calibrate(
         raise CalibrationError(
             f"expected a tripwire of {predictor.num_classes} classes, got {watched.num_classes}: pass the model's original"
         )
+    timed = clean.images(slice(0, TIMED))
+    watched = fastest(watched, timed, settings.precision)
+    predictor = watched.in_full_precision() if tripwire is None else fastest(predictor, timed)
     before = preprocessor or chosen_preprocessor(settings)
     seen = clean.among(learnt)
     aside, rest = divide(clean, watched, settings, seen)
@@ -178,14 +197,21 @@ def calibrate(
             )
         check_drop(accuracy, raw_accuracy, settings.max_accuracy_drop)
     choosing, setting = (clean.select(rows) for rows in _divide_rest(rest, settings))
-    parts = tuple(_calibrated(item, setting, choosing, settings, len(detectors), progress) for item in detectors)
+    parts, turned = _calibrated(detectors, setting, choosing, settings, progress), None
+    if watched.execution.precision != "float32":
+        turned = turned_verdicts(parts, setting, settings, progress)
+        if turned > TOLERANCE:
+            refuse_turned(turned, settings.precision)
+            watched, turned = predictor if tripwire is None else watched.in_full_precision(), None
+            detectors = compose(watched, clean.images(aside), settings, triggers)
+            parts = _calibrated(detectors, setting, choosing, settings, progress)
     refuse_blind(parts)
     records, arrays = recorded(parts)
     profile = Profile(
         schema=SCHEMA,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         input=predictor.spec,
-        model=_record(record, backend, predictor),
+        model=_record(record, backend, watched if tripwire is None else predictor),
         detectors=records,
         preprocessor=before,
         policy=Policy(),
@@ -199,8 +225,8 @@ def calibrate(
     probes = (strips[0].overlays if strips else clean.images(rest))[:PROBES]
     arrays |= {PROBE_IMAGES: overlays_to_array(probes), PROBE: predictor(probes).cpu()}
     if tripwire is not None:
-        arrays[TRIPWIRE_PROBE] = watched(probes).cpu()
-    return Calibration(profile, arrays, predictor, parts, len(measuring), given - len(clean) + int(seen.sum()))
+        arrays[TRIPWIRE_PROBE] = watched.in_full_precision()(probes).cpu()
+    return Calibration(profile, arrays, predictor, parts, len(measuring), given - len(clean) + int(seen.sum()), turned)
 
 
 def without(clean: ImageSet, learnt: Collection[str], settings: Settings) -> ImageSet:
@@ -232,11 +258,14 @@ def without(clean: ImageSet, learnt: Collection[str], settings: Settings) -> Ima
 
 
 def _calibrated(
-    detector: Detector, clean: ImageSet, choosing: ImageSet, settings: Settings, detectors: int, progress: Progress
-) -> DetectorCalibration:
-    if isinstance(detector, Strip):
-        return calibrate_strip(detector, clean, choosing, settings, detectors, progress)
-    return calibrate_detector(detector, clean, settings, detectors, progress)
+    detectors: Sequence[Detector], clean: ImageSet, choosing: ImageSet, settings: Settings, progress: Progress
+) -> tuple[DetectorCalibration, ...]:
+    return tuple(
+        calibrate_strip(item, clean, choosing, settings, len(detectors), progress)
+        if isinstance(item, Strip)
+        else calibrate_detector(item, clean, settings, len(detectors), progress)
+        for item in detectors
+    )
 
 
 def chosen_preprocessor(settings: Settings) -> AnyPreprocessor | None:
@@ -284,7 +313,11 @@ def _divide_rest(rest: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
 def _record(record: ModelRecord | None, backend: Backend, predictor: Predictor) -> ModelRecord:
     source = record or ModelRecord(kind=backend.kind, output=predictor.output, num_classes=predictor.num_classes)
     return msgspec.structs.replace(
-        source, output=predictor.output, num_classes=predictor.num_classes, sha256=backend.fingerprint()
+        source,
+        output=predictor.output,
+        num_classes=predictor.num_classes,
+        sha256=backend.fingerprint(),
+        execution=predictor.execution,
     )
 
 

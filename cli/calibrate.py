@@ -97,6 +97,15 @@ def calibrate_command(
             rich_help_panel=_RATES,
         ),
     ] = None,
+    precision: Annotated[
+        Literal["float32", "bfloat16", "auto"] | None,
+        typer.Option(
+            help="Of detectors' forward passes in PyTorch on a CPU; answers stay in float32. auto takes bfloat16 where it is "
+            "clearly faster on this machine and turns at most 0.5% of the verdicts on clean images.",
+            show_default="float32",
+            rich_help_panel=_DETECT,
+        ),
+    ] = None,
     red_team: Annotated[
         bool,
         typer.Option("--red-team", help="Choose blend and alpha on triggers planted in copies.", rich_help_panel=_RATES),
@@ -199,6 +208,7 @@ def calibrate_command(
         blend=blend or "logit",
         alpha=alpha,
         passes=passes or "exact",
+        precision=precision or "float32",
         preprocess=preprocess or "none",
         max_accuracy_drop=3.0 if max_accuracy_drop is None else max_accuracy_drop,
         method=method,

@@ -79,6 +79,7 @@ def _rows(made: Calibrated) -> list[tuple[str, str]]:
             "model",
             f"{model.kind}, {model.num_classes} classes, takes {spec.container} {spec.layout} {spec.dtype}, {model.output}",
         ),
+        *([("runs fastest here", calibration.runs)] if calibration.runs else []),
         ("clean accuracy", _accuracy(made)),
     ]
     if made.red_team is not None:
@@ -163,6 +164,9 @@ def _summary(made: Calibrated) -> dict[str, object]:
         "images": calibration.thresholds[0].images,
         "overlays": sum(len(strip.overlays) for strip in calibration.strips),
         "mean_passes": calibration.mean_passes,
+        "memory_format": calibration.execution.memory_format,
+        "precision": calibration.execution.precision,
+        "turned_verdicts": calibration.turned,
         "clean_accuracy": calibration.profile.clean_accuracy,
         "tripwire": calibration.profile.tripwire is not None,
         "learnt_images": made.learnt,

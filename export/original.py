@@ -74,7 +74,7 @@ class Original:
                 f"expected a profile with a model file, got one for a {record.kind} in memory: save the model as .onnx, .pt2 "
                 "or TorchScript, calibrate that file, and export its profile"
             )
-        predictor = load_predictor(folder, record, profile.input)
+        predictor = load_predictor(folder, record, profile.input).in_full_precision()
         overlays = torch.cat(profile_overlays(profile, arrays) or (probe_images(profile, arrays),))
         return cls(folder, profile, arrays, predictor, overlays)
 
@@ -88,7 +88,7 @@ class Original:
         if watched is None:
             return None
         profile = msgspec.structs.replace(self.profile, model=watched.model, input=watched.input, tripwire=None)
-        predictor = load_predictor(self.folder, watched.model, watched.input)
+        predictor = load_predictor(self.folder, watched.model, watched.input).in_full_precision()
         return Original(self.folder, profile, self.arrays, predictor, self.overlays)
 
     @property

@@ -46,13 +46,13 @@ def load_guard(
         where = "" if torch.cuda.is_available() else " on a machine without CUDA"
         raise ModelError(f"expected the device cpu or cuda, got {device}{where}: use one that is there")
     profile, arrays = load_profile(folder)
-    predictor = load_predictor(folder, profile.model, profile.input, model, device)
+    watched = load_predictor(folder, profile.model, profile.input, model, device)
+    predictor = watched.in_full_precision()
     images = probe_images(profile, arrays)
     _check_probe(predictor, images, arrays, PROBE, folder)
-    watched = predictor
     if profile.tripwire is not None:
         watched = load_predictor(folder, profile.tripwire.model, profile.tripwire.input, device=device)
-        _check_probe(watched, images, arrays, TRIPWIRE_PROBE, folder)
+        _check_probe(watched.in_full_precision(), images, arrays, TRIPWIRE_PROBE, folder)
     detectors = [
         CalibratedDetector(_detector(record, watched, profile, arrays), record.threshold.value) for record in profile.detectors
     ]
@@ -72,7 +72,8 @@ def load_predictor(
     folder: Path, record: ModelRecord, spec: InputSpec, model: object | None = None, device: str = "cpu"
 ) -> Predictor:
     """A profile's model, ready to answer; see `load_profile_backend`."""
-    return Predictor(load_profile_backend(folder, record, model, device), spec, record.num_classes, record.output)
+    backend = load_profile_backend(folder, record, model, device)
+    return Predictor(backend, spec, record.num_classes, record.output, execution=record.execution)
 
 
 def load_profile_backend(folder: Path, record: ModelRecord, model: object | None = None, device: str = "cpu") -> Backend:

@@ -20,6 +20,7 @@ from torch import Tensor
 from guard.errors import GuardError, ProfileError
 from guard.folders import FolderKind
 from guard.images import InputSpec
+from guard.predictors.execution import ORDINARY, Execution
 from guard.predictors.outputs import OutputKind
 from guard.predictors.predictor import BackendKind
 from guard.predictors.screening import file_sha256
@@ -51,6 +52,7 @@ class ModelRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         file: Model or weights file, relative to the profile's folder; None for a model in the caller's memory.
         factory: `package.module:factory`, where that makes the model.
         sha256: Of the file, or of a module's state; None for a callable.
+        execution: How PyTorch runs it on a CPU; detectors' passes alone in its precision.
     """
 
     kind: BackendKind
@@ -59,6 +61,7 @@ class ModelRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     file: str | None = None
     factory: str | None = None
     sha256: str | None = None
+    execution: Execution = ORDINARY
 
     def __post_init__(self) -> None:
         """A profile never reaches outside its own folder."""

@@ -16,7 +16,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from pathlib import Path
@@ -32,6 +32,7 @@ from benchmarks.entry import enter
 from benchmarks.plans import Plan
 from benchmarks.reports import load_results, markdown, run, versions
 from benchmarks.roster import REPORTED
+from benchmarks.speed.timing import median_ratio
 from benchmarks.strip import as_onnx, shuffled
 from benchmarks.victims import CACHE, bars, name_of, victim
 from calibration import PassesChoice, Settings, calibrate
@@ -150,13 +151,13 @@ def _starts(servers: Mapping[str, TorchServeProcess], bodies: Sequence[bytes]) -
                 ask(f"{server.url}/predictions/{name}", bodies, clients=1, requests=1)
                 seconds[name].append(time.perf_counter() - started)
     return [
-        Start(server=name, seconds=statistics.median(own), after_bare=_median(own, seconds[BARE], float.__sub__))
+        Start(
+            server=name,
+            seconds=statistics.median(own),
+            after_bare=statistics.median(ours - bare for ours, bare in zip(own, seconds[BARE], strict=True)),
+        )
         for name, own in seconds.items()
     ]
-
-
-def _median(ours: Sequence[float], theirs: Sequence[float], compare: Callable[[float, float], float]) -> float:
-    return statistics.median(compare(own, other) for own, other in zip(ours, theirs, strict=True))
 
 
 def _loads(servers: Mapping[str, TorchServeProcess], bodies: Sequence[bytes]) -> list[Load]:
@@ -179,8 +180,8 @@ def _loads(servers: Mapping[str, TorchServeProcess], bodies: Sequence[bytes]) ->
                     clients=clients,
                     per_second=statistics.median(rates[name]),
                     milliseconds=(middle, tail, last),
-                    throughput_kept=_median(rates[name], rates[BARE], float.__truediv__),
-                    p95_times=_median(tails, bare_tails, float.__truediv__),
+                    throughput_kept=median_ratio(rates[name], rates[BARE]),
+                    p95_times=median_ratio(tails, bare_tails),
                 )
             )
     return loads

@@ -12,7 +12,6 @@ original's blend, whose verdicts are the notebook's own at the same threshold.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ from benchmarks.plans import Plan
 from benchmarks.reports import load_results, markdown, percent, run, versions
 from benchmarks.roster import REPORTED
 from benchmarks.speed.rivals import RIVALS, Pixels
+from benchmarks.speed.timing import in_turn, median_ratio
 from benchmarks.strip import Probe, as_onnx, evaluation_images, shuffled
 from benchmarks.victims import CACHE, bars, name_of, victim
 from calibration import Calibration, Settings, calibrate
@@ -113,8 +113,8 @@ def measure(name: str, parts: Parts, cache: Path = CACHE) -> Report:
         ways[choice] = partial(_passes, calibration, clean)
     for rival, method in RIVALS.items():
         ways[rival] = partial(_in_batches, method, predict, clean.numpy(), aside)
-    seconds = _timed(ways)
-    whole = _timed({choice: partial(_passes, calibration, mixed) for choice, calibration in made.items()})
+    seconds = in_turn(ways, _ROUNDS)
+    whole = in_turn({choice: partial(_passes, calibration, mixed) for choice, calibration in made.items()}, _ROUNDS)
     speeds = []
     for way, calibration in made.items():
         accepted = sum(int((~_inspected(calibration, part)).sum()) for part in triggered.split(_BATCH))
@@ -139,24 +139,11 @@ def _successful(probe: Probe, predict: Callable[[Pixels], Pixels]) -> torch.Tens
     return images[answers == probe.targets]
 
 
-def _timed(ways: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Seconds of each, round by round, after one that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(_ROUNDS + 1):
-        for name, way in ways.items():
-            started = time.perf_counter()
-            way()
-            if number:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
-
-
 def _speed(name: str, seconds: Mapping[str, list[float]], passes: float, far: Estimate) -> Speed:
-    bare = zip(seconds[name], seconds["the bare model"], strict=True)
     return Speed(
         name=name,
         per_second=_TIMED / statistics.median(seconds[name]),
-        of_bare=statistics.median(ours / theirs for ours, theirs in bare),
+        of_bare=median_ratio(seconds[name], seconds["the bare model"]),
         passes=passes,
         far=far,
     )

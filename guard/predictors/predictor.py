@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, final
 
+import msgspec
 import torch
 from torch import Tensor
 
 from guard.errors import GuardError, ModelError, one_line
 from guard.images import Array, InputSpec
+from guard.predictors.execution import ORDINARY, Execution
 from guard.predictors.outputs import OutputKind, as_tensor, to_probabilities
 
 BackendKind = Literal["module", "torchscript", "torch-export", "onnx", "callable"]
@@ -49,6 +51,7 @@ class Predictor:
         num_classes: M.
         output: What the model returns.
         memory_limit: Bytes that one forward pass may take, estimated as 64 times its input.
+        execution: How PyTorch runs it.
     """
 
     backend: Backend
@@ -56,6 +59,7 @@ class Predictor:
     num_classes: int
     output: OutputKind
     memory_limit: int = DEFAULT_MEMORY_LIMIT
+    execution: Execution = ORDINARY
 
     def __post_init__(self) -> None:
         """Refuse what can't be a classifier."""
@@ -72,6 +76,12 @@ class Predictor:
         """Images that fit one forward pass under the memory limit."""
         channels, height, width = self.spec.shape
         return max(1, self.memory_limit // (channels * height * width * 4 * _ACTIVATIONS_PER_INPUT))
+
+    def in_full_precision(self) -> Predictor:
+        """For answers that go out: itself, where it is that already."""
+        if self.execution.precision == "float32":
+            return self
+        return replace(self, execution=msgspec.structs.replace(self.execution, precision="float32"))
 
     def __call__(self, images: Tensor) -> Tensor:
         """Answer a batch, in as many forward passes as the memory limit needs.
@@ -92,7 +102,7 @@ class Predictor:
 
     def _forward(self, images: Tensor) -> Tensor:
         try:
-            raw = as_tensor(self.backend(self.spec.to_model(images)))
+            raw = as_tensor(self.execution.run(self.backend, self.spec.to_model(images)))
             return to_probabilities(raw, self.output, self.num_classes, images.shape[0]).to(images.device)
         except GuardError:
             raise

@@ -1,0 +1,111 @@
+"""What calibration finds out about how PyTorch runs a model, and when it does not trust it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from calibration import Calibration, PrecisionChoice, Settings, calibrate
+from calibration.data import ImageSet
+from calibration.execution import fastest
+from guard import Guard, InputSpec, Predictor
+from guard.detectors import Strip
+from guard.errors import CalibrationError, ModelError
+from guard.predictors import Execution, wrap
+
+SPEC = InputSpec(channels=3, height=8, width=8)
+
+
+class Pixels(nn.Module):
+    """Classes by the colour of a quadrant; quick with channels last, quicker in bfloat16, unless told otherwise."""
+
+    def __init__(self, *, quick: bool = True, noise: float = 0.0) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 4)
+        self.quick, self.noise = quick, noise
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        pooled: Tensor = self.linear(10.0 * nn.functional.avg_pool2d(images, 4).flatten(1))
+        last = images.is_contiguous(memory_format=torch.channels_last)
+        reduced = pooled.dtype == torch.bfloat16
+        time.sleep(0.004 / (1 + last + 2 * reduced) if self.quick else 0.002)
+        if self.noise and reduced:
+            swing = torch.arange(len(images)) % 2 * self.noise
+            pooled = pooled.float() * (1.0 + swing[:, None])
+        return 2.0 * pooled
+
+
+class Viewing(nn.Module):
+    """Can't take channels last, as many a model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, 3)
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = self.convolution(images)
+        return found.view(len(images), -1)[:, :4]
+
+
+def predictor(model: nn.Module) -> Predictor:
+    return Predictor(wrap(model), SPEC, 4, "logits")
+
+
+def clean(count: int = 260) -> ImageSet:
+    return ImageSet((255.0 * torch.rand(count, 3, 8, 8)).to(torch.uint8))
+
+
+def made(model: nn.Module, precision: PrecisionChoice) -> Calibration:
+    return calibrate(model, clean(), Settings(overlays=10, frr=0.05, allow_missing_classes=True, precision=precision))
+
+
+def test_what_is_clearly_faster_is_taken() -> None:
+    images = torch.rand(5, 3, 8, 8)
+    assert fastest(predictor(Pixels()), images).execution == Execution(memory_format="channels-last")
+    assert fastest(predictor(Pixels(quick=False)), images).execution == Execution()
+    both = Execution(memory_format="channels-last", precision="bfloat16")
+    assert fastest(predictor(Pixels()), images, "auto").execution == both
+    assert fastest(predictor(Pixels(quick=False)), images, "auto").execution == Execution()
+
+
+def test_a_model_that_can_not_take_channels_last_keeps_its_own() -> None:
+    assert fastest(predictor(Viewing()), torch.rand(5, 3, 8, 8)).execution == Execution()
+
+
+def test_answers_stay_in_float32_and_the_profile_remembers(tmp_path: Path) -> None:
+    model = Pixels()
+    found = made(model, "bfloat16")
+    assert found.turned is not None
+    assert found.turned <= 0.005
+    found.save(tmp_path / "profile")
+    guard = Guard.load(tmp_path / "profile", model)
+    (strip,) = (item.detector for item in guard.detectors)
+    assert isinstance(strip, Strip)
+    assert strip.predictor.execution == Execution(memory_format="channels-last", precision="bfloat16")
+    assert guard.predictor.execution == Execution(memory_format="channels-last")
+    images = torch.rand(4, 3, 8, 8)
+    answers = torch.tensor([verdict.probabilities for verdict in guard(images)])
+    torch.testing.assert_close(answers, predictor(model)(images), atol=1e-5, rtol=0.0)
+
+
+def test_bfloat16_that_turns_verdicts_is_refused_or_left() -> None:
+    with pytest.raises(CalibrationError, match=r"at most 0\.5% of the verdicts on clean images, got [1-9]"):
+        made(Pixels(noise=2.0), "bfloat16")
+    left = made(Pixels(noise=2.0), "auto")
+    assert left.execution.precision == "float32"
+    assert left.turned is None
+    assert left.predictor is left.strips[0].predictor
+
+
+def test_bfloat16_is_refused_where_pytorch_does_not_run_the_model() -> None:
+    function = replace(predictor(Pixels()), backend=wrap(lambda batch: batch[:, :4, 0, 0]))
+    with pytest.raises(ModelError, match="expected a model that PyTorch runs for bfloat16, got a callable model"):
+        fastest(function, torch.rand(2, 3, 8, 8), "bfloat16")
+    assert fastest(function, torch.rand(2, 3, 8, 8), "auto") is function
