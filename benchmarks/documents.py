@@ -29,6 +29,7 @@ from benchmarks import (
     strip,
 )
 from benchmarks.entry import enter
+from benchmarks.speed import growth, memory, overhead, precision, preprocessing, serving
 from benchmarks.speed import strip as speed_strip
 from guard.errors import InputError
 
@@ -65,6 +66,13 @@ QUOTED = (
     Quoted("docs/victims.md", _of(fixed.load_reports, fixed.table)),
     Quoted("docs/victims.md", _of(red_team.load_reports, red_team.table)),
     Quoted("docs/speed.md", _of(speed_strip.load_reports, speed_strip.table)),
+    Quoted("docs/speed.md", _of(serving.load_reports, serving.table)),
+    Quoted("docs/speed.md", _of(serving.load_reports, serving.starts_table)),
+    Quoted("docs/speed.md", _of(overhead.load_reports, overhead.table)),
+    Quoted("docs/speed.md", _of(precision.load_reports, precision.table)),
+    Quoted("docs/speed.md", lambda: preprocessing.table(preprocessing.load_report())),
+    Quoted("docs/speed.md", lambda: growth.table(growth.load_report())),
+    Quoted("docs/speed.md", lambda: memory.table(memory.load_report())),
     Quoted("docs/repair.md", _of(codefend.load_reports, codefend.table)),
     Quoted("docs/repair.md", _of(gym.load_reports, gym.table)),
     Quoted("docs/repair.md", _of(gym.load_reports, gym.few_table)),

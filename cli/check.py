@@ -142,7 +142,7 @@ def _for_people(line: Line) -> str:
         return f"{line.image}: {line.verdict}, {line.message}"
     sure = "" if line.probability is None else f" ({line.probability:.3f})"
     found = "".join(f", {_in_words(item, len(line.findings) > 1)}" for item in line.findings)
-    return f"{line.image}: {line.verdict}, {line.label}{sure}{found}, {line.passes} passes"
+    return f"{line.image}: {line.verdict}, {line.label}{sure}{found}, {line.passes} {'pass' if line.passes == 1 else 'passes'}"
 
 
 def _in_words(item: Found, several: bool) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import typer
@@ -14,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 _FILE_WIDTH = 200  # where nobody looks at a terminal, nothing need be folded
+_SELDOM = 30.0  # seconds between lines of a step
 _BETWEEN = 4  # spaces between columns, at most
 
 
@@ -21,8 +23,8 @@ _BETWEEN = 4  # spaces between columns, at most
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
     """One bar per step of a long command, on stderr; yields the function that the steps report to.
 
-    Where stderr is no terminal, each step is a plain line as it starts and one as it ends; with GUARD_PROGRESS=lines also
-    whenever it goes on.
+    Where stderr is no terminal, each step is a plain line as it starts, one every half minute, and one as it ends; with
+    GUARD_PROGRESS=lines one whenever it goes on.
     """
     if not sys.stderr.isatty():
         yield _plain_lines()
@@ -46,12 +48,13 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _plain_lines() -> Callable[[str, int, int], None]:
-    begun: set[str] = set()
+    shown: dict[str, float] = {}
     every = os.environ.get("GUARD_PROGRESS") == "lines"  # an edge server passes them on
 
     def report(what: str, done: int, total: int) -> None:
-        if every or what not in begun or done == total:
-            begun.add(what)
+        now = time.monotonic()
+        if every or what not in shown or now - shown[what] >= _SELDOM or done == total:
+            shown[what] = now
             typer.echo(f"{what} {done}/{total}", err=True)
 
     return report

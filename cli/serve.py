@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,6 +16,9 @@ from cli.extras import needs
 from cli.threads import settle_threads
 from guard import Guard, Limits, Policy, Quarantine, load_profile
 from guard.errors import InputError
+from guard.predictors.predictor import DEFAULT_MEMORY_LIMIT
+
+_MIB = 1024**2
 
 
 def serve(
@@ -36,6 +41,14 @@ def serve(
             show_default="no bound",
         ),
     ] = None,
+    memory_limit: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="MIB",
+            help="That a forward pass may take beside the model, by an estimate: lower takes fewer images at once.",
+        ),
+    ] = DEFAULT_MEMORY_LIMIT // 1024**2,
     quarantine: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep copies of suspicious images there.")] = None,
     max_bytes: Annotated[int, typer.Option(min=1, help="Of one encoded image.")] = Limits().max_bytes,
     max_pixels: Annotated[int, typer.Option(min=1, help="Of one image, by its header.")] = Limits().max_pixels,
@@ -66,7 +79,9 @@ def serve(
         latency_budget=settings.policy.latency_budget if latency_budget is None else latency_budget,
     )
     if engine == "asgi":
-        _serve_asgi(profile, model, host, port, policy, limits, quarantine, expose_scores, device)
+        store = None if quarantine is None else Quarantine(quarantine)
+        load = partial(Guard.load, profile, policy=policy, quarantine=store, device=device, memory_limit=memory_limit * _MIB)
+        _serve_asgi(load, model, host, port, limits, expose_scores)
         return
     if host != "127.0.0.1":
         raise InputError(
@@ -76,6 +91,7 @@ def serve(
         "mode": policy.mode,
         "on_error": policy.on_error,
         **({} if policy.latency_budget is None else {"latency_budget": policy.latency_budget}),
+        "memory_limit": memory_limit * _MIB,
         "max_bytes": limits.max_bytes,
         "max_pixels": limits.max_pixels,
         "expose_scores": expose_scores,
@@ -85,17 +101,7 @@ def serve(
     _serve_torchserve(profile, model, port, workers, batch_size, max_bytes, updates, extra)
 
 
-def _serve_asgi(
-    profile: Path,
-    model: str,
-    host: str,
-    port: int,
-    policy: Policy,
-    limits: Limits,
-    quarantine: Path | None,
-    expose_scores: bool,
-    device: str,
-) -> None:
+def _serve_asgi(load: Callable[[], Guard], model: str, host: str, port: int, limits: Limits, expose_scores: bool) -> None:
     with needs("asgi"):
         from handlers.asgi import create_app
         from handlers.asgi_server import serve_asgi
@@ -103,8 +109,7 @@ def _serve_asgi(
         from handlers.service import ImageService
 
     configure_logging()
-    store = None if quarantine is None else Quarantine(quarantine)
-    guard = Guard.load(profile, policy=policy, quarantine=store, device=device)
+    guard = load()
     settle_threads(guard.predictor)
     serve_asgi(create_app({model: ImageService(guard, model, limits, expose_scores)}), host, port)
 
@@ -127,7 +132,7 @@ def _serve_torchserve(
             inference_port=port,
             workers=workers,
             batch_size=batch_size,
-            max_request_size=max_bytes + 1024**2,
+            max_request_size=max_bytes + _MIB,
             model_api=updates,
             echo=sys.stderr,
         )

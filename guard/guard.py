@@ -22,7 +22,7 @@ from guard.detectors.detector import Detector, Inspection
 from guard.detectors.strip import Strip
 from guard.errors import CalibrationError, InputError, ModelError, RejectedError, one_line
 from guard.images import Array
-from guard.predictors.predictor import Predictor
+from guard.predictors.predictor import DEFAULT_MEMORY_LIMIT, Predictor
 from guard.preprocessors import Gym, Preprocessor, answer_through
 from guard.quarantine import Quarantine
 from guard.verdict import Finding, Policy, Reason, Verdict
@@ -100,6 +100,7 @@ class Guard:
         quarantine: Quarantine | None = None,
         device: str = "cpu",
         seed: int | None = None,
+        memory_limit: int = DEFAULT_MEMORY_LIMIT,
     ) -> Guard:
         """Build a guard from a profile folder.
 
@@ -110,14 +111,25 @@ class Guard:
             quarantine: Where suspicious images are kept.
             device: Where PyTorch models run, `cpu` or `cuda`.
             seed: Of the preprocessor's draws; leave None for serving.
+            memory_limit: Bytes that a forward pass may take, beside the model's own weights, as far as can be told before: it
+                then holds fewer images. See `Predictor`.
 
         Raises:
+            InputError: A limit of nothing.
             ProfileError: The profile is damaged, newer, or belongs to another model.
             ModelError: The model can't be loaded.
         """
         from guard.loading import load_guard
 
-        return load_guard(Path(profile), model, policy=policy, quarantine=quarantine, device=device, seed=seed)
+        return load_guard(
+            Path(profile),
+            model,
+            policy=policy,
+            quarantine=quarantine,
+            device=device,
+            seed=seed,
+            memory_limit=memory_limit,
+        )
 
     def __call__(self, images: Tensor) -> tuple[Verdict, ...]:
         """Judge and answer a batch.

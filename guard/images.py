@@ -101,15 +101,15 @@ class InputSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             expected = ", ".join(map(str, self.shape))
             raise InputError(f"expected images of shape ({expected}), got ({got}): resize or convert them first")
 
-    def to_model(self, images: Tensor) -> Array:
+    def to_model(self, images: Tensor, *, keep: bool = True) -> Array:
         """Map images to what the model takes.
 
         Args:
             images: (B, C, H, W), float32, in [0, 1].
+            keep: They are needed afterwards, and models may work in place: the result shares no memory with them.
 
         Returns:
-            The same images in the model's layout, type, normalisation and array library; a copy, because models may
-            work in place.
+            The same images in the model's layout, type, normalisation and array library.
         """
         batch = images
         if self.mean:
@@ -124,7 +124,7 @@ class InputSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             batch = batch[:, 0]
         elif self.layout == "flat":
             batch = batch.flatten(1)
-        if batch.untyped_storage().data_ptr() == images.untyped_storage().data_ptr():
+        if keep and batch.untyped_storage().data_ptr() == images.untyped_storage().data_ptr():
             batch = batch.clone()
         return batch.cpu().numpy() if self.container == "numpy" else batch
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from guard.detectors import ActivationFilter, Detector, FeatureSqueezing, Strip
-from guard.errors import ModelError, ProfileError
+from guard.errors import InputError, ModelError, ProfileError
 from guard.guard import CalibratedDetector, Guard
 from guard.images import InputSpec
 from guard.predictors import Backend, Predictor, wrap
 from guard.predictors.loading import load_backend
+from guard.predictors.predictor import DEFAULT_MEMORY_LIMIT
 from guard.predictors.screening import file_sha256
 from guard.profile import ModelRecord, Profile, array_to_overlays, load_profile
 from guard.quarantine import Quarantine
@@ -40,18 +42,22 @@ def load_guard(
     quarantine: Quarantine | None = None,
     device: str = "cpu",
     seed: int | None = None,
+    memory_limit: int = DEFAULT_MEMORY_LIMIT,
 ) -> Guard:
     """Build a guard from a profile folder; see `Guard.load`."""
+    if memory_limit < 1:
+        raise InputError(f"expected a memory limit of at least 1 byte, got {memory_limit}: leave it out for 1 GiB")
     if device.partition(":")[0] not in ("cpu", "cuda") or (device != "cpu" and not torch.cuda.is_available()):
         where = "" if torch.cuda.is_available() else " on a machine without CUDA"
         raise ModelError(f"expected the device cpu or cuda, got {device}{where}: use one that is there")
     profile, arrays = load_profile(folder)
-    watched = load_predictor(folder, profile.model, profile.input, model, device)
+    watched = replace(load_predictor(folder, profile.model, profile.input, model, device), memory_limit=memory_limit)
     predictor = watched.in_full_precision()
     images = probe_images(profile, arrays)
     _check_probe(predictor, images, arrays, PROBE, folder)
     if profile.tripwire is not None:
         watched = load_predictor(folder, profile.tripwire.model, profile.tripwire.input, device=device)
+        watched = replace(watched, memory_limit=memory_limit)
         _check_probe(watched.in_full_precision(), images, arrays, TRIPWIRE_PROBE, folder)
     detectors = [
         CalibratedDetector(_detector(record, watched, profile, arrays), record.threshold.value) for record in profile.detectors

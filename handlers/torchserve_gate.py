@@ -15,6 +15,7 @@ import torch
 
 from guard import Guard, Limits, Quarantine, load_profile
 from guard.errors import ServingError, one_line
+from guard.predictors.predictor import DEFAULT_MEMORY_LIMIT
 from handlers.service import ImageService, Outcome
 from handlers.torchserve_metrics import TorchServeMetrics
 from handlers.torchserve_request import Context, Row, failed_outcome, image_body, request_ids
@@ -34,6 +35,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         mode: Replaces the profile's.
         on_error: Replaces the profile's.
         latency_budget: Seconds; replaces the profile's.
+        memory_limit: Bytes that a forward pass may take, as far as can be told before.
         max_bytes: Size of one encoded image.
         max_pixels: Width times height.
         expose_scores: Put detector scores into answers.
@@ -45,6 +47,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     mode: Literal["enforce", "monitor"] | None = None
     on_error: Literal["reject", "accept"] | None = None
     latency_budget: Annotated[float, msgspec.Meta(gt=0.0)] | None = None
+    memory_limit: _Positive = DEFAULT_MEMORY_LIMIT
     max_bytes: _Positive = Limits().max_bytes
     max_pixels: _Positive = Limits().max_pixels
     expose_scores: bool = False
@@ -92,7 +95,11 @@ def load_service(context: Context, *, with_preprocessor: bool = True) -> ImageSe
     if options.quarantine is not None:
         quarantine = Quarantine(options.quarantine, options.quarantine_max_items, options.quarantine_max_bytes)
     guard = Guard.load(
-        folder, policy=msgspec.structs.replace(profile.policy, **replaced), quarantine=quarantine, device=_device(context)
+        folder,
+        policy=msgspec.structs.replace(profile.policy, **replaced),
+        quarantine=quarantine,
+        device=_device(context),
+        memory_limit=options.memory_limit,
     )
     limits = Limits(max_bytes=options.max_bytes, max_pixels=options.max_pixels)
     return ImageService(guard, context.model_name, limits, options.expose_scores)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -15,7 +17,7 @@ ALLOWED = {
     "calibration": {"guard"},
     "export": {"guard"},
     "handlers": {"guard"},
-    "benchmarks": {"calibration", "export", "guard"},
+    "benchmarks": {"calibration", "export", "guard", "handlers"},
     "cli": {"calibration", "export", "guard", "handlers"},
 }
 """Besides itself, a top-level package imports only these of ours."""
@@ -75,6 +77,15 @@ def test_inference_stays_light() -> None:
         f"{file.relative_to(ROOT)}: {name}" for file in (ROOT / "guard").rglob("*.py") for name in module_level(file) & HEAVY
     }
     assert not wrong
+
+
+def test_importing_the_guard_adds_little_to_pytorch() -> None:
+    code = "import sys, time, torch; started = time.perf_counter(); import guard; spent = time.perf_counter() - started"
+    code += "; print(spent, *{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    spent, *names = done.stdout.split()
+    assert not HEAVY & set(names)
+    assert float(spent) < 1.0
 
 
 def test_nothing_is_pickled() -> None:

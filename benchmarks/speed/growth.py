@@ -151,6 +151,7 @@ def draw(report: Report) -> bytes:
         axes.loglog(sizes, [point.bare_ms for point in points], "s--", label="model alone")
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.minorticks_off()
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_xlabel({"side": "pixels a side", "batch": "images at once"}.get(varied, varied))
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("ms an input")

@@ -148,7 +148,7 @@ class FeatureSqueezing(Detector):
 
     def score(self, images: Tensor) -> Tensor:
         """The largest L1 distance between the answer and a squeezed image's, in [0, 2]; (B,), float32."""
-        answers = self.predictor(torch.cat([images, *self.squeeze(images)])).unflatten(0, (-1, len(images)))
+        answers = self.predictor(torch.cat([images, *self.squeeze(images)]), keep=False).unflatten(0, (-1, len(images)))
         return largest_change(answers[0], answers[1:]).cpu()
 
     def inspect(self, images: Tensor, threshold: float) -> Inspection:

@@ -40,7 +40,7 @@ moves them as much, and pixels near black or white, such as a sticker's, hardly 
 
 _LOGIT_EDGE = 0.001
 _MOST_LOGIT = 30.0  # beyond it a pixel is black or white, and float32 overflows
-_FULL = 64  # rows: a forward pass of more is hardly faster a row
+_FULL = 200_000  # numbers in a batch, 64 images of 32x32 pixels: a forward pass of more is hardly faster an image
 _LEAST_CONTRAST = 0.02  # of an overlay, so that noise in a flat one is not blown up
 
 
@@ -77,18 +77,18 @@ def overlay_layers(overlays: Tensor, blend: Blend, alpha: float) -> Tensor:
         return alpha * layers
     contrast = layers.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp_min(_LEAST_CONTRAST)
     # in float64 and rounded: the bits of a float32 exponential depend on where in a batch a pixel is
-    return (alpha * (layers / contrast).to(torch.float64)).clamp(-_MOST_LOGIT, _MOST_LOGIT).exp().to(torch.float32)
+    return (-alpha * (layers / contrast).to(torch.float64)).clamp(-_MOST_LOGIT, _MOST_LOGIT).exp().to(torch.float32)
 
 
 def superimpose(images: Tensor, layers: Tensor, blend: Blend, alpha: float) -> Tensor:
     """The rest of a blend; (B, N, C, H, W), in [0, 1], the same bits whatever the batch.
 
-    `logit` is sigmoid(logit(x) + a*z) written as x*e / (x*e + 1 - x) with e = exp(a*z), the layer.
+    `logit` is sigmoid(logit(x) + a*z) written as 1 / (1 + e * (1 - x) / x) with e = exp(-a*z), the layer.
     """
     if blend == "logit":
-        inside = images.clamp(_LOGIT_EDGE, 1.0 - _LOGIT_EDGE).unsqueeze(1)
-        raised = inside * layers.unsqueeze(0)
-        return raised.div_(raised + (1.0 - inside))
+        inside = images.clamp(_LOGIT_EDGE, 1.0 - _LOGIT_EDGE)
+        odds_against = ((1.0 - inside) / inside).unsqueeze(1)
+        return (odds_against * layers.unsqueeze(0)).add_(1.0).reciprocal_()
     if blend == "max":
         return torch.maximum(images.unsqueeze(1), layers.unsqueeze(0)).clamp_(0.0, 1.0)
     base = images * (1.0 - alpha) if blend == "mix" else images
@@ -119,7 +119,7 @@ class Strip(Detector):
         blend: How they are superimposed.
         alpha: The overlay's weight, in (0, 1] for `mix` and over 0 otherwise.
         stage_rows: Blends in the first stage's batch, at least, and twice as many in later ones'; without boundaries, stages
-            also grow, to half of what went before, as long as they hold fewer than 64, so that a lone input takes few calls.
+            also grow, to half of what went before, until they fill a processor, so that a lone input takes few calls.
         name: `strip`, or `strip-BLEND` where a guard has several.
         boundaries: Where it may stop; None for exact early acceptance.
 
@@ -239,7 +239,8 @@ class Strip(Detector):
         rows, total = max(1, -(-least // active)), len(self.overlays)
         if self.boundaries is not None:
             return next((end for end in self.boundaries.ends if end >= done + rows), total)
-        return min(total, done + max(rows, min(done // 2, _FULL // active)))
+        full = _FULL // math.prod(self.predictor.spec.shape)
+        return min(total, done + max(rows, min(done // 2, full // active)))
 
     def stage_ends(self, active: int = 1) -> list[int]:
         """How many overlays have been tried after each stage, while so many images remain."""
@@ -269,7 +270,7 @@ class Strip(Detector):
         blends = superimpose(images, layers, self.blend, self.alpha)
         if riding:
             blends = torch.cat([images.unsqueeze(1), blends], dim=1)
-        return self.predictor(blends.flatten(0, 1)).reshape(len(images), blends.shape[1], -1)
+        return self.predictor(blends.flatten(0, 1), keep=False).reshape(len(images), blends.shape[1], -1)
 
 
 class _Clock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, final
 
@@ -17,8 +18,11 @@ from guard.predictors.outputs import OutputKind, as_tensor, to_probabilities
 BackendKind = Literal["module", "torchscript", "torch-export", "onnx", "callable"]
 
 DEFAULT_MEMORY_LIMIT = 1024**3
-_ACTIVATIONS_PER_INPUT = 64  # a VGG-16 holds about 60 times its input while it runs; most nets hold less
-_CPU_ROWS = 128  # larger batches fall out of the processor's cache: a small net took 2.5 times longer an image at 4,096
+ACTIVATIONS_PER_INPUT = 80
+"""Bytes for each of an image's own, while a model runs: VGG-16's first layers take about 70, most models fewer."""
+
+_CPU_NUMBERS = 400_000  # 128 images of 32x32 pixels; larger batches fall out of a processor's cache, and take longer an image
+_CPU_LEAST, _CPU_MOST = 2, 128  # images
 
 
 class Backend(Protocol):
@@ -50,7 +54,7 @@ class Predictor:
         spec: Maps images to the model's input.
         num_classes: M.
         output: What the model returns.
-        memory_limit: Bytes that one forward pass may take, estimated as 64 times its input.
+        memory_limit: Bytes that one forward pass may take, estimated as 80 times its input.
         execution: How PyTorch runs it.
     """
 
@@ -75,7 +79,7 @@ class Predictor:
     def max_rows(self) -> int:
         """Images that fit one forward pass under the memory limit."""
         channels, height, width = self.spec.shape
-        return max(1, self.memory_limit // (channels * height * width * 4 * _ACTIVATIONS_PER_INPUT))
+        return max(1, self.memory_limit // (channels * height * width * 4 * ACTIVATIONS_PER_INPUT))
 
     def in_full_precision(self) -> Predictor:
         """For answers that go out: itself, where it is that already."""
@@ -83,11 +87,12 @@ class Predictor:
             return self
         return replace(self, execution=msgspec.structs.replace(self.execution, precision="float32"))
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, *, keep: bool = True) -> Tensor:
         """Answer a batch, in as many forward passes as the memory limit needs.
 
         Args:
             images: (B, C, H, W), float32, in [0, 1].
+            keep: They are needed afterwards; without, a model that works in place may change them.
 
         Returns:
             (B, M), float32, rows summing to one; a row that the model could not answer is NaN.
@@ -95,14 +100,16 @@ class Predictor:
         Raises:
             ModelError: The model raised, or returned another shape.
         """
-        rows = min(self.max_rows, _CPU_ROWS) if images.device.type == "cpu" else self.max_rows
+        rows = self.max_rows
+        if images.device.type == "cpu":
+            rows = min(rows, max(_CPU_LEAST, min(_CPU_MOST, _CPU_NUMBERS // math.prod(self.spec.shape))))
         with torch.inference_mode():
-            parts = [self._forward(part) for part in images.split(rows)]
+            parts = [self._forward(part, keep) for part in images.split(rows)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _forward(self, images: Tensor) -> Tensor:
+    def _forward(self, images: Tensor, keep: bool) -> Tensor:
         try:
-            raw = as_tensor(self.execution.run(self.backend, self.spec.to_model(images)))
+            raw = as_tensor(self.execution.run(self.backend, self.spec.to_model(images, keep=keep)))
             return to_probabilities(raw, self.output, self.num_classes, images.shape[0]).to(images.device)
         except GuardError:
             raise

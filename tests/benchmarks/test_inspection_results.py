@@ -17,6 +17,7 @@ REPAIRS = repairs.load_reports()
 DETECTED_ON = detectors.load_reports()
 MISSED = {
     "cifar10-trojan-sq",  # 36 pixels, of which it needs most: clean labels need 31 to 59
+    "gtsrb-b-again",  # from the first seed the search ends in a mask of 42 pixels, from the next in one of 29, which is found
 }
 MANY_STAY = {"gtsrb-eight-targets", "gtsrb-lenet8-clean"}
 """Labels that stay long: 30.3%, over the 30% that is asked for. Falling short is named, not allowed: see below."""

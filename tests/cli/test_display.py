@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
 import pytest
 
-from cli.display import show_rows
+from cli.display import progress_bars, show_rows
 
 
 class Terminal(io.StringIO):
@@ -31,3 +32,14 @@ def test_names_are_no_markup(monkeypatch: pytest.MonkeyPatch) -> None:
     show_rows("Scan [/out]", [("[red]stop[/]", "[/b] 3")], ("label", "[bold]L1"))
     for text in ("Scan [/out]", "[red]stop[/]", "[/b] 3", "[bold]L1"):
         assert text in shown.getvalue()
+
+
+def test_long_work_shows_progress_where_nobody_has_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 1.0, 29.9, 30.0, 31.0, 59.0, 60.5, 61.0])
+    monkeypatch.setattr("cli.display.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with progress_bars() as progress:
+        for done in range(1, 9):
+            progress("scanning", done, 8)
+    assert capsys.readouterr().err.splitlines() == [f"scanning {done}/8" for done in (1, 4, 7, 8)]

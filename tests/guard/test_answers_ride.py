@@ -13,6 +13,7 @@ from torch import Tensor
 from guard import CalibratedDetector, Guard
 from guard.detectors import Strip
 from guard.predictors import Predictor, wrap
+from guard.predictors.predictor import ACTIVATIONS_PER_INPUT
 from guard.preprocessors import Flip
 from tests.guard.models import predict_function
 from tests.toy import ENTROPY_THRESHOLD, SPEC, ToyNet, toy_images, toy_trigger
@@ -74,7 +75,7 @@ def test_labels_alone_are_asked_for_apart() -> None:
 
 def test_a_small_memory_holds_them_in_turn() -> None:
     model = Counted(ToyNet())
-    predictor = Predictor(wrap(model), SPEC, 4, "logits", memory_limit=8 * 8 * 4 * 64 * 3)
+    predictor = Predictor(wrap(model), SPEC, 4, "logits", memory_limit=8 * 8 * 4 * ACTIVATIONS_PER_INPUT * 3)
     assert predictor.max_rows == 3
     verdicts = Guard(predictor, [CalibratedDetector(Strip(predictor, OVERLAYS), -ENTROPY_THRESHOLD)])(mixed())
     assert max(model.rows) <= 3

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from guard.detectors import ActivationFilter, Blend, Detector, FeatureSqueezing, Strip
 from guard.images import Container, DType, InputSpec, Layout
 from guard.predictors import OutputKind, Predictor, load_backend
+from guard.predictors.predictor import ACTIVATIONS_PER_INPUT
 from guard.preprocessors import (
     Flip,
     Gym,
@@ -47,7 +48,9 @@ def mixed(count: int = 7, seed: int = 5) -> Tensor:
 
 def limited(model: Predictor, rows: int) -> Predictor:
     """The same predictor with memory for `rows` images at a time."""
-    smaller = Predictor(model.backend, model.spec, model.num_classes, model.output, rows * SIDE * SIDE * 4 * 64)
+    smaller = Predictor(
+        model.backend, model.spec, model.num_classes, model.output, rows * SIDE * SIDE * 4 * ACTIVATIONS_PER_INPUT
+    )
     assert smaller.max_rows == rows
     return smaller
 

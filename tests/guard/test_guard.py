@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from guard import CalibratedDetector, Guard, Policy, Predictor, Quarantine
-from guard.detectors import Detector, Inspection, Strip
+from guard.detectors import Blend, Detector, Inspection, Strip
 from guard.errors import CalibrationError, InputError, ModelError, RejectedError
 from guard.images import Array, Container, DType, InputSpec, Layout
 from guard.predictors import OutputKind
+from guard.predictors.predictor import ACTIVATIONS_PER_INPUT
 from guard.preprocessors import Gym, Preprocessor
 from tests.guard.models import predict_function, predictor
 from tests.toy import ENTROPY_THRESHOLD, NAMES, SPEC, TARGET, ToyNet, toy_images, toy_trigger
@@ -568,3 +569,35 @@ def test_other_ways_to_reject() -> None:
 def test_a_wrapped_function_checks_its_input(batch: Any) -> None:
     with pytest.raises(InputError):
         guarded().wrap(ToyNet())(batch)
+
+
+def test_the_memory_limit_is_of_both_models(profile: Path) -> None:
+    guard = Guard.load(profile, memory_limit=3 * 8 * 8 * 4 * ACTIVATIONS_PER_INPUT)
+    (strip,) = (item.detector for item in guard.detectors)
+    assert isinstance(strip, Strip)
+    assert (guard.predictor.max_rows, strip.predictor.max_rows) == (3, 3)
+    with pytest.raises(InputError, match="expected a memory limit of at least 1 byte, got 0: leave it out for 1 GiB"):
+        Guard.load(profile, memory_limit=0)
+
+
+class Overwriting(ToyNet):
+    """Works in place."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        answers: Tensor = super().forward(images)
+        images.zero_()
+        return answers
+
+
+@pytest.mark.parametrize("blend", ["logit", "add", "mix", "max", "demeaned"])
+def test_a_model_that_overwrites_its_input_changes_no_verdict(blend: Blend) -> None:
+    images, _ = toy_images(6)
+    images = torch.cat([images[:3], toy_trigger(images[3:])])
+    before = images.clone()
+    verdicts = []
+    for model in (ToyNet(), Overwriting()):
+        strip = Strip(predictor(model), toy_images(12, seed=1)[0], blend, 0.5)
+        guard = Guard(strip.predictor, [CalibratedDetector(strip, -ENTROPY_THRESHOLD)])
+        verdicts.append(guard(images))
+    assert verdicts[0] == verdicts[1]
+    assert torch.equal(images, before)

@@ -15,12 +15,13 @@ import torch
 from guard import Guard, Quarantine, load_profile
 from guard.detectors import Blend
 from guard.errors import GuardError
+from guard.predictors.predictor import ACTIVATIONS_PER_INPUT, DEFAULT_MEMORY_LIMIT
 from guard.predictors.screening import file_sha256
 from guard.preprocessors import Gym
 from guard.profile import save_profile
 from handlers.torchserve import GuardedHandler, GuardHandler, guarded
-from handlers.torchserve_gate import Options, log_to
-from tests.handlers.torchserve_worker import Reply, ask, started
+from handlers.torchserve_gate import Options, load_service, log_to
+from tests.handlers.torchserve_worker import Reply, ask, started, worker_context
 from tests.handlers.toy_service import black, bomb, clean, nan_when_dark, toy_guard, triggered
 from tests.toy import save_toy_profile, toy_images, toy_trigger
 
@@ -127,6 +128,14 @@ def test_a_latency_budget_is_the_operators_choice(profile: Path) -> None:
     assert (reply.status, reply.body["reason"]) == (503, "out-of-time")
     with pytest.raises(GuardError, match="latency_budget"):
         Options.read({"guard": {"latency_budget": 0}})
+
+
+def test_the_memory_of_a_forward_pass_is_the_operators_choice(profile: Path) -> None:
+    contexts = (worker_context(profile, options) for options in (None, {"memory_limit": 3 * 8 * 8 * 4 * ACTIVATIONS_PER_INPUT}))
+    usual, bounded = (load_service(context).guard.predictor.max_rows for context in contexts)
+    assert (usual, bounded) == (DEFAULT_MEMORY_LIMIT // (8 * 8 * 4 * ACTIVATIONS_PER_INPUT), 3)
+    with pytest.raises(GuardError, match="memory_limit"):
+        Options.read({"guard": {"memory_limit": 0}})
 
 
 def test_suspicious_images_are_kept(profile: Path, tmp_path: Path) -> None:

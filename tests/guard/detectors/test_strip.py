@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -259,6 +260,15 @@ def test_a_lone_input_takes_few_calls() -> None:
     strip.inspect(images, 0.0)
     assert len(table.rows) == 100
     assert table.calls == len(strip.stage_ends()) <= 12
+
+
+@pytest.mark.parametrize(("side", "most"), [(32, 65), (224, 8)])
+def test_no_stage_is_larger_than_what_fills_a_processor(side: int, most: int) -> None:
+    """A few large images do that, and whatever is tried at once is tried in vain if the first of them decides."""
+    spec = InputSpec(channels=3, height=side, width=side)
+    strip = Strip(predictor(spec=spec), torch.zeros(1, *spec.shape).expand(400, -1, -1, -1))
+    sizes = [after - before for before, after in itertools.pairwise([0, *strip.stage_ends()])]
+    assert max(sizes) == most
 
 
 @pytest.mark.parametrize(("active", "stage_rows"), [(1, 4), (3, 4), (100, 4), (1, 1), (2, 0)])

@@ -1,0 +1,52 @@
+"""What the committed measurements of speed say, where it was asked for."""
+
+from __future__ import annotations
+
+from benchmarks.speed import memory, overhead, precision, serving, strip
+from benchmarks.speed.rivals import RIVALS
+
+
+def test_sequential_strip_is_ten_times_as_fast_as_the_others_and_misses_no_more() -> None:
+    for report in strip.load_reports():
+        speeds = {item.name: item for item in report.speeds}
+        ours = speeds["sequential"]
+        for rival in RIVALS:
+            assert ours.per_second >= 10.0 * speeds[rival].per_second, (report.name, rival)
+            assert ours.far.value <= speeds[rival].far.value + 0.005
+
+
+def test_a_thousand_traffic_signs_take_less_than_nine_seconds() -> None:
+    (report,) = (report for report in strip.load_reports() if report.name == "gtsrb-b")
+    seconds = {item.name: item.mixed_seconds for item in report.speeds if item.mixed_seconds is not None}
+    assert set(seconds) == set(strip.OURS)
+    assert max(seconds.values()) < 9.0
+
+
+def test_the_guarded_server_keeps_a_quarter_of_the_bare_ones_throughput() -> None:
+    for report in serving.load_reports():
+        (load,) = (load for load in report.loads if (load.server, load.clients) == ("sequential", 8))
+        assert load.throughput_kept >= 0.25
+        assert load.p95_times <= 4.0
+        assert all(start.after_bare <= 2.0 for start in report.starts)
+
+
+def test_most_of_the_time_is_the_models() -> None:
+    (report,) = (report for report in overhead.load_reports() if report.name == "gtsrb-b")
+    ours = [item.over for item in report.overheads if item.runs.startswith("PyTorch") and item.passes != "sequential"]
+    assert len(ours) == 2
+    assert max(ours) <= 0.1
+
+
+def test_faster_ways_to_run_a_model_turn_no_verdicts_that_count() -> None:
+    for report in precision.load_reports():
+        as_it_is, *others = report.speeds
+        for item in others:
+            assert item.faster > 1.0
+            assert item.turned.value <= 0.005
+            assert item.far.value <= as_it_is.far.value + 0.005
+
+
+def test_memory_stays_within_what_was_set() -> None:
+    report = memory.load_report()
+    assert report is not None
+    assert all(item.taken < item.limit for item in report.peaks)
