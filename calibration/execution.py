@@ -54,7 +54,7 @@ def fastest(predictor: Predictor, images: Tensor, precision: PrecisionChoice = "
     if predictor.backend.kind not in _KINDS or predictor.spec.layout != "NCHW" or predictor.spec.container != "torch":
         if precision == "bfloat16":
             raise ModelError(
-                f"expected a model that PyTorch runs for bfloat16, got a {predictor.backend.kind} model: drop --precision"
+                f"expected a model that PyTorch runs for bfloat16, got one of kind {predictor.backend.kind}: drop --precision"
             )
         return predictor
     images = images.repeat(-(-TIMED // len(images)), 1, 1, 1)[:TIMED]

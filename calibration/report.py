@@ -120,7 +120,7 @@ def _settings_rows(calibration: Calibration) -> list[tuple[str, str]]:
     strips = calibration.strips
     rows = [
         ("Model", f"{profile.model.kind}, {profile.model.num_classes} classes, returns {profile.model.output}"),
-        *([("Runs fastest here", calibration.runs)] if calibration.runs else []),
+        *([("PyTorch runs it", calibration.runs)] if calibration.runs else []),
         ("Input", f"{'x'.join(map(str, spec.shape))} (C, H, W), {spec.layout}, {spec.dtype}"),
         ("Detectors", ", ".join(part.detector.name for part in calibration.parts)),
         *([("Blend", " or ".join(f"{strip.blend}, alpha {strip.alpha:g}" for strip in strips))] if strips else []),

@@ -79,7 +79,7 @@ def _rows(made: Calibrated) -> list[tuple[str, str]]:
             "model",
             f"{model.kind}, {model.num_classes} classes, takes {spec.container} {spec.layout} {spec.dtype}, {model.output}",
         ),
-        *([("runs fastest here", calibration.runs)] if calibration.runs else []),
+        *([("PyTorch runs it", calibration.runs)] if calibration.runs else []),
         ("clean accuracy", _accuracy(made)),
     ]
     if made.red_team is not None:
