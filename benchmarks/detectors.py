@@ -22,7 +22,7 @@ from benchmarks.entry import enter
 from benchmarks.plans import Plan
 from benchmarks.reports import load_results, markdown, percent, run, versions
 from benchmarks.roster import DETECTED
-from benchmarks.scans import scanned
+from benchmarks.scans import reason_of, scanned
 from benchmarks.strip import Probe, as_onnx, evaluation_images, shuffled
 from benchmarks.victims import CACHE, Victim, bars, victim
 from calibration import Calibration, Settings, calibrate
@@ -102,7 +102,7 @@ def measure(name: str, parts: Parts, cache: Path = CACHE) -> Report:
             try:
                 calibration = _calibrated(detector, found, parts, cache, progress)
             except (CalibrationError, InspectionError) as reason:
-                detected.append(Detected(detector=detector, gave_up=str(reason)))
+                detected.append(Detected(detector=detector, gave_up=reason_of(reason, cache)))
                 continue
             item, success = _examined(detector, calibration, probe, progress)
             detected.append(item)

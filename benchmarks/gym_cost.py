@@ -20,12 +20,12 @@ import torch
 
 from benchmarks.datasets import DEFAULT_FOLDER, load_parts
 from benchmarks.entry import enter
-from benchmarks.reports import markdown, versions
+from benchmarks.reports import load_result, markdown, versions, write_result
 from benchmarks.roster import REPORTED
 from benchmarks.victims import CACHE, victim
 from guard.preprocessors import Gym
 
-_FILE = Path(__file__).parent / "results" / "gym_cost.json"
+_RESULT = "gym_cost"
 _VICTIMS = ("gtsrb-b", "gtsrb-lenet8")
 _BATCH = 32
 _ROUNDS = 400
@@ -96,7 +96,7 @@ def _in_turn(*functions: Callable[[], object]) -> list[float]:
 
 def load_costs() -> Costs | None:
     """The committed result."""
-    return msgspec.json.decode(_FILE.read_bytes(), type=Costs) if _FILE.is_file() else None
+    return load_result(_RESULT, Costs)
 
 
 def table(costs: Sequence[Cost]) -> str:
@@ -115,7 +115,7 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of trained victims")
     arguments = parser.parse_args()
     if arguments.step == "measure":
-        _FILE.write_bytes(msgspec.json.format(msgspec.json.encode(measure(arguments.data, arguments.cache)), indent=1) + b"\n")
+        write_result(_RESULT, measure(arguments.data, arguments.cache))
     found = load_costs()
     print("" if found is None else table(found.costs))
     return 0

@@ -27,7 +27,7 @@ from benchmarks.evaluated import Exam, Marks, examine
 from benchmarks.plans import Plan
 from benchmarks.reports import load_results, markdown, percent, run, versions
 from benchmarks.roster import REPAIRED
-from benchmarks.scans import scanned
+from benchmarks.scans import reason_of, scanned
 from benchmarks.strip import shuffled
 from benchmarks.victims import CACHE, Victim, bars, victim
 from calibration.attacks import Amplified, Attack, BadNets
@@ -146,7 +146,7 @@ def measure_plan(name: str, plan: Plan, parts: Parts, cache: Path = CACHE) -> Re
             after = exams(repaired.predictor, found.attack, parts.evaluation, repaired.preprocessor)
             repaired.check()
         except (RepairError, InspectionError, ModelError) as reason:
-            gave_up, minutes = str(reason), (time.monotonic() - started) / 60.0
+            gave_up, minutes = reason_of(reason, cache), (time.monotonic() - started) / 60.0
     return Report(
         name=name,
         command=f"python -m benchmarks.repairs measure --name {name}",

@@ -26,6 +26,19 @@ def load_results(benchmark: str, names: Sequence[str], kind: type[_Report]) -> l
     return [msgspec.json.decode(file.read_bytes(), type=kind) for file in files if file.is_file()]
 
 
+def load_result(name: str, kind: type[_Report]) -> _Report | None:
+    """The committed result of a benchmark that has one."""
+    file = _RESULTS / f"{name}.json"
+    return msgspec.json.decode(file.read_bytes(), type=kind) if file.is_file() else None
+
+
+def write_result(name: str, report: msgspec.Struct) -> None:
+    """Into `results/NAME.json`."""
+    path = _RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
+
+
 def versions() -> dict[str, str]:
     """Of the libraries that figures depend on."""
     return {name: importlib.metadata.version(name) for name in _LIBRARIES}
@@ -69,8 +82,6 @@ def run(
         parser.error("expected --name NAME or --all")
     for name in plans if arguments.all else [arguments.name]:
         report = measure(name, load_parts(plans[name].images, arguments.data), arguments.cache)
-        path = _RESULTS / benchmark / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
+        write_result(f"{benchmark}/{name}", report)
         print(table([report]), flush=True)
     return 0

@@ -16,6 +16,7 @@ from calibration.discovery import discover
 from calibration.engine import Engine
 from calibration.inspection.scan import ScanSettings
 from calibration.inspection.work import scan_into
+from guard.errors import GuardError
 from guard.predictors import wrap
 
 _IMAGES = 1500
@@ -44,6 +45,11 @@ def scanned(found: Victim, parts: Parts, cache: Path, progress: Progress, again:
         settings = ScanSettings(pairs=isinstance(found.attack, SourceSpecific), silent_units=hidden)
         scan_into(folder, discover(wrap(found.model), clean), clean, settings, Engine(), progress)
     return folder
+
+
+def reason_of(problem: GuardError, cache: Path) -> str:
+    """Why something gave up, for a committed result: without the path of this machine's cache."""
+    return str(problem).replace(f"{cache.parent}/", "")
 
 
 def defenders_images(parts: Parts) -> ImageSet:

@@ -24,14 +24,14 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from benchmarks.entry import enter
-from benchmarks.reports import markdown, versions
+from benchmarks.reports import load_result, markdown, versions, write_result
 from benchmarks.speed.timing import in_turn
 from calibration.page import png
 from guard import InputSpec, Predictor
 from guard.detectors import Strip
 from guard.predictors import wrap
 
-_FILE = Path(__file__).parent.parent / "results" / "speed_growth.json"
+_RESULT = "speed_growth"
 _PICTURE = Path(__file__).parent.parent.parent / "docs" / "speed" / "growth.png"
 _USUAL = {"batch": 8, "side": 32, "classes": 43, "N": 100}
 _VARIED: Mapping[str, tuple[int, ...]] = {
@@ -114,7 +114,7 @@ def _network(classes: int) -> nn.Module:
 
 def load_report() -> Report | None:
     """The committed result."""
-    return msgspec.json.decode(_FILE.read_bytes(), type=Report) if _FILE.is_file() else None
+    return load_result(_RESULT, Report)
 
 
 def table(report: Report | None) -> str:
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("step", choices=["measure", "table", "plot"])
     step = parser.parse_args(arguments).step
     if step == "measure":
-        _FILE.write_bytes(msgspec.json.format(msgspec.json.encode(measure()), indent=1) + b"\n")
+        write_result(_RESULT, measure())
     found = load_report()
     if step == "plot" and found is not None:
         _PICTURE.parent.mkdir(exist_ok=True)

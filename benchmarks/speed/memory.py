@@ -20,12 +20,12 @@ import torch
 from torch import nn
 
 from benchmarks.entry import enter
-from benchmarks.reports import markdown, versions
+from benchmarks.reports import load_result, markdown, versions, write_result
 from guard import InputSpec, Predictor
 from guard.detectors import Strip
 from guard.predictors import Execution, wrap
 
-_FILE = Path(__file__).parent.parent / "results" / "speed_memory.json"
+_RESULT = "speed_memory"
 _SIDE, _BATCH, _OVERLAYS, _CLASSES = 224, 32, 100, 10
 _LIMITS = (256, 512, 1_024)
 _EXECUTIONS = (Execution(), Execution(memory_format="channels-last"))
@@ -88,7 +88,7 @@ def _highest() -> float:
 
 def load_report() -> Report | None:
     """The committed result."""
-    return msgspec.json.decode(_FILE.read_bytes(), type=Report) if _FILE.is_file() else None
+    return load_result(_RESULT, Report)
 
 
 def table(report: Report | None) -> str:
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.step == "measure":
         peaks = [peak(limit, execution) for limit in _LIMITS for execution in _EXECUTIONS]
         found = Report(command="python -m benchmarks.speed.memory measure", peaks=peaks, libraries=versions())
-        _FILE.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
+        write_result(_RESULT, found)
     print(table(load_report()))
     return 0
 

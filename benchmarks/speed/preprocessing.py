@@ -13,7 +13,6 @@ import argparse
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -23,12 +22,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.entry import enter
-from benchmarks.reports import markdown, versions
+from benchmarks.reports import load_result, markdown, versions, write_result
 from benchmarks.speed.timing import in_turn, median_ratio
 from guard.preprocessors.affine import draw_affine, warp, warp_kornia
 from guard.preprocessors.median import median_filter, median_kornia
 
-_FILE = Path(__file__).parent.parent / "results" / "speed_preprocessing.json"
+_RESULT = "speed_preprocessing"
 OURS = "ours"
 _BATCH, _THREADS, _ROUNDS = 32, 2, 15
 _SIDES = (28, 32, 64, 224)
@@ -113,7 +112,7 @@ def _each(images: Tensor, ways: Sequence[Callable[..., Any]]) -> Tensor:
 
 def load_report() -> Report | None:
     """The committed result."""
-    return msgspec.json.decode(_FILE.read_bytes(), type=Report) if _FILE.is_file() else None
+    return load_result(_RESULT, Report)
 
 
 def table(report: Report | None) -> str:
@@ -132,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=["measure", "table"])
     if parser.parse_args(arguments).step == "measure":
-        _FILE.write_bytes(msgspec.json.format(msgspec.json.encode(measure()), indent=1) + b"\n")
+        write_result(_RESULT, measure())
     print(table(load_report()))
     return 0
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from benchmarks import codefend, gym, gym_cost, red_team, strip
 from benchmarks.roster import REPORTED
 from calibration.repair.gym import lightweight
 
+RESULTS = Path(strip.__file__).parent / "results"
 REPORTS = strip.load_reports()
 CHOICES = red_team.load_reports()
 REPAIRED = codefend.load_reports()
@@ -107,3 +111,9 @@ def test_gym_reaches_the_papers_figures_with_four_draws_averaged(report: gym.Rep
 def test_gyms_lightweight_function_is_light() -> None:
     assert COSTS is not None
     assert all(cost.share < 0.15 for cost in COSTS.costs if cost.kernel == lightweight((3, 32, 32)).kernel)
+
+
+def test_no_result_knows_where_it_was_made() -> None:
+    files = sorted(RESULTS.rglob("*.json"))
+    assert files
+    assert not [file.name for file in files if re.search(r"(?<![\w.:/])/\w+/\w", file.read_text(encoding="utf-8"))]

@@ -7,6 +7,7 @@ from benchmarks.speed.rivals import RIVALS
 
 
 def test_sequential_strip_is_ten_times_as_fast_as_the_others_and_misses_no_more() -> None:
+    assert [report.name for report in strip.load_reports()] == list(strip.TIMED)
     for report in strip.load_reports():
         speeds = {item.name: item for item in report.speeds}
         ours = speeds["sequential"]
@@ -23,6 +24,7 @@ def test_a_thousand_traffic_signs_take_less_than_nine_seconds() -> None:
 
 
 def test_the_guarded_server_keeps_a_quarter_of_the_bare_ones_throughput() -> None:
+    assert serving.load_reports()
     for report in serving.load_reports():
         (load,) = (load for load in report.loads if (load.server, load.clients) == ("sequential", 8))
         assert load.throughput_kept >= 0.25
@@ -38,6 +40,7 @@ def test_most_of_the_time_is_the_models() -> None:
 
 
 def test_faster_ways_to_run_a_model_turn_no_verdicts_that_count() -> None:
+    assert [report.name for report in precision.load_reports()] == list(precision.TIMED)
     for report in precision.load_reports():
         as_it_is, *others = report.speeds
         for item in others:
