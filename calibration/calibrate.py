@@ -1,9 +1,7 @@
 """Calibration: from a model and clean images to a profile.
 
-The clean set is cut in two by a seed: images that are set aside, STRIP's overlays, which also choose the neurons of activation
-filters; and the images that set the thresholds and measure accuracy. Where there are several detectors (a pair of blends is
-two), all the latter images set each threshold, and the rate is shared. With sequential passes, some of them choose STRIP's
-boundaries and set no threshold.
+Where there are several detectors (a pair of blends is two), the same images set each threshold, and the rate is shared. Which
+images these are: see `division`.
 """
 
 from __future__ import annotations
@@ -15,22 +13,21 @@ from pathlib import Path
 from typing import final
 
 import msgspec
-import torch
 from torch import Tensor
 
-from calibration.accuracy import accuracies, answers, check_drop
+from calibration.accuracy import accuracies, check_drop
 from calibration.data import ImageSet, Progress, no_progress
 from calibration.detectors import DetectorCalibration, calibrate_detector, compose, recorded, refuse_blind
 from calibration.discovery import Hints, discover
+from calibration.division import divide, divide_rest, without
 from calibration.execution import TIMED, TOLERANCE, fastest, refuse_turned, turned_verdicts
 from calibration.filters import FoundTrigger
-from calibration.overlays import choose_overlays
-from calibration.settings import Settings, check_settings, for_boundaries, set_aside
+from calibration.settings import Settings, check_settings
 from calibration.strip import calibrate_strip
 from calibration.versions import versions
 from guard import CalibratedDetector, Guard, Policy, Predictor
 from guard.detectors import Detector, Strip
-from guard.errors import CalibrationError, ModelError, TooFewImagesError
+from guard.errors import CalibrationError
 from guard.loading import PROBE, PROBE_IMAGES, PROBES, TRIPWIRE_PROBE
 from guard.predictors import Backend, Execution, wrap
 from guard.predictors.execution import ORDINARY
@@ -196,7 +193,7 @@ def calibrate(
                 "expected clean images that the repair has not learnt from, to measure what the preprocessor costs: add some"
             )
         check_drop(accuracy, raw_accuracy, settings.max_accuracy_drop)
-    choosing, setting = (clean.select(rows) for rows in _divide_rest(rest, settings))
+    choosing, setting = (clean.select(rows) for rows in divide_rest(rest, settings))
     parts, turned = _calibrated(detectors, setting, choosing, settings, progress), None
     if watched.execution.precision != "float32":
         turned = turned_verdicts(parts, setting, settings, progress)
@@ -229,34 +226,6 @@ def calibrate(
     return Calibration(profile, arrays, predictor, parts, len(measuring), given - len(clean) + int(seen.sum()), turned)
 
 
-def without(clean: ImageSet, learnt: Collection[str], settings: Settings) -> ImageSet:
-    """The images that a repair has not learnt from.
-
-    Args:
-        clean: Clean images.
-        learnt: `digests` of those that it has learnt from.
-        settings: What the others must do for.
-
-    Raises:
-        CalibrationError: Too few are left.
-    """
-    seen = clean.among(learnt)
-    if not bool(seen.any()):
-        return clean
-    rest = clean.select(torch.nonzero(~seen).squeeze(1))
-    try:
-        check_settings(settings, len(rest))
-    except CalibrationError as error:
-        message = (
-            f"the repair learnt from {int(seen.sum())} of {len(clean)} clean images, which can't set its threshold, and the "
-            f"others are too few: {error}; or let the original go on detecting, with --tripwire ORIGINAL"
-        )
-        if isinstance(error, TooFewImagesError):
-            raise TooFewImagesError(message, int(seen.sum()) + error.needed, len(clean)) from error
-        raise CalibrationError(message) from error
-    return rest
-
-
 def _calibrated(
     detectors: Sequence[Detector], clean: ImageSet, choosing: ImageSet, settings: Settings, progress: Progress
 ) -> tuple[DetectorCalibration, ...]:
@@ -279,37 +248,6 @@ def chosen_preprocessor(settings: Settings) -> AnyPreprocessor | None:
     return named.get(settings.preprocess)
 
 
-def divide(clean: ImageSet, predictor: Predictor, settings: Settings, preferred: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Indices of the images that are set aside, as overlays, and of the rest, which sets the thresholds.
-
-    Args:
-        clean: Clean images.
-        predictor: That the detectors look at.
-        settings: How many are set aside, and the seed.
-        preferred: (N,), bool: those that are set aside first.
-
-    Raises:
-        CalibrationError: Labels that are not the model's, or classes of which there is no image.
-        ModelError: Labels over the model's.
-    """
-    check_labels(clean, predictor)
-    _check_missing(clean, predictor, settings)
-    labels = clean.labels if clean.labels is not None else answers(predictor, clean)
-    chosen = choose_overlays(labels, set_aside(settings), torch.Generator().manual_seed(settings.seed), preferred)
-    left = torch.ones(len(clean), dtype=torch.bool)
-    left[chosen] = False
-    rest = torch.nonzero(left).squeeze(1)
-    _check_missing(clean.select(rest), predictor, settings)  # the overlays may have taken the last image of one
-    return chosen, rest
-
-
-def _divide_rest(rest: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Of the images that are not set aside those that choose STRIP's boundaries, at random, and those that set thresholds."""
-    order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(settings.seed))
-    choosing, setting = order.split([count := for_boundaries(settings, len(rest)), len(rest) - count])
-    return rest[choosing], rest[setting.sort().values]
-
-
 def _record(record: ModelRecord | None, backend: Backend, predictor: Predictor) -> ModelRecord:
     source = record or ModelRecord(kind=backend.kind, output=predictor.output, num_classes=predictor.num_classes)
     return msgspec.structs.replace(
@@ -323,43 +261,3 @@ def _record(record: ModelRecord | None, backend: Backend, predictor: Predictor) 
 
 def _tripwire(tripwire: Tripwire, watched: Predictor) -> TripwireRecord:
     return TripwireRecord(model=_record(tripwire.record, tripwire.backend, watched), input=watched.spec)
-
-
-def check_labels(clean: ImageSet, predictor: Predictor) -> None:
-    """Refuse labels that are not this model's.
-
-    Raises:
-        CalibrationError: Another number of class folders.
-        ModelError: Labels over the model's.
-    """
-    if clean.labels is None:
-        return
-    classes = predictor.num_classes
-    if clean.class_names and len(clean.class_names) != classes:
-        raise CalibrationError(
-            f"expected {classes} class folders, one per output of the model, got {len(clean.class_names)}: "
-            "label order is the folders' sorted order, so add an (empty) folder for each missing class"
-        )
-    largest = int(clean.labels.max())
-    if largest >= classes:
-        raise ModelError(
-            f"expected a model with more than {largest} outputs for these labels, got {classes}: is it another model?"
-        )
-
-
-def missing_classes(labels: Tensor, predictor: Predictor) -> str:
-    """Classes that no label is of, as `3 (stop, yield, road works)`; empty where there is none."""
-    missing = sorted(set(range(predictor.num_classes)) - set(labels.tolist()))
-    shown = ", ".join(predictor.spec.label_name(label) for label in missing[:5]) + (" ..." if len(missing) > 5 else "")
-    return f"{len(missing)} ({shown})" if missing else ""
-
-
-def _check_missing(clean: ImageSet, predictor: Predictor, settings: Settings) -> None:
-    if clean.labels is None or settings.allow_missing_classes:
-        return
-    missing = missing_classes(clean.labels, predictor)
-    if missing:
-        raise CalibrationError(
-            f"expected clean images of all {predictor.num_classes} classes, got none of {missing}: "
-            "add some, or pass --allow-missing-classes; inputs of those classes may be rejected more often"
-        )

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from calibration.accuracy import NEAR_CHANCE, answers, near_chance
-from calibration.calibrate import check_labels
 from calibration.data import ImageSet, Progress, no_progress
+from calibration.division import check_labels
 from calibration.overlays import choose_overlays
 from calibration.planting import draw_plants, plant_trigger
 from calibration.settings import BlendChoice, strips

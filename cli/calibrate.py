@@ -177,8 +177,8 @@ def calibrate_command(
     """
     with needs("calibration"):
         from calibration import DetectorChoice, Settings, calibrate, load_images
-        from calibration.calibrate import without
         from calibration.discovery import discover
+        from calibration.division import without
         from calibration.filters import infected_triggers
         from calibration.fine_tuning import trainable
         from calibration.red_team_report import red_team_sections
@@ -274,8 +274,9 @@ def _red_team(
     """Let one part of the clean images choose the setting; returns the other part, which no choice has seen."""
     from calibration import red_team, split
     from calibration.accuracy import accuracies, check_drop
-    from calibration.calibrate import chosen_preprocessor, divide
+    from calibration.calibrate import chosen_preprocessor
     from calibration.discovery import discover
+    from calibration.division import divide
     from calibration.red_team import CANDIDATES, check_images
     from calibration.settings import check_settings
 

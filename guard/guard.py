@@ -8,7 +8,7 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Concatenate, Literal, ParamSpec, TypeVar, cast, final
@@ -31,6 +31,7 @@ logger = logging.getLogger("guard")
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _B = TypeVar("_B", bound=Array)
+_ROWS_SHOWN = 10  # of each reason, in an error's text
 
 
 @final
@@ -186,12 +187,12 @@ class Guard:
         def guarded(batch: _B, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
             spec = self.predictor.spec
             images = spec.from_model(batch)
-            refused = [row for row, verdict in enumerate(self(images)) if not verdict.accepted]
+            reasons = {row: verdict.reason for row, verdict in enumerate(self(images)) if not verdict.accepted}
             if self.policy.mode == "monitor":  # `predict` answers by itself, even what the guard could not judge
-                refused = []
+                reasons = {}
+            refused = list(reasons)
             if refused and on_reject == "raise":
-                shown = ", ".join(map(str, refused[:10])) + (" ..." if len(refused) > 10 else "")
-                raise RejectedError(f"{len(refused)} of {len(images)} inputs rejected as suspicious: rows {shown}", refused)
+                raise RejectedError(f"{len(refused)} of {len(images)} inputs rejected: {_by_reason(reasons)}", refused)
             if self.preprocessor is not None:
                 batch = cast(_B, _like(batch, spec.to_model(self._preprocess(images.to(self.device)))))
             return _abstain(predict(batch, *args, **kwargs), refused, len(images))
@@ -310,6 +311,17 @@ def _finding(calibrated: CalibratedDetector, found: Inspection, row: int) -> Fin
         suspicious=bool(found.exceeds[row]) and math.isfinite(score),
         passes=int(found.passes[row]),
         late=found.late is not None and bool(found.late[row]),
+    )
+
+
+def _by_reason(reasons: Mapping[int, Reason | None]) -> str:
+    """`backdoor-suspected: rows 1, 3; out-of-time: rows 5`: who is late may ask again."""
+    rows: dict[str, list[int]] = {}
+    for row, reason in reasons.items():
+        rows.setdefault(str(reason), []).append(row)
+    return "; ".join(
+        f"{reason}: rows {', '.join(map(str, found[:_ROWS_SHOWN]))}{' ...' if len(found) > _ROWS_SHOWN else ''}"
+        for reason, found in rows.items()
     )
 
 

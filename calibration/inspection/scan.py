@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from calibration.accuracy import NEAR_CHANCE, answers, near_chance
-from calibration.calibrate import check_labels, missing_classes
 from calibration.checkpoints import Checkpoints
 from calibration.data import ImageSet, Progress, no_progress
+from calibration.division import check_labels, missing_classes
 from calibration.engine import Engine
 from calibration.frozen import frozen
 from calibration.inspection.anomaly import check_reached

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from calibration.accuracy import NEAR_CHANCE, near_chance
-from calibration.calibrate import check_labels, missing_classes
 from calibration.checkpoints import Checkpoints
 from calibration.data import ImageSet, Progress, digests, no_progress
+from calibration.division import check_labels, missing_classes
 from calibration.engine import Engine
 from calibration.fine_tuning import TrainableCopy
 from calibration.inspection.scan import FEWEST_IMAGES

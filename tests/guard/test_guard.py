@@ -424,7 +424,7 @@ def test_raising(container: Container) -> None:
     guard = Guard(predictor(inner, spec), [detector(predictor(inner, spec))])
     safe = guard.wrap(predict)
     batch = spec.to_model(mixed())
-    with pytest.raises(RejectedError, match="4 of 8 inputs rejected as suspicious: rows 1, 3, 5, 7") as raised:
+    with pytest.raises(RejectedError, match="4 of 8 inputs rejected: backdoor-suspected: rows 1, 3, 5, 7") as raised:
         safe(batch)
     assert raised.value.rows == (1, 3, 5, 7)
     assert calls == []
@@ -437,6 +437,22 @@ def test_many_rejected_rows_are_named_in_the_error_not_in_its_text() -> None:
     with pytest.raises(RejectedError, match=r"rows 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 \.\.\.$") as raised:
         guarded().wrap(lambda batch: batch)(images)
     assert raised.value.rows == tuple(range(30))
+
+
+def test_an_error_tells_what_is_suspicious_from_what_could_not_be_judged() -> None:
+    images = mixed()
+    images[2] = 0.25
+
+    def grey(batch: Tensor) -> Tensor:
+        return torch.where((batch == 0.25).all(dim=3).all(dim=2).all(dim=1), torch.nan, -1.0)
+
+    guard = Guard(predictor(), [detector(), CalibratedDetector(Scripted(grey), 0.0)])
+    with pytest.raises(RejectedError, match=r"rejected: backdoor-suspected: rows 1, 3, 5, 7; guard-failed: rows 2$") as raised:
+        guard.wrap(lambda batch: batch)(images)
+    assert raised.value.rows == (1, 2, 3, 5, 7)
+    late = guarded(policy=Policy(latency_budget=1e-9))
+    with pytest.raises(RejectedError, match=r"8 of 8 inputs rejected: out-of-time: rows 0, 1, 2, 3, 4, 5, 6, 7$"):
+        late.wrap(lambda batch: batch)(mixed())
 
 
 def test_the_wrapped_function_looks_like_the_original_and_passes_arguments_on() -> None:
