@@ -8,9 +8,12 @@ its trigger works on 99% of the images, and down while it does not, so that the 
 Images that get the label anyway don't count (ours): they say nothing of a trigger.
 
 The labels don't interact: they share forward passes, not a loss, and what is found for a label is what it would be alone. So
-(ours) a label leaves the batch once its mask has stopped shrinking, and, after the first steps, unless its mask is among the
+(ours) a label leaves the batch, after the first steps, once its mask has stopped shrinking, and unless its mask is among the
 smallest: only these can be outliers, and the sizes of the others, which say what is usual, hardly change any more. That is the
-low-cost mode of the paper, at work in every scan. The three smallest stay to the end: a mask may stand still, and shrink again.
+low-cost mode of the paper, at work in every scan.
+
+Where a search ends depends on where it began: from one draw the mask of a backdoor's target may end twice as large as from
+another, and look like any other label's. So (ours) the smallest are searched again from other draws, and the smallest counts.
 
 Reference: Wang et al., Neural Cleanse, IEEE S&P 2019; rate, weights and patience are those of its public code.
 """
@@ -19,7 +22,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import msgspec
 import torch
@@ -55,10 +59,12 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
         patience: Steps on one side of `success` until w moves.
         success: Share of images that must get the label.
         window: Steps over which that share is averaged. What is kept is the trigger at their beginning, as a rule the largest.
-        still: Steps without a smaller mask after which a label is done.
-        first: Steps after which only the smallest masks go on.
+        first: Steps that every label gets; then only the smallest masks go on.
         smallest: Share of the labels that then go on; three at least.
-        stay: So many of the smallest masks never leave because they stand still.
+        still: Steps without a smaller mask after which these are done.
+        again: So many labels with the smallest masks are searched again.
+        draws: How often, each time from another draw; 0 for never.
+        early: Steps that each of these draws gets; then only the smallest mask of a label goes on.
     """
 
     steps: int = 1008
@@ -69,10 +75,12 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
     patience: int = 5
     success: float = 0.99
     window: int = 16
-    still: int = 128
     first: int = 192
-    smallest: float = 0.25
-    stay: int = 3
+    smallest: float = 0.15
+    still: int = 80
+    again: int = 5
+    draws: int = 3
+    early: int = 128
 
     def __post_init__(self) -> None:
         """Refuse what means nothing."""
@@ -81,7 +89,7 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
 
     def plain(self) -> Search:
         """The published schedule: every label gets all steps."""
-        return msgspec.structs.replace(self, still=self.steps + 1, first=self.steps + 1)
+        return msgspec.structs.replace(self, first=self.steps + 1, draws=0)
 
 
 def recover_triggers(
@@ -94,6 +102,7 @@ def recover_triggers(
     checkpoints: Checkpoints | None = None,
     name: str = "search",
     progress: Progress = no_progress,
+    doubtful: Sequence[int] = (),
 ) -> Triggers:
     """Find a small trigger for each goal.
 
@@ -107,6 +116,7 @@ def recover_triggers(
         checkpoints: Written now and then, and gone on from.
         name: Of the checkpoints.
         progress: Told how far it is, in labels.
+        doubtful: Rows of goals that are searched again, whatever their size.
 
     Raises:
         CalibrationError: There is no image to send somewhere.
@@ -117,42 +127,78 @@ def recover_triggers(
     with torch.inference_mode():
         own = torch.cat([answers(part).argmax(dim=1) for part in images.split(at_once)]).clone()
     order = own.argsort(stable=True)
-    images, pools = images[order], Pools.of(own[order], goals)
-    count, size = len(goals), max(8, _PER_LABEL // (4 * _COPIES * (images[0].numel() + images[0, 0].numel())))
-    found = []
-    for number, first in enumerate(range(0, count, size)):
-        part = slice(first, first + size)
-        block = _Block(answers, images, goals.select(part), pools.select(part), search, seed, engine, at_once)
+    work = _Work(answers, images[order], own[order], search, seed, engine, at_once, checkpoints, progress)
+    found = work.triggers(goals, [0] * len(goals), name, "looking for triggers")
+    rows = sorted({*doubtful, *found.sizes.argsort()[: search.again].tolist()})
+    if not search.draws or not rows:
+        return found
+    repeated = torch.tensor(rows).repeat_interleave(search.draws)
+    draws = list(range(1, 1 + search.draws)) * len(rows)
+    return _smallest(found, work.triggers(goals.select(repeated), draws, f"{name}-again", "looking again"), repeated)
 
-        def shown(done: int, first: int = first) -> None:
-            progress("looking for triggers", first + done, count)
 
-        found.append(block.run(checkpoints, f"{name}-{number}", shown))
-    return Triggers.together(found)
+def _smallest(found: Triggers, others: Triggers, rows: Tensor) -> Triggers:
+    """Of what was found for the same goal the smallest, with the passes of all.
+
+    Args:
+        found: K triggers.
+        others: R triggers, for some of their goals again.
+        rows: (R,), int64: which goals those are.
+    """
+    everything = Triggers.together([found, others])
+    goals, best = torch.cat([torch.arange(len(found)), rows]), torch.arange(len(found))
+    for row in range(len(found), len(everything)):
+        goal = goals[row]
+        if everything.sizes[row] < everything.sizes[best[goal]]:
+            best[goal] = row
+    return replace(everything.select(best), passes=torch.zeros_like(found.passes).index_add(0, goals, everything.passes))
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What all goals of a search have in common; see `recover_triggers`. The images are in the order of the model's answers."""
+
+    answers: nn.Module
+    images: Tensor
+    own: Tensor
+    search: Search
+    seed: int
+    engine: Engine
+    at_once: int
+    checkpoints: Checkpoints | None
+    progress: Progress
+
+    def triggers(self, goals: Goals, draws: Sequence[int], name: str, what: str) -> Triggers:
+        """One trigger for each goal, from that draw, in as many blocks as memory asks for.
+
+        Of several draws for the same goal only the best goes on after a while.
+        """
+        pools, (channels, height, width) = Pools.of(self.own, goals), self.images.shape[1:]
+        count, size = len(goals), max(8, _PER_LABEL // (4 * _COPIES * (channels + 1) * height * width))
+        found = []
+        for number, first in enumerate(range(0, count, size)):
+            part = slice(first, first + size)
+            block = _Block(self, goals.select(part), pools.select(part), draws[part])
+
+            def shown(done: int, first: int = first) -> None:
+                self.progress(what, first + done, count)
+
+            found.append(block.run(self.checkpoints, f"{name}-{number}", shown))
+        return Triggers.together(found)
 
 
 class _Block:
     """Goals whose masks are in memory together."""
 
-    def __init__(
-        self,
-        answers: nn.Module,
-        images: Tensor,
-        goals: Goals,
-        pools: Pools,
-        search: Search,
-        seed: int,
-        engine: Engine,
-        at_once: int,
-    ) -> None:
-        self.answers, self.images, self.search, self.seed = answers, images, search, seed
-        self.engine, self.at_once, self.goals = engine, at_once, goals
-        where, count = engine.device, len(goals)
-        _, channels, height, width = images.shape
-        starts = [_start(images.shape[1:], seed, *goal) for goal in zip(*_lists(goals), strict=True)]
+    def __init__(self, work: _Work, goals: Goals, pools: Pools, draws: Sequence[int]) -> None:
+        self.answers, self.images, self.search, self.seed = work.answers, work.images, work.search, work.seed
+        self.engine, self.at_once, self.goals, self.again = work.engine, work.at_once, goals, any(draws)
+        where, count = work.engine.device, len(goals)
+        _, channels, height, width = work.images.shape
+        starts = [_start(work.images.shape[1:], work.seed, *goal) for goal in zip(*_lists(goals), draws, strict=True)]
         self.masks = nn.Parameter(torch.stack([mask for mask, _ in starts]).to(where))
         self.patterns = nn.Parameter(torch.stack([pattern for _, pattern in starts]).to(where))
-        self.optimizer = torch.optim.Adam([self.masks, self.patterns], lr=search.rate, betas=_BETAS)
+        self.optimizer = torch.optim.Adam([self.masks, self.patterns], lr=work.search.rate, betas=_BETAS)
         self.labels, self.pools = goals.labels.to(where), pools
         self.rows = torch.arange(count, device=where)  # of the results, which a label keeps when others leave
         self.weights = torch.zeros(count, device=where)
@@ -246,15 +292,10 @@ class _Block:
 
     def _leave(self, number: int) -> None:
         """Take labels out of the batch that are done or can't be outliers, with the optimizer's state of them."""
-        search, sizes, own = self.search, self.best.sort().values, self.best[self.rows.cpu()]
-
-        def among(smallest: int) -> Tensor:
-            limit = sizes[min(smallest, len(sizes)) - 1] if smallest else -1.0
-            return (own <= limit).to(self.since.device)
-
-        stay = (self.since < search.still) | among(search.stay)
-        if (number + 1) * search.window >= search.first:
-            stay &= among(max(3, math.ceil(search.smallest * len(sizes))))
+        search = self.search
+        if (number + 1) * search.window < (search.early if self.again else search.first):
+            return
+        stay = (self.since < search.still) & (self.best <= self._most())[self.rows.cpu()].to(self.since.device)
         if bool(stay.all()):
             return
         rows = torch.nonzero(stay).squeeze(1)
@@ -265,6 +306,16 @@ class _Block:
         self._set(self.masks.detach()[rows], self.patterns.detach()[rows])
         for value, state in zip((self.masks, self.patterns), states, strict=True):
             self.optimizer.state[value] = {name: part if part.ndim == 0 else part[rows] for name, part in state.items()}
+
+    def _most(self) -> Tensor:
+        """(K,), up to which size a mask may go on: that of the smallest, or of the smallest of the same goal."""
+        if not self.again:
+            few = max(3, math.ceil(self.search.smallest * len(self.best)))
+            return self.best.sort().values[min(few, len(self.best)) - 1].expand_as(self.best)
+        same = (self.goals.labels.unsqueeze(0) == self.goals.labels.unsqueeze(1)) & (
+            self.goals.sources.unsqueeze(0) == self.goals.sources.unsqueeze(1)
+        )
+        return torch.where(same, self.best.unsqueeze(0), math.inf).amin(dim=1)
 
     def _set(self, masks: Tensor, patterns: Tensor) -> None:
         self.masks, self.patterns = nn.Parameter(masks), nn.Parameter(patterns)
@@ -298,8 +349,11 @@ def _lists(goals: Goals) -> tuple[list[int], list[int]]:
     return goals.labels.tolist(), goals.sources.tolist()
 
 
-def _start(shape: torch.Size, seed: int, label: int, source: int) -> tuple[Tensor, Tensor]:
+def _start(shape: torch.Size, seed: int, label: int, source: int, draw: int = 0) -> tuple[Tensor, Tensor]:
     """Uniform mask and pattern, before `squash`."""
-    generator = torch.Generator().manual_seed(((seed * 100_003 + label) * 100_003 + source + 1) % 2**63)
+    number = 0
+    for part in (draw, seed, label, source + 1):
+        number = number * 100_003 + part
+    generator = torch.Generator().manual_seed(number % 2**63)
     mask = torch.rand(shape[1:], generator=generator)
     return unsquash(mask), unsquash(torch.rand(shape, generator=generator))

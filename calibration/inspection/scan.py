@@ -196,7 +196,8 @@ def _further_looks(settings: ScanSettings, classes: int, clean: Tensor) -> list[
     if settings.pairs:
         looks.append(Look("pairs", Goals.pairs(classes), search, SMALL_PAIR))
     if settings.silent_units and len(clean) >= _FEWEST_COMPARED:
-        short = msgspec.structs.replace(search, steps=min(search.steps, _SILENT_STEPS), smallest=_SILENT_SMALLEST)
+        steps = min(search.steps, _SILENT_STEPS)
+        short = msgspec.structs.replace(search, steps=steps, smallest=_SILENT_SMALLEST, draws=0)
         looks.append(Look("silent-units", Goals.of(clean), short, through=through_silent_units))
     return looks
 

@@ -32,7 +32,7 @@ from guard.predictors import wrap
 from tests.conftest import SMALL
 
 TARGET = SMALL.target_label
-QUICK = ScanSettings(search=Search(steps=256))
+QUICK = ScanSettings(search=Search(steps=256, draws=1))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_the_backdoored_label_alone_is_infected(found: Scan) -> None:
     assert opinion is not None
     assert opinion.success >= 0.95
     assert opinion.reference_ratio is not None
-    assert opinion.size_ratio < min(0.4, 0.6 * opinion.reference_ratio)
+    assert opinion.size_ratio < min(0.45, 0.6 * opinion.reference_ratio)
     assert str(TARGET) in verdict(found.figures)
 
 
@@ -263,9 +263,9 @@ def test_what_few_unseen_images_can_tell_is_asked_of_the_others_too(digits: Digi
         ({"reference_ratio": 0.5}, "about as small in a clean model"),  # 0.6 times as easy in the reference
         ({"reference_ratio": 0.6}, ""),
         ({"reference_ratio": 3.0}, ""),
-        ({"reference_ratio": 3.0, "size_ratio": 0.45}, "not under 40% of the others"),  # hard in the reference is as usual
-        ({"size_ratio": 0.39}, ""),
-        ({"size_ratio": 0.4}, "not under 40% of the others"),
+        ({"reference_ratio": 3.0, "size_ratio": 0.5}, "not under 45% of the others"),  # hard in the reference is as usual
+        ({"size_ratio": 0.44}, ""),
+        ({"size_ratio": 0.45}, "not under 45% of the others"),
         ({"reference_success": 0.3}, "works on a clean model, too"),  # without a backdoor
         ({"size_ratio": 0.1, "spread": 0.9, "reference_ratio": 0.2}, ""),
     ],
@@ -327,12 +327,12 @@ def test_pairs_must_be_smaller_still_than_labels(
     four = replace(Triggers.together([one, *[replace(one, masks=large)] * 3]), sources=torch.tensor([0, 1, 2, 4]))
     search = recover_triggers
 
-    def known(answers: nn.Module, images: Tensor, goals: Goals, how: Search, *rest: Any) -> Triggers:
+    def known(answers: nn.Module, images: Tensor, goals: Goals, how: Search, *rest: Any, **named: Any) -> Triggers:
         if len(goals) == 90:
             return four
         if int(goals.sources.max()) < 0:  # of the labels: as they were found, and in the reference in no time
-            return found.triggers if len(goals) == 10 else search(answers, images, goals, Search(steps=16), *rest)
-        return search(answers, images, goals, how, *rest)
+            return found.triggers if len(goals) == 10 else search(answers, images, goals, Search(steps=16, draws=0), *rest)
+        return search(answers, images, goals, how, *rest, **named)
 
     monkeypatch.setattr(judge, "recover_triggers", known)
     pairs = scan(suspect, digits.clean, ScanSettings(pairs=True, search=Search(steps=96))).figures.pairs

@@ -33,7 +33,7 @@ from guard.predictors import wrap
 from tests.calibration.repair.test_figures import GOOD
 from tests.conftest import SMALL
 
-QUICK = Search(steps=208)
+QUICK = Search(steps=208, draws=0)
 
 
 @pytest.fixture(scope="module")
