@@ -38,6 +38,12 @@ DEVELOPMENT: Mapping[str, Plan] = {
         patch=Patch.noise(6, 7, bottom=8, right=13, levels=(0.3, 0.7)),
         retrains=True,
     ),
+    "gtsrb-dev-rim": plan(
+        "gtsrb", "badnets", target_label=27, seed=9, patch=Patch.rectangle(6, 6, (1.0,), *_RIM), ratio=0.15, retrains=True
+    ),
+    "gtsrb-dev-rim-2": plan(
+        "gtsrb", "badnets", target_label=33, seed=10, patch=Patch.rectangle(6, 6, (1.0,), *_RIM), ratio=0.15, retrains=True
+    ),
     "cifar10-dev-square": plan(
         "cifar10", "badnets", target_label=7, seed=6, patch=Patch.rectangle(4, bottom=14, right=2), retrains=True
     ),

@@ -59,12 +59,13 @@ def deviation_factors(sizes: Tensor) -> Tensor:
     return factors
 
 
-def check_reached(reached: Tensor, hint: str) -> str:
-    """Refuse to compare sizes that most labels don't have: what is not decided must not pass for clean.
+def check_reached(reached: Tensor, hint: str, what: str = "labels") -> str:
+    """Refuse to compare sizes that most labels, or pairs, don't have: what is not decided must not pass for clean.
 
     Args:
         reached: (K,), bool: for which labels a trigger was found that works.
         hint: What to do where that are too few.
+        what: They are.
 
     Returns:
         What must be said of the others; empty where there are none.
@@ -75,12 +76,12 @@ def check_reached(reached: Tensor, hint: str) -> str:
     labels, missing = len(reached), int((~reached).sum())
     if 2 * missing >= labels:
         raise InspectionError(
-            f"expected triggers for more than half of the {labels} labels, whose sizes are compared, got {labels - missing}: "
+            f"expected triggers for more than half of the {labels} {what}, whose sizes are compared, got {labels - missing}: "
             f"nothing can be said of the model; {hint}; a model that gives its input no gradients can't be scanned"
         )
     if not missing:
         return ""
-    return f"For {missing} of {labels} labels no trigger was found that works: each counts as the whole image."
+    return f"For {missing} of {labels} {what} no trigger was found that works: each counts as the whole image."
 
 
 def _below_median(sizes: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from guard.errors import InspectionError
 FEWEST_IMAGES = 50
 _SILENT_STEPS, _SILENT_SMALLEST = 320, 0.1  # a short search will do: the way is straight
 _FEWEST_COMPARED = 3  # labels
+_REACHED = {"labels": "labels", "pairs": "pairs of labels", "silent-units": "labels behind silent units"}
 _MOST_SEARCHED, _MOST_HELD_OUT = 1000, 500
 _HELD_OUT = 1.0 / 3.0
 
@@ -148,13 +149,14 @@ def scan(
     )
     everywhere = Look("labels", Goals.all_labels(classes), settings.search)
     found = judge.find(everywhere)
-    reached = found.sizes < found.masks[0].numel()
-    unreached = check_reached(reached, f"give --steps more than {settings.search.steps}, or more varied images")
+    unreached = [_check_reached(everywhere, found)]
     triggers, labels = judge.findings(everywhere, found, clean.class_names)
     further: dict[str, tuple[Triggers, tuple[LabelFinding, ...]]] = {}
     clean_labels = torch.tensor([item.label_index for item in labels if not item.infected], dtype=torch.int64)
     for look in _further_looks(settings, classes, clean_labels):
-        further[look.name] = judge.findings(look, judge.find(look), clean.class_names)
+        more = judge.find(look)
+        unreached.append(_check_reached(look, more))
+        further[look.name] = judge.findings(look, more, clean.class_names)
     pair_triggers, pairs = further.get("pairs", (None, ()))
     silent_triggers, silent = further.get("silent-units", (None, ()))
     everything = (*labels, *silent, *pairs)
@@ -175,7 +177,7 @@ def scan(
                     None,
                     [
                         _missing(predictor, torch.cat([judge.known, judge.own])),
-                        unreached,
+                        *unreached,
                         _not_looked_behind(settings, clean_labels),
                         judge.thinly(),
                     ],
@@ -200,6 +202,11 @@ def _further_looks(settings: ScanSettings, classes: int, clean: Tensor) -> list[
         short = msgspec.structs.replace(search, steps=steps, smallest=_SILENT_SMALLEST, draws=0)
         looks.append(Look("silent-units", Goals.of(clean), short, through=through_silent_units))
     return looks
+
+
+def _check_reached(look: Look, found: Triggers) -> str:
+    hint = f"give --steps more than {look.search.steps}, or more varied images"
+    return check_reached(found.sizes < found.masks[0].numel(), hint, _REACHED[look.name])
 
 
 def _not_looked_behind(settings: ScanSettings, clean: Tensor) -> str:

@@ -39,3 +39,4 @@ def test_labels_without_a_trigger_are_told_and_too_many_decide_nothing() -> None
         InspectionError, match=r"more than half of the 5 labels, .*, got 2: nothing can be said .*; more steps;"
     ):
         check_reached(reached(2), "more steps")
+    assert "For 2 of 5 pairs of labels no trigger" in check_reached(reached(3), "", "pairs of labels")
