@@ -5,7 +5,7 @@ labels that are merely easy. So (ours) it only nominates candidates, the three s
 candidate is infected if
 
 1. its trigger works on images, as far as there are any, that the search has not seen,
-2. it needs less than 0.45 times what the other labels need, by their median (a pair less than 0.25 times what others do), and
+2. it needs less than 0.36 times what the other labels need, by their median (a pair less than 0.25 times what others do), and
 3. a clean reference of the same task (`reference`) does not speak for an easy label: there, the trigger does not work, and the
    label needs not as little: the ratio is less than 0.6 times the one that the label has in the reference.
 """
@@ -35,7 +35,7 @@ from calibration.inspection.triggers import Goals, Triggers
 INDEX = 2.0
 """Of the paper: a label over it is infected, by the index alone."""
 
-SMALL = 0.45
+SMALL = 0.36
 """Of the median: a label must need less."""
 
 SMALL_PAIR = 0.25

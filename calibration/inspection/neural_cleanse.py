@@ -53,6 +53,7 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         steps: Of Adam, at most, for each label; whole windows.
         images: A step sees so many of them, the same for each label.
+        start: Up to which the values of a mask are drawn.
         rate: Adam's.
         weight: w at the start.
         factor: w is multiplied by this when it rises, and divided by its 1.5th power when it falls.
@@ -68,7 +69,8 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     steps: int = 1008
-    images: int = 32
+    images: int = 16
+    start: float = 0.1
     rate: float = 0.1
     weight: float = 1e-3
     factor: float = 1.5
@@ -76,10 +78,10 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
     success: float = 0.99
     window: int = 16
     first: int = 192
-    smallest: float = 0.15
+    smallest: float = 0.25
     still: int = 80
-    again: int = 5
-    draws: int = 3
+    again: int = 8
+    draws: int = 4
     early: int = 128
 
     def __post_init__(self) -> None:
@@ -88,8 +90,8 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
             raise CalibrationError(f"expected at least {self.window} steps for each label, got {self.steps}")
 
     def plain(self) -> Search:
-        """The published schedule: every label gets all steps."""
-        return msgspec.structs.replace(self, first=self.steps + 1, draws=0)
+        """As published: every label gets all steps, of 32 images, once, from masks of any value."""
+        return msgspec.structs.replace(self, images=32, start=1.0, first=self.steps + 1, draws=0)
 
 
 def recover_triggers(
@@ -195,7 +197,10 @@ class _Block:
         self.engine, self.at_once, self.goals, self.again = work.engine, work.at_once, goals, any(draws)
         where, count = work.engine.device, len(goals)
         _, channels, height, width = work.images.shape
-        starts = [_start(work.images.shape[1:], work.seed, *goal) for goal in zip(*_lists(goals), draws, strict=True)]
+        starts = [
+            _start(work.images.shape[1:], work.search.start, work.seed, *goal)
+            for goal in zip(*_lists(goals), draws, strict=True)
+        ]
         self.masks = nn.Parameter(torch.stack([mask for mask, _ in starts]).to(where))
         self.patterns = nn.Parameter(torch.stack([pattern for _, pattern in starts]).to(where))
         self.optimizer = torch.optim.Adam([self.masks, self.patterns], lr=work.search.rate, betas=_BETAS)
@@ -349,11 +354,11 @@ def _lists(goals: Goals) -> tuple[list[int], list[int]]:
     return goals.labels.tolist(), goals.sources.tolist()
 
 
-def _start(shape: torch.Size, seed: int, label: int, source: int, draw: int = 0) -> tuple[Tensor, Tensor]:
-    """Uniform mask and pattern, before `squash`."""
+def _start(shape: torch.Size, most: float, seed: int, label: int, source: int, draw: int = 0) -> tuple[Tensor, Tensor]:
+    """Uniform mask, of values up to `most`, and pattern, before `squash`."""
     number = 0
     for part in (draw, seed, label, source + 1):
         number = number * 100_003 + part
     generator = torch.Generator().manual_seed(number % 2**63)
-    mask = torch.rand(shape[1:], generator=generator)
+    mask = most * torch.rand(shape[1:], generator=generator)
     return unsquash(mask), unsquash(torch.rand(shape, generator=generator))

@@ -57,7 +57,7 @@ def test_the_backdoored_label_alone_is_infected(found: Scan) -> None:
     assert opinion is not None
     assert opinion.success >= 0.95
     assert opinion.reference_ratio is not None
-    assert opinion.size_ratio < min(0.45, 0.6 * opinion.reference_ratio)
+    assert opinion.size_ratio < min(0.36, 0.6 * opinion.reference_ratio)
     assert str(TARGET) in verdict(found.figures)
 
 
@@ -156,7 +156,7 @@ def test_two_labels_can_be_judged_although_they_have_no_index(digits: Digits, mo
     predictor = discover(wrap(nn.Sequential(Bright(), last).eval()), ImageSet(images))
     found = scan(predictor, ImageSet(images), ScanSettings(search=Search(steps=160)))
     assert [item.anomaly_index for item in found.figures.labels] == [None, None]
-    assert found.figures.labels[1].mask_l1 < 2.0
+    assert found.figures.labels[1].mask_l1 < 3.0
 
 
 def test_labels_without_a_clean_image_are_named(digits: Digits, suspect: Predictor) -> None:
@@ -263,9 +263,9 @@ def test_what_few_unseen_images_can_tell_is_asked_of_the_others_too(digits: Digi
         ({"reference_ratio": 0.5}, "about as small in a clean model"),  # 0.6 times as easy in the reference
         ({"reference_ratio": 0.6}, ""),
         ({"reference_ratio": 3.0}, ""),
-        ({"reference_ratio": 3.0, "size_ratio": 0.5}, "not under 45% of the others"),  # hard in the reference is as usual
-        ({"size_ratio": 0.44}, ""),
-        ({"size_ratio": 0.45}, "not under 45% of the others"),
+        ({"reference_ratio": 3.0, "size_ratio": 0.4}, "not under 36% of the others"),  # hard in the reference is as usual
+        ({"size_ratio": 0.35}, ""),
+        ({"size_ratio": 0.36}, "not under 36% of the others"),
         ({"reference_success": 0.3}, "works on a clean model, too"),  # without a backdoor
         ({"size_ratio": 0.1, "spread": 0.9, "reference_ratio": 0.2}, ""),
     ],
