@@ -198,10 +198,21 @@ def _further_looks(settings: ScanSettings, classes: int, clean: Tensor) -> list[
     if settings.pairs:
         looks.append(Look("pairs", Goals.pairs(classes), search, SMALL_PAIR))
     if settings.silent_units and len(clean) >= _FEWEST_COMPARED:
-        steps = min(search.steps, _SILENT_STEPS)
-        short = msgspec.structs.replace(search, steps=steps, smallest=_SILENT_SMALLEST, draws=0)
+        short = _through_silent_units(search)
         looks.append(Look("silent-units", Goals.of(clean), short, through=through_silent_units))
     return looks
+
+
+def _through_silent_units(search: Search) -> Search:
+    """From large masks: the module answers to nearly all of its pattern, and small ones show it nothing."""
+    return msgspec.structs.replace(
+        search,
+        steps=min(search.steps, _SILENT_STEPS),
+        images=2 * search.images,
+        start=1.0,
+        smallest=_SILENT_SMALLEST,
+        draws=0,
+    )
 
 
 def _check_reached(look: Look, found: Triggers) -> str:
