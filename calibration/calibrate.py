@@ -20,7 +20,7 @@ from calibration.data import ImageSet, Progress, no_progress
 from calibration.detectors import DetectorCalibration, calibrate_detector, compose, recorded, refuse_blind
 from calibration.discovery import Hints, discover
 from calibration.division import divide, divide_rest, without
-from calibration.execution import TIMED, TOLERANCE, fastest, refuse_turned, turned_verdicts
+from calibration.execution import TIMED, TOLERANCE, fastest, refuse_turned, turned_verdicts, why_not_reduced
 from calibration.filters import FoundTrigger
 from calibration.settings import Settings, check_settings
 from calibration.strip import calibrate_strip
@@ -49,6 +49,7 @@ class Calibration:
         measured: Images that measured accuracy.
         learnt: Images that a repair had learnt from, and that were not used for what they would have flattered.
         turned: Share of the verdicts on clean images that are not float32's; None where detectors run in that.
+        left: Why `auto` left detectors in float32, for people.
     """
 
     profile: Profile
@@ -58,6 +59,7 @@ class Calibration:
     measured: int = 0
     learnt: int = 0
     turned: float | None = None
+    left: str = ""
 
     @property
     def strips(self) -> tuple[Strip, ...]:
@@ -77,9 +79,12 @@ class Calibration:
 
     @property
     def runs(self) -> str:
-        """The same for people; empty where nothing is out of the ordinary."""
-        turned = "" if self.turned is None else f"; {self.turned:.2%} of the verdicts are not float32's"
-        return "" if self.execution == ORDINARY else f"{self.execution}{turned}"
+        """The same for people; empty where nothing is out of the ordinary, and nothing else was asked for."""
+        if self.turned is not None:
+            return f"{self.execution}; {self.turned:.2%} of the verdicts are not float32's"
+        if self.left:
+            return f"{self.execution}; {self.left}"
+        return "" if self.execution == ORDINARY else str(self.execution)
 
     @property
     def mean_passes(self) -> float:
@@ -195,10 +200,12 @@ def calibrate(
         check_drop(accuracy, raw_accuracy, settings.max_accuracy_drop)
     choosing, setting = (clean.select(rows) for rows in divide_rest(rest, settings))
     parts, turned = _calibrated(detectors, setting, choosing, settings, progress), None
+    left = why_not_reduced(watched) if settings.precision == "auto" else ""
     if watched.execution.precision != "float32":
         turned = turned_verdicts(parts, setting, settings, progress)
         if turned > TOLERANCE:
             refuse_turned(turned, settings.precision)
+            left = f"bfloat16 would turn {turned:.2%} of the verdicts"
             watched, turned = predictor if tripwire is None else watched.in_full_precision(), None
             detectors = compose(watched, clean.images(aside), settings, triggers)
             parts = _calibrated(detectors, setting, choosing, settings, progress)
@@ -223,7 +230,7 @@ def calibrate(
     arrays |= {PROBE_IMAGES: overlays_to_array(probes), PROBE: predictor(probes).cpu()}
     if tripwire is not None:
         arrays[TRIPWIRE_PROBE] = watched.in_full_precision()(probes).cpu()
-    return Calibration(profile, arrays, predictor, parts, len(measuring), given - len(clean) + int(seen.sum()), turned)
+    return Calibration(profile, arrays, predictor, parts, len(measuring), given - len(clean) + int(seen.sum()), turned, left)
 
 
 def _calibrated(

@@ -51,10 +51,11 @@ def fastest(predictor: Predictor, images: Tensor, precision: PrecisionChoice = "
     Raises:
         ModelError: bfloat16 is asked for, and the model can't be run in it.
     """
-    if predictor.backend.kind not in _KINDS or predictor.spec.layout != "NCHW" or predictor.spec.container != "torch":
+    if not _by_pytorch(predictor):
         if precision == "bfloat16":
             raise ModelError(
-                f"expected a model that PyTorch runs for bfloat16, got one of kind {predictor.backend.kind}: drop --precision"
+                f"expected a model that PyTorch runs for bfloat16, got one of kind {predictor.backend.kind}: "
+                "pass the nn.Module itself, or leave precision at float32"
             )
         return predictor
     images = images.repeat(-(-TIMED // len(images)), 1, 1, 1)[:TIMED]
@@ -68,6 +69,22 @@ def fastest(predictor: Predictor, images: Tensor, precision: PrecisionChoice = "
         chosen = replace(chosen, execution=reduced)
         chosen(images)  # raises where it does not run
     return chosen
+
+
+def why_not_reduced(predictor: Predictor) -> str:
+    """Why `auto` left a predictor in float32, for people; empty where it did not.
+
+    Args:
+        predictor: As `fastest` returned it.
+    """
+    if predictor.execution.precision != "float32":
+        return ""
+    return "bfloat16 is not clearly faster here" if _by_pytorch(predictor) else "bfloat16 is for models that PyTorch runs"
+
+
+def _by_pytorch(predictor: Predictor) -> bool:
+    spec = predictor.spec
+    return predictor.backend.kind in _KINDS and spec.layout == "NCHW" and spec.container == "torch"
 
 
 def _faster(predictor: Predictor, execution: Execution, images: Tensor, times: float, *, same: bool = True) -> Predictor:

@@ -94,7 +94,9 @@ def _limit(part: DetectorCalibration) -> str:
     match detector:
         case Strip():
             superimposed = f"{len(detector.overlays)} clean images superimposed by {detector.blend}"
-            return f"mean entropy under {superimposed} is at most {limit}"
+            if detector.boundaries is None:
+                return f"mean entropy under {superimposed} is at most {limit}"
+            return f"mean entropy under {superimposed}, as boundaries tell it from the first few, is at most {limit}"
         case FeatureSqueezing():
             return f"answer changes by at least {limit} (L1 distance) when they are squeezed"
         case ActivationFilter():

@@ -57,6 +57,15 @@ def serve(
     ] = False,
     workers: Annotated[int, typer.Option(min=1, help="TorchServe's worker processes.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests that a TorchServe worker judges at once.")] = 8,
+    batch_delay: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="MS",
+            help="How long a request waits in TorchServe for others to be judged along; a lone one, too.",
+            show_default="2",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda; TorchServe chooses by itself.")] = "cpu",
     updates: Annotated[
         bool, typer.Option("--updates", help="Let TorchServe take new versions of the model, see guard roll-out.")
@@ -98,7 +107,7 @@ def serve(
     }
     if quarantine is not None:
         extra["quarantine"] = str(quarantine.absolute())
-    _serve_torchserve(profile, model, port, workers, batch_size, max_bytes, updates, extra)
+    _serve_torchserve(profile, model, port, workers, batch_size, batch_delay, max_bytes, updates, extra)
 
 
 def _serve_asgi(load: Callable[[], Guard], model: str, host: str, port: int, limits: Limits, expose_scores: bool) -> None:
@@ -120,6 +129,7 @@ def _serve_torchserve(
     port: int,
     workers: int,
     batch_size: int,
+    batch_delay: int | None,
     max_bytes: int,
     updates: bool,
     extra: dict[str, object],
@@ -132,6 +142,7 @@ def _serve_torchserve(
             inference_port=port,
             workers=workers,
             batch_size=batch_size,
+            max_batch_delay_ms=batch_delay,
             max_request_size=max_bytes + _MIB,
             model_api=updates,
             echo=sys.stderr,

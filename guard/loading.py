@@ -45,8 +45,8 @@ def load_guard(
     memory_limit: int = DEFAULT_MEMORY_LIMIT,
 ) -> Guard:
     """Build a guard from a profile folder; see `Guard.load`."""
-    if memory_limit < 1:
-        raise InputError(f"expected a memory limit of at least 1 byte, got {memory_limit}: leave it out for 1 GiB")
+    if not isinstance(memory_limit, int) or memory_limit < 1:
+        raise InputError(f"expected a memory limit of at least 1 byte, got {memory_limit!r}: leave it out for 1 GiB")
     if device.partition(":")[0] not in ("cpu", "cuda") or (device != "cpu" and not torch.cuda.is_available()):
         where = "" if torch.cuda.is_available() else " on a machine without CUDA"
         raise ModelError(f"expected the device cpu or cuda, got {device}{where}: use one that is there")

@@ -20,13 +20,16 @@ from guard.errors import MissingExtraError, ServingError, one_line
 from handlers.torchserve_metrics import metrics_config_path
 
 HOST = "127.0.0.1"
+BATCH_DELAY_MS = 2
+"""How long a request waits for others to be judged along with it, unless told otherwise."""
+
 STORE = "store"
 """The private model store, in the private folder."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MIB = 1024**2
 _PACKAGES = {"ts": "torchserve", "yaml": "PyYAML", "psutil": "psutil", "requests": "requests"}
-_DEFAULTS = {"minWorkers": 1, "maxWorkers": 1, "batchSize": 1, "maxBatchDelay": 50}
+_DEFAULTS = {"minWorkers": 1, "maxWorkers": 1, "batchSize": 1, "maxBatchDelay": BATCH_DELAY_MS}
 _LOG4J = Path(__file__).with_name("torchserve_log4j2.xml")
 
 
@@ -42,7 +45,7 @@ class ServerOptions:
         workers: Processes per model; None leaves it to the archive's model-config, or makes it 1.
         batch_size: Requests that a worker answers at once; None as above.
         max_batch_delay_ms: How long a request waits for others to fill its batch; a lone one waits that long too. None
-            leaves it to the archive's model-config, or makes it 50.
+            leaves it to the archive's model-config, or makes it 2.
         max_request_size: Bytes; larger bodies are answered 413 by TorchServe itself. Above the handler's own limit.
         metrics_config: TorchServe's metrics file; the packaged one when None.
         model_api: Let the management API register and remove versions, for `TorchServeProcess.roll_out`. Off, so that nothing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from calibration import Calibration, PrecisionChoice, Settings, calibrate
 from calibration.data import ImageSet
-from calibration.execution import fastest
+from calibration.execution import fastest, why_not_reduced
 from guard import Guard, InputSpec, Predictor
 from guard.detectors import Strip
 from guard.errors import CalibrationError, ModelError
@@ -102,6 +103,9 @@ def test_bfloat16_that_turns_verdicts_is_refused_or_left() -> None:
     assert left.execution.precision == "float32"
     assert left.turned is None
     assert left.predictor is left.strips[0].predictor
+    assert re.fullmatch(r"channels last, float32; bfloat16 would turn \d+\.\d\d% of the verdicts", left.runs)
+    assert made(Pixels(quick=False), "auto").runs == "contiguous, float32; bfloat16 is not clearly faster here"
+    assert made(Pixels(quick=False), "float32").runs == ""
 
 
 def test_bfloat16_is_refused_where_pytorch_does_not_run_the_model() -> None:
@@ -109,3 +113,4 @@ def test_bfloat16_is_refused_where_pytorch_does_not_run_the_model() -> None:
     with pytest.raises(ModelError, match="expected a model that PyTorch runs for bfloat16, got one of kind callable"):
         fastest(function, torch.rand(2, 3, 8, 8), "bfloat16")
     assert fastest(function, torch.rand(2, 3, 8, 8), "auto") is function
+    assert why_not_reduced(function) == "bfloat16 is for models that PyTorch runs"

@@ -20,6 +20,7 @@ from export import export_mar
 from guard import Quarantine
 from guard.errors import ServingError
 from handlers.torchserve_server import ServerOptions, TorchServeProcess
+from handlers.torchserve_setup import stage_archive
 from tests.handlers.toy_service import bomb, clean, triggered
 from tests.toy import save_toy_profile
 
@@ -67,6 +68,12 @@ def server(folder: Path) -> Iterator[TorchServeProcess]:
     models = {name: f"{name}.mar" for name in ("toy", "watched", "shut", "own")}
     with TorchServeProcess(folder / "store", models) as server:
         yield server
+
+
+def test_a_lone_request_hardly_waits_for_others(folder: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "watched.mar"
+    (entry,) = stage_archive(folder / "store" / "watched.mar", archive, ServerOptions(batch_size=8)).values()
+    assert (entry["batchSize"], entry["maxBatchDelay"]) == (8, 2)
 
 
 def send(server: TorchServeProcess, model: str, body: bytes, **headers: str) -> tuple[int, Any]:

@@ -594,6 +594,8 @@ def test_the_memory_limit_is_of_both_models(profile: Path) -> None:
     assert (guard.predictor.max_rows, strip.predictor.max_rows) == (3, 3)
     with pytest.raises(InputError, match="expected a memory limit of at least 1 byte, got 0: leave it out for 1 GiB"):
         Guard.load(profile, memory_limit=0)
+    with pytest.raises(InputError, match="expected a memory limit of at least 1 byte, got '1GB': leave it out for 1 GiB"):
+        Guard.load(profile, memory_limit="1GB")  # type: ignore[arg-type]
 
 
 class Overwriting(ToyNet):
