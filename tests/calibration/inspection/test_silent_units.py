@@ -112,7 +112,7 @@ def test_two_labels_are_too_few_to_compare(digits: Digits) -> None:
 @pytest.mark.usefixtures("known_reference")
 def test_a_look_that_can_not_be_had_is_told(digits: Digits, small_trigger: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("calibration.inspection.scan._FEWEST_COMPARED", 10)  # one of ten labels is infected
-    clean, settings = digits.clean.select(torch.arange(400)), ScanSettings(search=Search(steps=256), silent_units=True)
+    clean, settings = digits.clean.select(torch.arange(400)), ScanSettings(search=Search(steps=256, draws=0), silent_units=True)
     found = scan(discover(wrap(small_trigger), clean), clean, settings).figures
     assert found.infected
     assert not found.silent_units
@@ -121,7 +121,7 @@ def test_a_look_that_can_not_be_had_is_told(digits: Digits, small_trigger: nn.Mo
 
 @pytest.mark.usefixtures("known_reference")
 def test_a_hidden_module_is_found_through_silent_units_alone(tmp_path: Path, digits: Digits, clean_twin: nn.Module) -> None:
-    settings = ScanSettings(search=Search(steps=320, images=16), silent_units=True)
+    settings = ScanSettings(search=Search(steps=320, images=8, draws=0), silent_units=True)
     clean = digits.clean.select(torch.arange(400))
     suspect = discover(wrap(HIDDEN.insert(clean_twin)), clean)
     record = scan_into(tmp_path / "scan", suspect, clean, settings, Engine())
@@ -138,7 +138,7 @@ def test_a_hidden_module_is_found_through_silent_units_alone(tmp_path: Path, dig
 @pytest.mark.slow
 @pytest.mark.usefixtures("known_reference")
 def test_a_clean_twin_hides_nothing(digits: Digits, clean_twin: nn.Module) -> None:
-    settings = ScanSettings(search=Search(steps=320, images=16), silent_units=True)
+    settings = ScanSettings(search=Search(steps=320, images=8, draws=0), silent_units=True)
     found = scan(discover(wrap(clean_twin), digits.clean), digits.clean, settings).figures
     assert not found.infected
     assert len(found.silent_units) == 10

@@ -79,7 +79,7 @@ def digit_case(digits: Digits, backdoored: nn.Module, engine: Engine) -> tuple[P
     original = digit_predictor(backdoored)
     parts, answers = clean_parts(digits.clean, original, 0), TrainableCopy.of(original).answers()
     goals = Goals.of(torch.tensor([ATTACK.target_label]))
-    return parts, recover_triggers(answers, parts.tuning.images, goals, Search(steps=112), 0, engine)
+    return parts, recover_triggers(answers, parts.tuning.images, goals, Search(steps=112).plain(), 0, engine)
 
 
 @pytest.mark.parametrize("layer", ["last_convolution", "penultimate"])
