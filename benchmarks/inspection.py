@@ -25,8 +25,8 @@ from benchmarks.scans import scanned
 from benchmarks.victims import CACHE, Victim, bars, victim
 from calibration.attacks import Attack, MultiTarget
 from calibration.data import ImageSet
-from calibration.inspection.neural_cleanse import Search
 from calibration.inspection.record import LabelFinding, ScanFigures, read_scan
+from calibration.inspection.search import Search
 from calibration.inspection.triggers import Triggers
 from calibration.inspection.triggers_file import read_infected
 from calibration.statistics import Estimate, proportion

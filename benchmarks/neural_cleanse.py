@@ -30,7 +30,8 @@ from calibration.engine import Engine
 from calibration.frozen import frozen
 from calibration.inspection.anomaly import anomaly_indices
 from calibration.inspection.judge import INDEX
-from calibration.inspection.neural_cleanse import Search, recover_triggers
+from calibration.inspection.neural_cleanse import recover_triggers
+from calibration.inspection.search import Search
 from calibration.inspection.triggers import Goals
 from guard import Predictor
 from guard.predictors import wrap

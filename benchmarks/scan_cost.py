@@ -26,7 +26,8 @@ from calibration.data import Progress
 from calibration.discovery import discover
 from calibration.engine import Engine
 from calibration.frozen import frozen
-from calibration.inspection.neural_cleanse import Search, recover_triggers
+from calibration.inspection.neural_cleanse import recover_triggers
+from calibration.inspection.search import Search
 from calibration.inspection.triggers import Goals
 from guard import Predictor
 from guard.predictors import wrap

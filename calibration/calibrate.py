@@ -199,16 +199,14 @@ def calibrate(
             )
         check_drop(accuracy, raw_accuracy, settings.max_accuracy_drop)
     choosing, setting = (clean.select(rows) for rows in divide_rest(rest, settings))
-    parts, turned = _calibrated(detectors, setting, choosing, settings, progress), None
-    left = why_not_reduced(watched) if settings.precision == "auto" else ""
+    parts: tuple[DetectorCalibration, ...] = ()
+    turned, left = None, why_not_reduced(watched) if settings.precision == "auto" else ""
     if watched.execution.precision != "float32":
-        turned = turned_verdicts(parts, setting, settings, progress)
-        if turned > TOLERANCE:
-            refuse_turned(turned, settings.precision)
-            left = f"bfloat16 would turn {turned:.2%} of the verdicts"
-            watched, turned = predictor if tripwire is None else watched.in_full_precision(), None
+        parts, turned, left = _in_bfloat16(detectors, setting, choosing, settings, progress)
+        if left:
+            watched = predictor if tripwire is None else watched.in_full_precision()
             detectors = compose(watched, clean.images(aside), settings, triggers)
-            parts = _calibrated(detectors, setting, choosing, settings, progress)
+    parts = parts or _calibrated(detectors, setting, choosing, settings, progress)
     refuse_blind(parts)
     records, arrays = recorded(parts)
     profile = Profile(
@@ -242,6 +240,27 @@ def _calibrated(
         else calibrate_detector(item, clean, settings, len(detectors), progress)
         for item in detectors
     )
+
+
+def _in_bfloat16(
+    detectors: Sequence[Detector], clean: ImageSet, choosing: ImageSet, settings: Settings, progress: Progress
+) -> tuple[tuple[DetectorCalibration, ...], float | None, str]:
+    """What they come to, and the share of turned verdicts; with `auto`, nothing and why not where float32 is better.
+
+    Raises:
+        CalibrationError: bfloat16 was asked for by name, and won't do.
+    """
+    try:
+        parts = _calibrated(detectors, clean, choosing, settings, progress)
+    except CalibrationError as error:
+        if settings.precision == "bfloat16":
+            raise CalibrationError(f"{error}; or leave --precision at float32, if that gives answers") from error
+        return (), None, "bfloat16 gives answers that can't be used"
+    turned = turned_verdicts(parts, clean, settings, progress)
+    if turned <= TOLERANCE:
+        return parts, turned, ""
+    refuse_turned(turned, settings.precision)
+    return (), None, f"bfloat16 would turn {turned:.2%} of the verdicts"
 
 
 def chosen_preprocessor(settings: Settings) -> AnyPreprocessor | None:

@@ -8,6 +8,7 @@ import msgspec
 
 from calibration.boundaries import images_for_boundaries, images_needed
 from calibration.thresholds import Method, check_rates
+from guard.choices import check_choice
 from guard.detectors import Blend
 from guard.errors import CalibrationError, TooFewImagesError
 
@@ -55,6 +56,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         confidence: With which the rate must hold; None bounds its mean.
         allow_missing_classes: Go on when the clean set holds no image of a class.
         seed: Of the split and the preprocessor's draws.
+
+    Raises:
+        CalibrationError: A name that there is not.
     """
 
     detectors: tuple[DetectorChoice, ...] = ("strip",)
@@ -71,6 +75,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     confidence: float | None = None
     allow_missing_classes: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse misspelt names, which would stand for something else."""
+        for detector in self.detectors:
+            check_choice("a detector", detector, DetectorChoice, CalibrationError)
+        for name, value, known in (
+            ("blend", self.blend, BlendChoice),
+            ("passes", self.passes, PassesChoice),
+            ("precision", self.precision, PrecisionChoice),
+            ("preprocess", self.preprocess, PreprocessChoice),
+            ("method", self.method, Method),
+        ):
+            check_choice(name, value, known, CalibrationError)
 
 
 def strips(choice: BlendChoice, alpha: float | None = None) -> tuple[tuple[Blend, float], ...]:

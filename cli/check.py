@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,7 +17,7 @@ from cli.inputs import read_images
 from cli.threads import settle_threads
 from guard import Finding, Guard, GuardError, Limits, Policy, Quarantine, Verdict
 from guard.readings import reading_of
-from guard.verdict import method_of
+from guard.verdict import FAILURES, method_of
 
 _BATCH = 32
 
@@ -66,7 +67,7 @@ def check(
 ) -> None:
     """Judge images: one line each, accepted with a label, or rejected.
 
-    Exit code 0 when every image was judged, whatever the verdicts; 2 when some could not be read.
+    Exit code 0 when every image was judged, whatever the verdicts; 2 when some could not be read, or not judged.
 
     Example: guard check profile photo.png --json
     """
@@ -74,11 +75,12 @@ def check(
     guard = Guard.load(profile, policy=Policy(mode=mode), quarantine=store, device=device)
     settle_threads(guard.predictor)
     stream = read_images(images, guard.predictor.spec, Limits())
-    unreadable = total = 0
+    unreadable = unjudged = total = 0
     while batch := list(itertools.islice(stream, _BATCH)):
         lines = _judge(guard, batch)
         total += len(lines)
         unreadable += sum(line.message is not None for line in lines)
+        unjudged += sum(line.reason in FAILURES for line in lines)
         _print(lines, as_json)
     if store is not None and store.failures:
         raise GuardError(
@@ -86,6 +88,8 @@ def check(
         )
     if unreadable:
         raise GuardError(f"{unreadable} of {total} inputs could not be read and were rejected: see reason and message")
+    if unjudged:
+        raise GuardError(f"{unjudged} of {total} inputs could not be judged: the model or a detector failed, see reason")
 
 
 def _judge(guard: Guard, batch: list[tuple[str, Tensor | GuardError]]) -> list[Line]:
@@ -141,8 +145,15 @@ def _for_people(line: Line) -> str:
     if line.message is not None:
         return f"{line.image}: {line.verdict}, {line.message}"
     sure = "" if line.probability is None else f" ({line.probability:.3f})"
-    found = "".join(f", {_in_words(item, len(line.findings) > 1)}" for item in line.findings)
-    return f"{line.image}: {line.verdict}, {line.label}{sure}{found}, {line.passes} {'pass' if line.passes == 1 else 'passes'}"
+    says = f"{line.label}{sure}" if line.reason not in FAILURES else f"{line.reason}"
+    found = "".join(f", {_in_words(item, len(line.findings) > 1)}" for item in line.findings if _known(item))
+    return f"{line.image}: {line.verdict}, {says}{found}, {line.passes} {'pass' if line.passes == 1 else 'passes'}"
+
+
+def _known(item: Found) -> bool:
+    """Whether the detector came to anything."""
+    value = item.score if isinstance(item.score, float) else item.entropy
+    return value is not None and math.isfinite(value)
 
 
 def _in_words(item: Found, several: bool) -> str:

@@ -146,9 +146,9 @@ def scan_command(
         from calibration.fine_tuning import trainable
         from calibration.inspection.deep_inspect import DeepInspectSettings
         from calibration.inspection.deep_scan import DeepScanSettings
-        from calibration.inspection.neural_cleanse import Search
         from calibration.inspection.record import KIND
         from calibration.inspection.scan import ScanSettings
+        from calibration.inspection.search import Search
         from calibration.inspection.work import deep_scan_into, scan_into
         from calibration.sources import open_model
 

@@ -6,7 +6,7 @@ filtering happens in that pixel space. An `InputSpec` says how a particular mode
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from guard.choices import check_choice
 from guard.errors import InputError
 
 Layout = Literal["NCHW", "NHWC", "NHW", "flat"]
@@ -63,8 +64,7 @@ class InputSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         for name, value, known in (
             ("layout", self.layout, Layout), ("dtype", self.dtype, DType), ("container", self.container, Container)
         ):  # fmt: skip
-            if value not in get_args(known):
-                raise InputError(f"expected {name} to be one of {', '.join(get_args(known))}, got {value!r}")
+            check_choice(name, value, known)
         if min(self.channels, self.height, self.width) < 1:
             raise InputError(f"expected a positive image shape C,H,W, got {','.join(map(str, self.shape))}")
         if self.layout in ("NHW", "flat") and self.channels != 1:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Literal
 
 import msgspec
 
+from guard.choices import check_choice
 from guard.errors import InputError
 
+Mode = Literal["enforce", "monitor"]
+OnError = Literal["reject", "accept"]
 Reason = Literal["backdoor-suspected", "guard-failed", "out-of-time", "model-failed"]
+
+FAILURES: tuple[Reason, ...] = ("guard-failed", "out-of-time", "model-failed")
+"""Nothing was found, and nothing ruled out."""
 
 _METHODS = ("strip", "feature-squeezing", "activation-filter")
 
@@ -24,19 +30,21 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             undecided then could not be judged. None for no bound.
 
     Raises:
-        InputError: A budget that is no time.
+        InputError: A mode, or what happens on an error, that there is not; a budget that is no time.
     """
 
-    mode: Literal["enforce", "monitor"] = "enforce"
-    on_error: Literal["reject", "accept"] = "reject"
+    mode: Mode = "enforce"
+    on_error: OnError = "reject"
     latency_budget: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what would judge nothing."""
-        if self.latency_budget is not None and not 0.0 < self.latency_budget < math.inf:
-            raise InputError(
-                f"expected a latency budget of more than 0 seconds, got {self.latency_budget:g}: leave it out for none"
-            )
+        """Refuse what would judge nothing: a misspelt mode enforces nothing."""
+        check_choice("mode", self.mode, Mode)
+        check_choice("on_error", self.on_error, OnError)
+        budget = self.latency_budget
+        if budget is not None and not (isinstance(budget, int | float) and 0.0 < budget <= sys.float_info.max):
+            got = f"{budget:g}" if isinstance(budget, float) else repr(budget)
+            raise InputError(f"expected a latency budget of more than 0 seconds, got {got}: leave it out for none")
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,7 +102,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def failed(self) -> bool:
         """True when the guard or the model failed, or had no time, rather than finding something."""
-        return self.reason in ("guard-failed", "out-of-time", "model-failed")
+        return self.reason in FAILURES
 
     @property
     def rejected_by(self) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from handlers.torchserve_request import Context, Row, failed_outcome, image_body
 
 logger = logging.getLogger("guard.torchserve")
 
+_EXPONENT = re.compile(r"[+-]?[0-9]+[eE][+-]?[0-9]+")
 _Positive = Annotated[int, msgspec.Meta(ge=1)]
 
 
@@ -61,7 +63,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         """
         section = model_config.get("guard") if isinstance(model_config, Mapping) else None
         try:
-            options = msgspec.convert({} if section is None else section, type=cls)
+            options = msgspec.convert(_with_numbers({} if section is None else section), type=cls)
         except msgspec.ValidationError as error:
             raise ServingError(f"expected valid options under `guard:` in the model-config, got: {error}") from error
         if options.quarantine is not None and not Path(options.quarantine).is_absolute():
@@ -70,6 +72,18 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                 "a worker's own folder is temporary"
             )
         return options
+
+
+def _with_numbers(section: object) -> object:
+    """YAML 1.1 reads a number that has an exponent and no point, such as 5e-05, as text."""
+    if not isinstance(section, Mapping):
+        return section
+    found = dict(section)
+    for key, value in section.items():
+        if isinstance(value, str) and _EXPONENT.fullmatch(value):
+            number = float(value)
+            found[key] = int(number) if number.is_integer() else number
+    return found
 
 
 def load_service(context: Context, *, with_preprocessor: bool = True) -> ImageService:

@@ -75,9 +75,10 @@ def check_reached(reached: Tensor, hint: str, what: str = "labels") -> str:
     """
     labels, missing = len(reached), int((~reached).sum())
     if 2 * missing >= labels:
+        whom = "the model" if what == "labels" else "these"
         raise InspectionError(
             f"expected triggers for more than half of the {labels} {what}, whose sizes are compared, got {labels - missing}: "
-            f"nothing can be said of the model; {hint}; a model that gives its input no gradients can't be scanned"
+            f"nothing can be said of {whom}; {hint}; a model that gives its input no gradients can't be scanned"
         )
     if not missing:
         return ""

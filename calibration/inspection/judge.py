@@ -25,10 +25,11 @@ from calibration.checkpoints import Checkpoints
 from calibration.data import Progress
 from calibration.engine import Engine
 from calibration.inspection.anomaly import anomaly_indices
-from calibration.inspection.neural_cleanse import Search, recover_triggers
+from calibration.inspection.neural_cleanse import recover_triggers
 from calibration.inspection.passes import says
 from calibration.inspection.record import LabelFinding, SecondOpinion
 from calibration.inspection.reference import train_reference
+from calibration.inspection.search import Search
 from calibration.inspection.strengthening import strengthen
 from calibration.inspection.triggers import Goals, Triggers
 

@@ -20,12 +20,9 @@ Reference: Wang et al., Neural Cleanse, IEEE S&P 2019; rate, weights and patienc
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
-import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -33,65 +30,14 @@ from calibration.checkpoints import Checkpoints
 from calibration.data import Progress, no_progress
 from calibration.engine import Engine
 from calibration.fine_tuning import Answers
+from calibration.inspection.block import Block, Work
 from calibration.inspection.passes import images_at_once
 from calibration.inspection.pools import Pools
-from calibration.inspection.triggers import Goals, Triggers, blend, squash, unsquash
-from guard.errors import CalibrationError
+from calibration.inspection.search import Search
+from calibration.inspection.triggers import Goals, Triggers
 
-_BETAS = (0.5, 0.9)
-_MOST_WEIGHT = 1e6
-_NOW = 4  # steps over which success moves the weight
-_SMALLER = 0.98  # a mask that shrinks by less stands still
 _COPIES = 12  # of mask and pattern that a label needs at work: Adam's, gradients, the window's, the best
 _PER_LABEL = 1 << 30  # bytes for these
-_BETWEEN, _WORTH = 3.0, 20.0  # seconds from one checkpoint to the next, and at least so many times what one takes
-
-
-class Search(msgspec.Struct, frozen=True, kw_only=True):
-    """How a trigger is looked for.
-
-    Attributes:
-        steps: Of Adam, at most, for each label; whole windows.
-        images: A step sees so many of them, the same for each label.
-        start: Up to which the values of a mask are drawn.
-        rate: Adam's.
-        weight: w at the start.
-        factor: w is multiplied by this when it rises, and divided by its 1.5th power when it falls.
-        patience: Steps on one side of `success` until w moves.
-        success: Share of images that must get the label.
-        window: Steps over which that share is averaged. What is kept is the trigger at their beginning, as a rule the largest.
-        first: Steps that every label gets; then only the smallest masks go on.
-        smallest: Share of the labels that then go on; three at least.
-        still: Steps without a smaller mask after which these are done.
-        again: So many labels with the smallest masks are searched again.
-        draws: How often, each time from another draw; 0 for never.
-        early: Steps that each of these draws gets; then only the smallest mask of a label goes on.
-    """
-
-    steps: int = 1008
-    images: int = 16
-    start: float = 0.1
-    rate: float = 0.1
-    weight: float = 1e-3
-    factor: float = 1.5
-    patience: int = 5
-    success: float = 0.99
-    window: int = 16
-    first: int = 192
-    smallest: float = 0.25
-    still: int = 80
-    again: int = 8
-    draws: int = 4
-    early: int = 128
-
-    def __post_init__(self) -> None:
-        """Refuse what means nothing."""
-        if self.steps < self.window:
-            raise CalibrationError(f"expected at least {self.window} steps for each label, got {self.steps}")
-
-    def plain(self) -> Search:
-        """As published: every label gets all steps, of 32 images, once, from masks of any value."""
-        return msgspec.structs.replace(self, images=32, start=1.0, first=self.steps + 1, draws=0)
 
 
 def recover_triggers(
@@ -129,14 +75,34 @@ def recover_triggers(
     with torch.inference_mode():
         own = torch.cat([answers(part).argmax(dim=1) for part in images.split(at_once)]).clone()
     order = own.argsort(stable=True)
-    work = _Work(answers, images[order], own[order], search, seed, engine, at_once, checkpoints, progress)
-    found = work.triggers(goals, [0] * len(goals), name, "looking for triggers")
+    work = Work(answers, images[order], own[order], search, seed, engine, at_once, checkpoints, progress)
+    found = _in_blocks(work, goals, [0] * len(goals), name, "looking for triggers")
     rows = sorted({*doubtful, *found.sizes.argsort()[: search.again].tolist()})
     if not search.draws or not rows:
         return found
     repeated = torch.tensor(rows).repeat_interleave(search.draws)
     draws = list(range(1, 1 + search.draws)) * len(rows)
-    return _smallest(found, work.triggers(goals.select(repeated), draws, f"{name}-again", "looking again"), repeated)
+    others = _in_blocks(work, goals.select(repeated), draws, f"{name}-again", "looking again")
+    return _smallest(found, others, repeated)
+
+
+def _in_blocks(work: Work, goals: Goals, draws: Sequence[int], name: str, what: str) -> Triggers:
+    """One trigger for each goal, from that draw, in as many blocks as memory asks for.
+
+    Of several draws for the same goal only the best goes on after a while.
+    """
+    pools, (channels, height, width) = Pools.of(work.own, goals), work.images.shape[1:]
+    count, size = len(goals), max(8, _PER_LABEL // (4 * _COPIES * (channels + 1) * height * width))
+    found = []
+    for number, first in enumerate(range(0, count, size)):
+        part = slice(first, first + size)
+        block = Block(work, goals.select(part), pools.select(part), draws[part])
+
+        def shown(done: int, first: int = first) -> None:
+            work.progress(what, first + done, count)
+
+        found.append(block.run(work.checkpoints, f"{name}-{number}", shown))
+    return Triggers.together(found)
 
 
 def _smallest(found: Triggers, others: Triggers, rows: Tensor) -> Triggers:
@@ -148,217 +114,9 @@ def _smallest(found: Triggers, others: Triggers, rows: Tensor) -> Triggers:
         rows: (R,), int64: which goals those are.
     """
     everything = Triggers.together([found, others])
+    sizes = everything.sizes
     goals, best = torch.cat([torch.arange(len(found)), rows]), torch.arange(len(found))
     for row in range(len(found), len(everything)):
-        goal = goals[row]
-        if everything.sizes[row] < everything.sizes[best[goal]]:
-            best[goal] = row
+        if sizes[row] < sizes[best[goals[row]]]:
+            best[goals[row]] = row
     return replace(everything.select(best), passes=torch.zeros_like(found.passes).index_add(0, goals, everything.passes))
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What all goals of a search have in common; see `recover_triggers`. The images are in the order of the model's answers."""
-
-    answers: nn.Module
-    images: Tensor
-    own: Tensor
-    search: Search
-    seed: int
-    engine: Engine
-    at_once: int
-    checkpoints: Checkpoints | None
-    progress: Progress
-
-    def triggers(self, goals: Goals, draws: Sequence[int], name: str, what: str) -> Triggers:
-        """One trigger for each goal, from that draw, in as many blocks as memory asks for.
-
-        Of several draws for the same goal only the best goes on after a while.
-        """
-        pools, (channels, height, width) = Pools.of(self.own, goals), self.images.shape[1:]
-        count, size = len(goals), max(8, _PER_LABEL // (4 * _COPIES * (channels + 1) * height * width))
-        found = []
-        for number, first in enumerate(range(0, count, size)):
-            part = slice(first, first + size)
-            block = _Block(self, goals.select(part), pools.select(part), draws[part])
-
-            def shown(done: int, first: int = first) -> None:
-                self.progress(what, first + done, count)
-
-            found.append(block.run(self.checkpoints, f"{name}-{number}", shown))
-        return Triggers.together(found)
-
-
-class _Block:
-    """Goals whose masks are in memory together."""
-
-    def __init__(self, work: _Work, goals: Goals, pools: Pools, draws: Sequence[int]) -> None:
-        self.answers, self.images, self.search, self.seed = work.answers, work.images, work.search, work.seed
-        self.engine, self.at_once, self.goals, self.again = work.engine, work.at_once, goals, any(draws)
-        where, count = work.engine.device, len(goals)
-        _, channels, height, width = work.images.shape
-        starts = [
-            _start(work.images.shape[1:], work.search.start, work.seed, *goal)
-            for goal in zip(*_lists(goals), draws, strict=True)
-        ]
-        self.masks = nn.Parameter(torch.stack([mask for mask, _ in starts]).to(where))
-        self.patterns = nn.Parameter(torch.stack([pattern for _, pattern in starts]).to(where))
-        self.optimizer = torch.optim.Adam([self.masks, self.patterns], lr=work.search.rate, betas=_BETAS)
-        self.labels, self.pools = goals.labels.to(where), pools
-        self.rows = torch.arange(count, device=where)  # of the results, which a label keeps when others leave
-        self.weights = torch.zeros(count, device=where)
-        self.over = torch.zeros(count, dtype=torch.int64, device=where)
-        self.under = torch.zeros(count, dtype=torch.int64, device=where)
-        self.recent = torch.zeros(count, _NOW, device=where)
-        self.since = torch.zeros(count, dtype=torch.int64, device=where)
-        self.best_masks = torch.ones(count, height, width)
-        self.best_patterns = torch.zeros(count, channels, height, width)
-        self.best = torch.full((count,), float("inf"))
-        self.success = torch.zeros(count)
-        self.passes = torch.zeros(count, dtype=torch.int64)
-
-    def run(self, checkpoints: Checkpoints | None, name: str, progress: Callable[[int], None]) -> Triggers:
-        """All steps, or those that are left."""
-        step, search, count = self._resume(checkpoints, name), self.search, len(self.goals)
-        saved, took = time.monotonic(), 0.0
-        windows = search.steps // search.window
-        for number in range(step // search.window, windows):
-            if len(self.rows) == 0:
-                break
-            self._window(number)
-            progress(int(max((number + 1) / windows, 1.0 - len(self.rows) / count) * count))
-            if checkpoints is not None and (now := time.monotonic()) - saved > max(_BETWEEN, _WORTH * took):
-                self._save(checkpoints, name, (number + 1) * search.window)
-                saved = time.monotonic()
-                took = saved - now
-        if checkpoints is not None and step < search.steps:
-            self._save(checkpoints, name, search.steps)
-        progress(count)
-        goals = self.goals
-        return Triggers(goals.labels, goals.sources, self.best_masks, self.best_patterns, self.success, self.passes)
-
-    def _window(self, number: int) -> None:
-        """Some steps; then the trigger at their beginning is kept if it works and is smaller than any before."""
-        search = self.search
-        with torch.no_grad():
-            masks, patterns = squash(self.masks), squash(self.patterns)
-        successes = torch.zeros_like(self.weights)
-        for step in range(number * search.window, (number + 1) * search.window):
-            right = self._step(step)
-            successes += right
-            self._move_weights(right, step)
-        sizes, success, rows = masks.sum(dim=(1, 2)).cpu(), (successes / search.window).cpu(), self.rows.cpu()
-        better = (success >= search.success) & (sizes < self.best[rows])
-        stands = ~(better & (sizes < _SMALLER * self.best[rows])) & self.best[rows].isfinite()
-        kept = rows[better]
-        self.best_masks[kept], self.best_patterns[kept] = masks.cpu()[better], patterns.cpu()[better]
-        self.best[kept], self.success[kept] = sizes[better], success[better]
-        self.since = torch.where(stands.to(self.since.device), self.since + search.window, 0)
-        self._leave(number)
-
-    def _step(self, step: int) -> Tensor:
-        """One step of all labels; (K,), share of the images that got the label."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        chosen = self.pools.draw(torch.rand(self.search.images, generator=generator).to(self.images.device))
-        self.optimizer.zero_grad(set_to_none=True)
-        at_once = max(1, self.at_once // self.search.images)
-        rows = torch.arange(len(self.rows), device=self.rows.device)
-        right = [self._part(part, chosen[part]) for part in rows.split(at_once)]
-        self.optimizer.step()
-        self.passes[self.rows.cpu()] += self.search.images
-        return torch.cat(right)
-
-    def _part(self, rows: Tensor, chosen: Tensor) -> Tensor:
-        """Gradients of some labels; (R,), share of their images, (R, B), that got the label."""
-        count, right = chosen.shape[1], torch.zeros(len(rows), device=rows.device)
-        for number, part in enumerate(chosen.split(self.at_once, dim=1)):  # images, where not even one label's fit
-            masks, patterns = squash(self.masks[rows]), squash(self.patterns[rows])
-            triggered = blend(self.images[part], masks.unsqueeze(1), patterns.unsqueeze(1)).clamp(0.0, 1.0)
-            with self.engine.autocast():
-                logits = self.answers(triggered.flatten(0, 1)).float()
-            labels = self.labels[rows].repeat_interleave(part.shape[1])
-            loss = nn.functional.cross_entropy(logits, labels, reduction="sum") / count
-            if number == 0:
-                loss = loss + (self.weights[rows] * masks.sum(dim=(1, 2))).sum()
-            loss.backward(inputs=[self.masks, self.patterns])
-            right += (logits.argmax(dim=1) == labels).view(part.shape).sum(dim=1)
-        return right / count
-
-    def _move_weights(self, right: Tensor, step: int) -> None:
-        search = self.search
-        self.recent[:, step % _NOW] = right
-        holds = self.recent[:, : step + 1].mean(dim=1) >= search.success
-        self.over = torch.where(holds, self.over + 1, 0)
-        self.under = torch.where(holds, 0, self.under + 1)
-        up, down = self.over >= search.patience, self.under >= search.patience
-        raised = torch.where(self.weights == 0.0, search.weight, self.weights * search.factor).clamp(max=_MOST_WEIGHT)
-        self.weights = torch.where(up, raised, torch.where(down, self.weights / search.factor**1.5, self.weights))
-        self.over[up], self.under[down] = 0, 0
-
-    def _leave(self, number: int) -> None:
-        """Take labels out of the batch that are done or can't be outliers, with the optimizer's state of them."""
-        search = self.search
-        if (number + 1) * search.window < (search.early if self.again else search.first):
-            return
-        stay = (self.since < search.still) & (self.best <= self._most())[self.rows.cpu()].to(self.since.device)
-        if bool(stay.all()):
-            return
-        rows = torch.nonzero(stay).squeeze(1)
-        for name in _STATE:
-            setattr(self, name, getattr(self, name)[rows])
-        self.labels, self.pools = self.labels[rows], self.pools.select(rows)
-        states = [self.optimizer.state[value] for value in (self.masks, self.patterns)]
-        self._set(self.masks.detach()[rows], self.patterns.detach()[rows])
-        for value, state in zip((self.masks, self.patterns), states, strict=True):
-            self.optimizer.state[value] = {name: part if part.ndim == 0 else part[rows] for name, part in state.items()}
-
-    def _most(self) -> Tensor:
-        """(K,), up to which size a mask may go on: that of the smallest, or of the smallest of the same goal."""
-        if not self.again:
-            few = max(3, math.ceil(self.search.smallest * len(self.best)))
-            return self.best.sort().values[min(few, len(self.best)) - 1].expand_as(self.best)
-        same = (self.goals.labels.unsqueeze(0) == self.goals.labels.unsqueeze(1)) & (
-            self.goals.sources.unsqueeze(0) == self.goals.sources.unsqueeze(1)
-        )
-        return torch.where(same, self.best.unsqueeze(0), math.inf).amin(dim=1)
-
-    def _set(self, masks: Tensor, patterns: Tensor) -> None:
-        self.masks, self.patterns = nn.Parameter(masks), nn.Parameter(patterns)
-        self.optimizer = torch.optim.Adam([self.masks, self.patterns], lr=self.search.rate, betas=_BETAS)
-
-    def _save(self, checkpoints: Checkpoints, name: str, step: int) -> None:
-        arrays = {key: getattr(self, key) for key in (*_STATE, *_RESULTS)}
-        arrays |= {"masks": self.masks.detach(), "patterns": self.patterns.detach()}
-        checkpoints.save(name, step, {}, {"adam": self.optimizer}, arrays)
-
-    def _resume(self, checkpoints: Checkpoints | None, name: str) -> int:
-        """Go on from the last checkpoint; the step that comes next."""
-        found = None if checkpoints is None else checkpoints.load(name, {}, {"adam": self.optimizer})
-        if found is None:
-            return 0
-        step, arrays, _ = found
-        for key in (*_STATE, *_RESULTS):
-            setattr(self, key, arrays[key].to(getattr(self, key).device))
-        state = self.optimizer.state_dict()
-        self._set(arrays["masks"].to(self.masks.device), arrays["patterns"].to(self.masks.device))
-        self.optimizer.load_state_dict(state)
-        self.labels, self.pools = self.labels[self.rows], self.pools.select(self.rows)
-        return step
-
-
-_STATE = ("rows", "weights", "over", "under", "recent", "since")
-_RESULTS = ("best_masks", "best_patterns", "best", "success", "passes")
-
-
-def _lists(goals: Goals) -> tuple[list[int], list[int]]:
-    return goals.labels.tolist(), goals.sources.tolist()
-
-
-def _start(shape: torch.Size, most: float, seed: int, label: int, source: int, draw: int = 0) -> tuple[Tensor, Tensor]:
-    """Uniform mask, of values up to `most`, and pattern, before `squash`."""
-    number = 0
-    for part in (draw, seed, label, source + 1):
-        number = number * 100_003 + part
-    generator = torch.Generator().manual_seed(number % 2**63)
-    mask = most * torch.rand(shape[1:], generator=generator)
-    return unsquash(mask), unsquash(torch.rand(shape, generator=generator))

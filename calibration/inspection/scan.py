@@ -26,15 +26,15 @@ from calibration.engine import Engine
 from calibration.frozen import frozen
 from calibration.inspection.anomaly import check_reached
 from calibration.inspection.judge import SMALL_PAIR, Judge, Look
-from calibration.inspection.neural_cleanse import Search
 from calibration.inspection.record import LabelFinding, ScanFigures
+from calibration.inspection.search import Search
 from calibration.inspection.silent_units import check_rectifiers, through_silent_units
 from calibration.inspection.triggers import Goals, Triggers
 from guard import Predictor
 from guard.errors import InspectionError
 
 FEWEST_IMAGES = 50
-_SILENT_STEPS, _SILENT_SMALLEST = 320, 0.1  # a short search will do: the way is straight
+_SILENT_STEPS, _SILENT_IMAGES, _SILENT_SMALLEST = 320, 32, 0.1  # a short search will do: the way is straight
 _FEWEST_COMPARED = 3  # labels
 _REACHED = {"labels": "labels", "pairs": "pairs of labels", "silent-units": "labels behind silent units"}
 _MOST_SEARCHED, _MOST_HELD_OUT = 1000, 500
@@ -155,7 +155,13 @@ def scan(
     clean_labels = torch.tensor([item.label_index for item in labels if not item.infected], dtype=torch.int64)
     for look in _further_looks(settings, classes, clean_labels):
         more = judge.find(look)
-        unreached.append(_check_reached(look, more))
+        try:
+            unreached.append(_check_reached(look, more))
+        except InspectionError as problem:
+            if not any(item.infected for item in labels):  # else that is known, and is not lost
+                raise
+            unreached.append(f"Of these nothing is said: {problem}.")
+            continue
         further[look.name] = judge.findings(look, more, clean.class_names)
     pair_triggers, pairs = further.get("pairs", (None, ()))
     silent_triggers, silent = further.get("silent-units", (None, ()))
@@ -208,7 +214,7 @@ def _through_silent_units(search: Search) -> Search:
     return msgspec.structs.replace(
         search,
         steps=min(search.steps, _SILENT_STEPS),
-        images=2 * search.images,
+        images=max(search.images, _SILENT_IMAGES),
         start=1.0,
         smallest=_SILENT_SMALLEST,
         draws=0,

@@ -44,7 +44,7 @@ def scan_into(
         settings: See `scan_rounds`.
         engine: Where.
         progress: Told how far it is.
-        model: What the report calls it.
+        model: What the report calls it; under another name, checkpoints are not gone on from.
 
     Returns:
         What `scan.json` holds.
@@ -55,7 +55,7 @@ def scan_into(
     """
     seen = [clean.pixels, *([] if clean.labels is None else [clean.labels])]
     hashes = [hashlib.sha256(part.contiguous().numpy().tobytes()).hexdigest() for part in seen]
-    checkpoints = _checkpoints(out, [*_key(predictor, settings), *hashes], progress)
+    checkpoints = _checkpoints(out, [*_key(predictor, settings, model), *hashes], progress)
     found = scan_rounds(predictor, clean, settings, engine=engine, checkpoints=checkpoints, progress=progress)
     return _write(out, predictor, found.figures, settings, _arrays(found), scan_report(found, model), checkpoints)
 
@@ -86,7 +86,7 @@ def deep_scan_into(
         CalibrationError: See `deep_scan`.
         ModelError: The model has no gradients.
     """
-    checkpoints = _checkpoints(out, [*_key(predictor, settings), "deep-inspect"], progress)
+    checkpoints = _checkpoints(out, [*_key(predictor, settings, model), "deep-inspect"], progress)
     found = deep_scan(predictor, settings, engine=engine, checkpoints=checkpoints, progress=progress)
     return _write(out, predictor, found.figures, settings, _deltas(found), deep_scan_report(found, model), checkpoints)
 
@@ -157,8 +157,10 @@ def _deltas(found: DeepScan) -> dict[str, Tensor]:
     }
 
 
-def _key(predictor: Predictor, settings: ScanSettings | DeepScanSettings) -> list[object]:
+def _key(predictor: Predictor, settings: ScanSettings | DeepScanSettings, model: str) -> list[object]:
+    """What a scan depends on; a factory's model is not its weights alone, so its name counts, too."""
     return [
+        model,
         predictor.backend.fingerprint(),
         msgspec.to_builtins(predictor.spec),
         predictor.output,

@@ -6,7 +6,7 @@ import math
 
 import msgspec
 
-from calibration.inspection.neural_cleanse import Search
+from calibration.inspection.search import Search
 from calibration.repair.cyclegan import Training
 from calibration.repair.dhbe_settings import Dhbe
 from calibration.repair.drawn import Drawn

@@ -28,6 +28,22 @@ def toy_set(count: int = 240, seed: int = 0) -> ImageSet:
 SMALL = Settings(overlays=40, frr=0.02)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("blend", "x"),
+        ("passes", "all"),
+        ("precision", "float16"),
+        ("preprocess", "Gym"),
+        ("method", "t"),
+        ("detectors", ("STRIP",)),
+    ],
+)
+def test_misspelt_settings_are_refused_not_taken_for_others(name: str, value: object) -> None:
+    with pytest.raises(CalibrationError, match="to be one of"):
+        Settings(**{name: value})  # type: ignore[arg-type]
+
+
 def test_the_guard_refuses_triggers_and_keeps_clean_inputs(digits: Digits, calibration: Calibration) -> None:
     figures = evaluate(calibration.guard(), digits.test, digits.triggered, ATTACK.target_label)
     assert figures.attack_success_rate is not None

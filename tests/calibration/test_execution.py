@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor, nn
@@ -106,6 +107,26 @@ def test_bfloat16_that_turns_verdicts_is_refused_or_left() -> None:
     assert re.fullmatch(r"channels last, float32; bfloat16 would turn \d+\.\d\d% of the verdicts", left.runs)
     assert made(Pixels(quick=False), "auto").runs == "contiguous, float32; bfloat16 is not clearly faster here"
     assert made(Pixels(quick=False), "float32").runs == ""
+
+
+class Overflowing(Pixels):
+    """Gives no answer to dark images in bfloat16."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        found = super().forward(images)
+        dark = images.flatten(1).amax(dim=1) < 0.5
+        return found.masked_fill(dark[:, None], torch.nan) if found.dtype == torch.bfloat16 else found
+
+
+def test_bfloat16_that_fails_on_later_images_is_refused_or_left() -> None:
+    images = clean()
+    images = ImageSet(torch.cat([images.pixels[:40], images.pixels[40:] // 4]))  # the first ones are tried: they go well
+    settings = Settings(overlays=10, frr=0.05, blend="mix", alpha=0.1, allow_missing_classes=True)
+    with pytest.raises(CalibrationError, match="or leave --precision at float32"):
+        calibrate(Overflowing(), images, msgspec.structs.replace(settings, precision="bfloat16"))
+    left = calibrate(Overflowing(), images, msgspec.structs.replace(settings, precision="auto"))
+    assert left.execution.precision == "float32"
+    assert left.runs == "channels last, float32; bfloat16 gives answers that can't be used"
 
 
 def test_bfloat16_is_refused_where_pytorch_does_not_run_the_model() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from torch import Tensor
 
 from cli.demonstration.digits import Digits
 from guard import Quarantine
@@ -135,6 +136,21 @@ def test_table_for_people(guard: Command, profile: Path, pictures: Path) -> None
     assert run.out.count("rejected") == 4
     assert run.out.count(", entropy at least") == 4
     assert "strip" not in run.out
+
+
+def test_what_could_not_be_judged_is_told_and_no_success(
+    guard: Command, profile: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("guard.predictors.predictor.to_probabilities", fails)
+    monkeypatch.setattr("guard.loading._check_probe", lambda *_: None)
+    monkeypatch.setattr("cli.check.settle_threads", lambda _: None)
+    run = guard("check", profile, pictures)
+    assert "8 of 8 inputs could not be judged" in run.problem
+    assert run.out.count(": rejected, model-failed, 0 passes") == 8
+    assert "nan" not in run.out
 
 
 def test_no_profile(guard: Command, tmp_path: Path) -> None:

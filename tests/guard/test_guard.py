@@ -598,6 +598,12 @@ def test_the_memory_limit_is_of_both_models(profile: Path) -> None:
         Guard.load(profile, memory_limit="1GB")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("name", "value"), [("mode", "Enforce"), ("mode", None), ("on_error", "Reject")])
+def test_a_misspelt_policy_is_refused_not_taken_for_one_that_lets_all_in(name: str, value: object) -> None:
+    with pytest.raises(InputError, match=rf"expected {name} to be one of \w+, \w+, got {value!r}"):
+        Policy(**{name: value})  # type: ignore[arg-type]
+
+
 class Overwriting(ToyNet):
     """Works in place."""
 

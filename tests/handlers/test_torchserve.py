@@ -128,6 +128,10 @@ def test_a_latency_budget_is_the_operators_choice(profile: Path) -> None:
     assert (reply.status, reply.body["reason"]) == (503, "out-of-time")
     with pytest.raises(GuardError, match="latency_budget"):
         Options.read({"guard": {"latency_budget": 0}})
+    assert Options.read({"guard": {"latency_budget": "5e-05"}}).latency_budget == 5e-5  # YAML 1.1 makes it text
+    assert Options.read({"guard": {"memory_limit": "1e9"}}).memory_limit == 10**9
+    with pytest.raises(GuardError, match="latency_budget"):
+        Options.read({"guard": {"latency_budget": "soon"}})
 
 
 def test_the_memory_of_a_forward_pass_is_the_operators_choice(profile: Path) -> None:

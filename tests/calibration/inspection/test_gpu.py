@@ -10,8 +10,9 @@ from torch import nn
 
 from calibration.discovery import discover
 from calibration.engine import Engine
-from calibration.inspection.neural_cleanse import Search, recover_triggers
+from calibration.inspection.neural_cleanse import recover_triggers
 from calibration.inspection.scan import ScanSettings, scan
+from calibration.inspection.search import Search
 from calibration.inspection.triggers import Goals
 from cli.demonstration.digits import Digits
 from guard.predictors import wrap

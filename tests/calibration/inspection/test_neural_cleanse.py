@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from calibration.checkpoints import Checkpoints
 from calibration.engine import Engine
-from calibration.inspection import neural_cleanse, passes
+from calibration.inspection import block, neural_cleanse, passes
 from calibration.inspection.anomaly import anomaly_indices
-from calibration.inspection.neural_cleanse import Search, _start, recover_triggers
+from calibration.inspection.block import _start
+from calibration.inspection.neural_cleanse import recover_triggers
 from calibration.inspection.passes import images_at_once
+from calibration.inspection.search import Search
 from calibration.inspection.triggers import Goals, Triggers, blend
 from cli.demonstration.digits import ATTACK, Digits
 from guard.errors import CalibrationError, ModelError
@@ -143,8 +145,8 @@ def test_an_interrupted_search_comes_to_the_same(
 ) -> None:
     images = digits.clean.images(slice(0, 300))
     search = Search(steps=128, first=64, early=32, draws=2)
-    monkeypatch.setattr(neural_cleanse, "_BETWEEN", 0.0)
-    monkeypatch.setattr(neural_cleanse, "_WORTH", 0.0)
+    monkeypatch.setattr(block, "_BETWEEN", 0.0)
+    monkeypatch.setattr(block, "_WORTH", 0.0)
     whole = recover_triggers(backdoored, images, Goals.all_labels(10), search, 0, engine)
 
     def interrupt(what: str, done: int, total: int) -> None:

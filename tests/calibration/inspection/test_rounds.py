@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from calibration.discovery import discover
 from calibration.engine import Engine
-from calibration.inspection.neural_cleanse import Search
 from calibration.inspection.record import read_scan
 from calibration.inspection.scan import ScanSettings
+from calibration.inspection.search import Search
 from calibration.inspection.triggers_file import read_infected
 from calibration.inspection.work import scan_into
 from cli.demonstration.digits import Digits

@@ -18,11 +18,12 @@ from calibration.engine import Engine
 from calibration.inspection import judge, work
 from calibration.inspection.figures import candidate_table, limits, remarks, title, verdict
 from calibration.inspection.judge import acquittal, is_infected, spread
-from calibration.inspection.neural_cleanse import Search, recover_triggers
+from calibration.inspection.neural_cleanse import recover_triggers
 from calibration.inspection.record import LabelFinding, ScanFigures, SecondOpinion, read_scan
 from calibration.inspection.reference import train_reference
 from calibration.inspection.report import scan_report, sizes_figure
 from calibration.inspection.scan import Scan, ScanSettings, scan
+from calibration.inspection.search import Search
 from calibration.inspection.triggers import Goals, Triggers
 from calibration.inspection.work import scan_into
 from cli.demonstration.digits import Digits
@@ -154,9 +155,9 @@ def test_two_labels_can_be_judged_although_they_have_no_index(digits: Digits, mo
         last.weight.copy_(torch.eye(2))
         last.bias.zero_()
     predictor = discover(wrap(nn.Sequential(Bright(), last).eval()), ImageSet(images))
-    found = scan(predictor, ImageSet(images), ScanSettings(search=Search(steps=160)))
+    found = scan(predictor, ImageSet(images), ScanSettings(search=Search(steps=160).plain()))
     assert [item.anomaly_index for item in found.figures.labels] == [None, None]
-    assert found.figures.labels[1].mask_l1 < 3.0
+    assert found.figures.labels[1].mask_l1 < 2.0
 
 
 def test_labels_without_a_clean_image_are_named(digits: Digits, suspect: Predictor) -> None:
@@ -345,12 +346,38 @@ def test_pairs_must_be_smaller_still_than_labels(
     assert not any(item.infected for item in pairs[1:])
 
 
+@pytest.mark.parametrize("infected", [True, False])
+def test_pairs_that_can_not_be_reached_lose_no_verdict_on_labels(
+    digits: Digits, suspect: Predictor, found: Scan, monkeypatch: pytest.MonkeyPatch, infected: bool
+) -> None:
+    """And pass for nothing: where no label is infected either, nothing is decided."""
+    search, small = recover_triggers, found.triggers
+    labels = small if infected else replace(small, masks=small.masks.mean().expand_as(small.masks))
+
+    def known(answers: nn.Module, images: Tensor, goals: Goals, how: Search, *rest: Any, **named: Any) -> Triggers:
+        if len(goals) == 90:
+            one = small.select([0] * 90)
+            return replace(one, labels=goals.labels, sources=goals.sources, masks=torch.ones_like(one.masks))
+        return labels if len(goals) == 10 else search(answers, images, goals, Search(steps=16, draws=0), *rest)
+
+    monkeypatch.setattr(judge, "recover_triggers", known)
+    settings = ScanSettings(pairs=True, search=Search(steps=96))
+    if infected:
+        figures = scan(suspect, digits.clean, settings).figures
+        assert [item.label_index for item in figures.labels if item.infected] == [TARGET]
+        assert any("of the 90 pairs of labels, whose sizes are compared, got 0" in line for line in figures.said)
+        assert figures.pairs == ()
+    else:
+        with pytest.raises(InspectionError, match=r"of the 90 pairs of labels, .*, got 0: nothing can be said of these"):
+            scan(suspect, digits.clean, settings)
+
+
 def test_names_of_classes_are_no_formulas(found: Scan) -> None:
     named = [msgspec.structs.replace(item, label="$\\frac{$") for item in found.figures.labels]
     assert sizes_figure(named).startswith(b"\x89PNG")
 
 
-def test_what_was_done_with_other_labels_is_not_gone_on_with(
+def test_what_was_done_with_other_labels_or_another_model_is_not_gone_on_with(
     tmp_path: Path, digits: Digits, suspect: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[bool] = []
@@ -362,7 +389,8 @@ def test_what_was_done_with_other_labels_is_not_gone_on_with(
 
     monkeypatch.setattr(work, "scan_rounds", interrupted)
     others = digits.clean.known_labels.flip(0)
-    for labels in (digits.clean.labels, digits.clean.labels, others, None):
+    own = digits.clean.labels
+    for labels, model in ((own, "a:b"), (own, "a:b"), (others, "a:b"), (None, "a:b"), (None, "a:c")):
         with pytest.raises(KeyboardInterrupt):
-            scan_into(tmp_path / "scan", suspect, ImageSet(digits.clean.pixels, labels), QUICK, Engine())
-    assert found == [False, True, False, False]
+            scan_into(tmp_path / "scan", suspect, ImageSet(digits.clean.pixels, labels), QUICK, Engine(), model=model)
+    assert found == [False, True, False, False, False]  # of a factory, the weights alone don't tell the model

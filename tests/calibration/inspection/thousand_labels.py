@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from calibration import ImageSet
 from calibration.discovery import discover
 from calibration.engine import Engine
-from calibration.inspection import neural_cleanse
-from calibration.inspection.neural_cleanse import Search
+from calibration.inspection import block
 from calibration.inspection.scan import ScanSettings
+from calibration.inspection.search import Search
 from calibration.inspection.work import scan_into
 from guard.predictors import wrap
 
@@ -49,7 +49,7 @@ def main(out: Path, side: int, images: int) -> None:
     clean = ImageSet(cells.repeat_interleave(side // _CELLS, dim=2).repeat_interleave(side // _CELLS, dim=3))
     predictor = discover(wrap(Net(side).eval()), clean)
     settings = ScanSettings(search=Search(steps=2, window=1, images=images, success=0.0, first=3))
-    neural_cleanse._BETWEEN = neural_cleanse._WORTH = 0.0
+    block._BETWEEN = block._WORTH = 0.0
     told: list[str] = []
 
     def interrupt(what: str, done: int, total: int) -> None:

@@ -14,9 +14,9 @@ from calibration.checkpoints import Checkpoints
 from calibration.data import digests
 from calibration.discovery import discover
 from calibration.engine import Engine
-from calibration.inspection import neural_cleanse
-from calibration.inspection.neural_cleanse import Search
+from calibration.inspection import block
 from calibration.inspection.scan import Scan, ScanSettings
+from calibration.inspection.search import Search
 from calibration.inspection.triggers import Triggers
 from calibration.repair import auto, verification
 from calibration.repair.auto import choices, repair_automatically
@@ -102,7 +102,7 @@ def test_a_backdoor_is_found_removed_and_verified(
     def searched(*_: object) -> None:
         raise AssertionError("searched again")
 
-    monkeypatch.setattr(neural_cleanse._Block, "_window", searched)
+    monkeypatch.setattr(block.Block, "_window", searched)
     again = repair_automatically(original, digits.clean, settings, checkpoints=Checkpoints(tmp_path / "c", "auto"))
     assert again.figures.verification == found
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from calibration.discovery import discover
 from calibration.engine import Engine
 from calibration.fine_tuning import TrainableCopy
-from calibration.inspection.neural_cleanse import Search, recover_triggers
+from calibration.inspection.neural_cleanse import recover_triggers
+from calibration.inspection.search import Search
 from calibration.inspection.triggers import Goals, Triggers
 from calibration.repair.figures import is_reliable, remarks
 from calibration.repair.gdm import TUNING, Backdoor, Gdm, GdmOutcome

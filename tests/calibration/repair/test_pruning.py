@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from calibration.engine import Engine
 from calibration.fine_tuning import TrainableCopy
-from calibration.inspection.neural_cleanse import Search, recover_triggers
+from calibration.inspection.neural_cleanse import recover_triggers
+from calibration.inspection.search import Search
 from calibration.inspection.triggers import Goals, Triggers
 from calibration.repair.cases import Parts, clean_parts
 from calibration.repair.pruning import Prunable, Pruning, fewest, repair_by_pruning
