@@ -13,7 +13,7 @@ from benchmarks import victims
 from benchmarks.models import ARCHITECTURES
 from benchmarks.parts import Parts
 from benchmarks.plans import ATTACK_NAMES, AttackName, Plan, make_attack, plan
-from benchmarks.roster import DEVELOPMENT, REPORTED
+from benchmarks.roster import CLEAN, DEVELOPMENT, FRESH, REPORTED, SEARCH_DEVELOPMENT, SEVERAL, UNSEEN
 from benchmarks.trainer import Schedule
 from benchmarks.victims import chosen_plans, name_of, show_all, victim
 from calibration.data import ImageSet
@@ -157,6 +157,13 @@ def test_settings_are_chosen_on_other_victims_than_those_reported() -> None:
                 assert made.seed != other.seed, name
                 assert made.target_label != other.target_label, name
                 assert made.patch != other.patch, name
+
+
+def test_triggers_of_unseen_victims_are_in_no_other() -> None:
+    others = [*DEVELOPMENT.values(), *SEARCH_DEVELOPMENT.values(), *REPORTED.values(), *FRESH.values(), *SEVERAL.values()]
+    for name, made in UNSEEN.items():
+        assert made.attack == "none" or made.patch not in [other.patch for other in others], name
+        assert made.seed not in [other.seed for other in (*others, *CLEAN.values())], name
 
 
 def test_bad_requests_say_what_is_expected() -> None:
