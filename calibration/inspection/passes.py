@@ -22,17 +22,19 @@ def images_at_once(answers: nn.Module, images: Tensor, engine: Engine) -> int:
 
 
 def _check_gradients(answers: nn.Module, image: Tensor, engine: Engine) -> None:
-    """Once, before any work: in-place operations may fail only on the way back."""
+    """Before any work: in-place operations may fail only on the way back, and a buffer that is used again the second time."""
     given = image.clone().requires_grad_(True)
+    again = ""
     try:
-        with engine.autocast():
-            logits = answers(given)
-        if logits.requires_grad:
-            torch.autograd.grad(logits.float().sum(), given, allow_unused=True)
+        for again in ("", " again, make it return new tensors"):
+            with engine.autocast():
+                logits = answers(given)
+            if logits.requires_grad:
+                torch.autograd.grad(logits.float().sum(), given, allow_unused=True)
     except ModelError:
         raise
     except Exception as error:  # foreign code
-        raise ModelError(f"the model can't be run for gradients: {one_line(error)}") from error
+        raise ModelError(f"the model can't be run for gradients{again}: {one_line(error)}") from error
     if not logits.requires_grad:
         raise ModelError("expected a model with gradients towards its input, got one without: pass its factory")
 

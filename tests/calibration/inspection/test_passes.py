@@ -22,6 +22,21 @@ class Overwriting(nn.Module):
         return images.flatten(1).sigmoid().mul_(2.0)
 
 
+class Reusing(nn.Module):
+    """Writes its answers into the same buffer every time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = torch.zeros(0)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = images.flatten(1).sigmoid()
+        if self.logits.shape != logits.shape:
+            self.logits = torch.zeros_like(logits)
+        self.logits[:] = logits
+        return self.logits
+
+
 class Detached(nn.Module):
     """Gives its input no gradients."""
 
@@ -63,7 +78,11 @@ def test_a_model_that_takes_few_images_says_so_in_one_line() -> None:
 
 @pytest.mark.parametrize(
     ("model", "problem"),
-    [(Overwriting(), "can't be run for gradients: .*inplace operation"), (Detached(), "with gradients towards its input")],
+    [
+        (Overwriting(), "can't be run for gradients: .*inplace operation"),
+        (Reusing(), "can't be run for gradients again, make it return new tensors: .*a second time"),
+        (Detached(), "with gradients towards its input"),
+    ],
 )
 def test_models_without_a_way_back_are_refused(model: nn.Module, problem: str) -> None:
     with pytest.raises(ModelError, match=problem):
