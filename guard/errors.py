@@ -24,7 +24,7 @@ readable reason that HTTP answers and logs carry.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 
 class GuardError(Exception):
@@ -60,15 +60,24 @@ class TooLargeError(InputError):
 class RejectedError(GuardError):
     """A wrapped predict function refused rows of its batch.
 
+    Its code is `backdoor-suspected` if any row is suspicious, and else the reason of the first.
+
+    Args:
+        message: What happened.
+        reasons: Why, by index of the refused row.
+
     Attributes:
         rows: Indices of the refused rows.
+        reasons: By row.
     """
 
     code = "backdoor-suspected"
 
-    def __init__(self, message: str, rows: Sequence[int]) -> None:
+    def __init__(self, message: str, reasons: Mapping[int, str]) -> None:
         super().__init__(message)
-        self.rows = tuple(rows)
+        self.rows, self.reasons = tuple(reasons), dict(reasons)
+        if self.code not in self.reasons.values():
+            self.code = next(iter(self.reasons.values()), self.code)
 
 
 class ModelError(GuardError):

@@ -187,12 +187,12 @@ class Guard:
         def guarded(batch: _B, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
             spec = self.predictor.spec
             images = spec.from_model(batch)
-            reasons = {row: verdict.reason for row, verdict in enumerate(self(images)) if not verdict.accepted}
+            reasons = {row: str(verdict.reason) for row, verdict in enumerate(self(images)) if not verdict.accepted}
             if self.policy.mode == "monitor":  # `predict` answers by itself, even what the guard could not judge
                 reasons = {}
             refused = list(reasons)
             if refused and on_reject == "raise":
-                raise RejectedError(f"{len(refused)} of {len(images)} inputs rejected: {_by_reason(reasons)}", refused)
+                raise RejectedError(f"{len(refused)} of {len(images)} inputs rejected: {_by_reason(reasons)}", reasons)
             if self.preprocessor is not None:
                 batch = cast(_B, _like(batch, spec.to_model(self._preprocess(images.to(self.device)))))
             return _abstain(predict(batch, *args, **kwargs), refused, len(images))
@@ -314,11 +314,11 @@ def _finding(calibrated: CalibratedDetector, found: Inspection, row: int) -> Fin
     )
 
 
-def _by_reason(reasons: Mapping[int, Reason | None]) -> str:
+def _by_reason(reasons: Mapping[int, str]) -> str:
     """`backdoor-suspected: rows 1, 3; out-of-time: rows 5`: who is late may ask again."""
     rows: dict[str, list[int]] = {}
     for row, reason in reasons.items():
-        rows.setdefault(str(reason), []).append(row)
+        rows.setdefault(reason, []).append(row)
     return "; ".join(
         f"{reason}: rows {', '.join(map(str, found[:_ROWS_SHOWN]))}{' ...' if len(found) > _ROWS_SHOWN else ''}"
         for reason, found in rows.items()

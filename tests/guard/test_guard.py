@@ -450,9 +450,15 @@ def test_an_error_tells_what_is_suspicious_from_what_could_not_be_judged() -> No
     with pytest.raises(RejectedError, match=r"rejected: backdoor-suspected: rows 1, 3, 5, 7; guard-failed: rows 2$") as raised:
         guard.wrap(lambda batch: batch)(images)
     assert raised.value.rows == (1, 2, 3, 5, 7)
+    assert (raised.value.code, raised.value.reasons[2], raised.value.reasons[3]) == (
+        "backdoor-suspected",
+        "guard-failed",
+        "backdoor-suspected",
+    )
     late = guarded(policy=Policy(latency_budget=1e-9))
-    with pytest.raises(RejectedError, match=r"8 of 8 inputs rejected: out-of-time: rows 0, 1, 2, 3, 4, 5, 6, 7$"):
+    with pytest.raises(RejectedError, match=r"8 of 8 inputs rejected: out-of-time: rows 0, 1, 2, 3, 4, 5, 6, 7$") as raised:
         late.wrap(lambda batch: batch)(mixed())
+    assert (raised.value.code, set(raised.value.reasons.values())) == ("out-of-time", {"out-of-time"})
 
 
 def test_the_wrapped_function_looks_like_the_original_and_passes_arguments_on() -> None:
