@@ -99,7 +99,7 @@ class Guard:
         *,
         policy: Policy | None = None,
         quarantine: Quarantine | None = None,
-        device: str = "cpu",
+        device: str | torch.device = "cpu",
         seed: int | None = None,
         memory_limit: int = DEFAULT_MEMORY_LIMIT,
     ) -> Guard:
@@ -116,7 +116,7 @@ class Guard:
                 then holds fewer images. See `Predictor`.
 
         Raises:
-            InputError: A limit of nothing.
+            InputError: A limit that no image fits.
             ProfileError: The profile is damaged, newer, or belongs to another model.
             ModelError: The model can't be loaded.
         """

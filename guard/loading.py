@@ -15,7 +15,7 @@ from guard.guard import CalibratedDetector, Guard
 from guard.images import InputSpec
 from guard.predictors import Backend, Predictor, wrap
 from guard.predictors.loading import load_backend
-from guard.predictors.predictor import DEFAULT_MEMORY_LIMIT
+from guard.predictors.predictor import DEFAULT_MEMORY_LIMIT, bytes_per_image
 from guard.predictors.screening import file_sha256
 from guard.profile import ModelRecord, Profile, array_to_overlays, load_profile
 from guard.quarantine import Quarantine
@@ -40,17 +40,20 @@ def load_guard(
     *,
     policy: Policy | None = None,
     quarantine: Quarantine | None = None,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     seed: int | None = None,
     memory_limit: int = DEFAULT_MEMORY_LIMIT,
 ) -> Guard:
     """Build a guard from a profile folder; see `Guard.load`."""
+    device = str(device)
     if not isinstance(memory_limit, int) or memory_limit < 1:
         raise InputError(f"expected a memory limit of at least 1 byte, got {memory_limit!r}: leave it out for 1 GiB")
     if device.partition(":")[0] not in ("cpu", "cuda") or (device != "cpu" and not torch.cuda.is_available()):
         where = "" if torch.cuda.is_available() else " on a machine without CUDA"
         raise ModelError(f"expected the device cpu or cuda, got {device}{where}: use one that is there")
     profile, arrays = load_profile(folder)
+    if memory_limit < (needed := bytes_per_image(profile.input)):
+        raise InputError(f"expected a memory limit of at least {needed} bytes, which one image takes, got {memory_limit}")
     watched = replace(load_predictor(folder, profile.model, profile.input, model, device), memory_limit=memory_limit)
     predictor = watched.in_full_precision()
     images = probe_images(profile, arrays)

@@ -21,6 +21,7 @@ DEFAULT_MEMORY_LIMIT = 1024**3
 ACTIVATIONS_PER_INPUT = 80
 """Bytes for each of an image's own, while a model runs: VGG-16's first layers take about 70, most models fewer."""
 
+_FLOAT = 4  # bytes
 _CPU_NUMBERS = 400_000  # 128 images of 32x32 pixels; larger batches fall out of a processor's cache, and take longer an image
 _CPU_LEAST, _CPU_MOST = 2, 128  # images
 
@@ -78,8 +79,7 @@ class Predictor:
     @property
     def max_rows(self) -> int:
         """Images that fit one forward pass under the memory limit."""
-        channels, height, width = self.spec.shape
-        return max(1, self.memory_limit // (channels * height * width * 4 * ACTIVATIONS_PER_INPUT))
+        return max(1, self.memory_limit // bytes_per_image(self.spec))
 
     def in_full_precision(self) -> Predictor:
         """For answers that go out: itself, where it is that already."""
@@ -115,3 +115,8 @@ class Predictor:
             raise
         except (Exception, SystemExit) as error:  # a model is foreign code: whatever it raises becomes ours
             raise ModelError(f"the model failed on a batch of {images.shape[0]}: {one_line(error)}") from error
+
+
+def bytes_per_image(spec: InputSpec) -> int:
+    """That a forward pass takes for each, by the estimate that memory limits go by."""
+    return math.prod(spec.shape) * _FLOAT * ACTIVATIONS_PER_INPUT
