@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from calibration.data import ImageSet, Progress, no_progress
+from calibration.speed import Speed
 from calibration.statistics import Estimate, auroc, proportion
 from guard import Guard
 from guard.detectors.detector import at_or_over
@@ -52,6 +53,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
         far_successful: Accepted among those on which the attack succeeds with the detectors off.
         auroc: Of full-N scores, clean against those; of several detectors', see `joint_scores`.
         counts: Behind the rates.
+        speed: What the guard costs, where that was measured.
     """
 
     clean_accuracy: Estimate | None
@@ -63,6 +65,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     far_successful: Estimate | None
     auroc: Estimate | None
     counts: Counts
+    speed: tuple[Speed, ...] = ()
 
 
 @final

@@ -31,6 +31,9 @@ FIGURES = {
 }
 """The figures of an evaluation, and what they are called on a page."""
 
+SPEED = ("images at once", "model alone, ms an image", "guarded, ms an image", "times", "passes an image")
+"""Above `speed_rows`."""
+
 
 def calibration_report(calibration: Calibration, further: Sequence[Section] = ()) -> bytes:
     """The page that lies beside a profile, HTML in one file; `further` sections come after the pictures."""
@@ -84,8 +87,23 @@ def evaluation_report(evaluation: Evaluation, guard: Guard, clean: Judged, trigg
             *histogram_sections(seen, whose),
             Section("Figures, with 95% intervals", rows=rows),
             Section("Thresholds", rows=limits),
+            *([Section("Speed, on this machine", header=SPEED, rows=speed_rows(evaluation))] if evaluation.speed else ()),
         ],
     )
+
+
+def speed_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
+    """What a guard costs, as a table under `SPEED`."""
+    return [
+        (
+            f"{item.at_once}",
+            f"{item.model_ms:.2f}",
+            f"{item.guarded_ms:.2f}",
+            f"{item.times:.1f}",
+            f"{item.passes:.1f}",
+        )
+        for item in evaluation.speed
+    ]
 
 
 def _limit(part: DetectorCalibration) -> str:

@@ -24,6 +24,9 @@ def evaluate_command(
     triggered: Annotated[Path | None, typer.Option(help="Images with the trigger, and their true labels.")] = None,
     target: Annotated[int | None, typer.Option(help="The label that the attack wants.")] = None,
     report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page with the distributions.")] = None,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Also time the guard against the model alone, on an idle machine.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of a preprocessor that draws.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: options.JsonOption = False,
@@ -36,6 +39,7 @@ def evaluate_command(
         from calibration.data import load_images
         from calibration.evaluation import align_sets, judge, summarise
         from calibration.report import evaluation_report
+        from calibration.speed import measure_speed
 
     guard = Guard.load(profile, seed=seed, device=device)
     settle_threads(guard.predictor)
@@ -48,7 +52,9 @@ def evaluate_command(
         clean, attacked = align_sets(guard, clean, attacked, target)
         clean_judged = judge(guard, clean, "clean images", progress)
         attacked_judged = None if attacked is None else judge(guard, attacked, "triggered images", progress)
+        costs = measure_speed(guard, clean, progress) if speed else ()
     result = summarise(clean_judged, clean.labels, attacked_judged, None if attacked is None else attacked.labels, target)
+    result = msgspec.structs.replace(result, speed=costs)
     if as_json:
         typer.echo(msgspec.json.encode(result).decode())
     else:
@@ -60,7 +66,7 @@ def evaluate_command(
 
 
 def _show(result: Evaluation, profile: Path) -> None:
-    from calibration.report import FIGURES
+    from calibration.report import FIGURES, SPEED, speed_rows
 
     rows = []
     for name, title in FIGURES.items():
@@ -68,3 +74,5 @@ def _show(result: Evaluation, profile: Path) -> None:
         if estimate is not None:
             rows.append((title, f"{estimate.value:.4f}", f"{estimate.low:.4f} to {estimate.high:.4f}"))
     show_rows(f"Guard {profile}", rows, ("", "value", "95% interval"))
+    if result.speed:
+        show_rows("Speed, on this machine", speed_rows(result), SPEED)

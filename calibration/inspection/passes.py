@@ -23,20 +23,26 @@ def images_at_once(answers: nn.Module, images: Tensor, engine: Engine) -> int:
 
 def _check_gradients(answers: nn.Module, image: Tensor, engine: Engine) -> None:
     """Before any work: in-place operations may fail only on the way back, and a buffer that is used again the second time."""
-    given = image.clone().requires_grad_(True)
-    again = ""
+    given, again = image.clone().requires_grad_(True), ""
     try:
-        for again in ("", " again, make it return new tensors"):
-            with engine.autocast():
-                logits = answers(given)
-            if logits.requires_grad:
-                torch.autograd.grad(logits.float().sum(), given, allow_unused=True)
+        possible = _there_and_back(answers, given, engine)
+        again = " again, make it return new tensors"
+        _there_and_back(answers, given, engine)
     except ModelError:
         raise
     except Exception as error:  # foreign code
         raise ModelError(f"the model can't be run for gradients{again}: {one_line(error)}") from error
-    if not logits.requires_grad:
+    if not possible:
         raise ModelError("expected a model with gradients towards its input, got one without: pass its factory")
+
+
+def _there_and_back(answers: nn.Module, given: Tensor, engine: Engine) -> bool:
+    """Once; whether there are gradients."""
+    with engine.autocast():
+        logits = answers(given)
+    if logits.requires_grad:
+        torch.autograd.grad(logits.float().sum(), given, allow_unused=True)
+    return bool(logits.requires_grad)
 
 
 def _kept_bytes(answers: nn.Module, image: Tensor, count: int, engine: Engine) -> int:

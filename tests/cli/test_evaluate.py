@@ -37,7 +37,20 @@ def test_json(guard: Command, profile: Path, files: Files) -> None:
 def test_without_an_attack(guard: Command, profile: Path, files: Files) -> None:
     (figures,) = guard("evaluate", profile, "--data", files.test, "--json").lines
     assert figures["attack_success_rate"] is None
+    assert figures["speed"] == []
     assert figures["frr"]["value"] < 0.03
+
+
+def test_speed(guard: Command, profile: Path, files: Files, tmp_path: Path) -> None:
+    run = guard("evaluate", profile, "--data", files.test, "--speed", "--json", "--report", tmp_path / "r.html")
+    (figures,) = run.lines
+    alone, together = figures["speed"]
+    assert (alone["at_once"], together["at_once"], together["images"]) == (1, 32, 256)
+    for item in (alone, together):
+        assert 0.0 < item["model_ms"] < item["guarded_ms"]
+        assert 1.0 <= item["passes"] <= 100.0
+    assert together["guarded_ms"] < alone["guarded_ms"]
+    assert "guarded, ms an image" in (tmp_path / "r.html").read_text()
 
 
 def test_table_and_report(guard: Command, profile: Path, files: Files, tmp_path: Path) -> None:
@@ -50,10 +63,12 @@ def test_table_and_report(guard: Command, profile: Path, files: Files, tmp_path:
         files.triggered,
         "--target",
         7,
+        "--speed",
         "--report",
         tmp_path / "r.html",
     )
     assert "FAR among successful attacks" in run.out
+    assert "Speed, on this machine" in run.out
     page = (tmp_path / "r.html").read_text()
     assert "data:image/png;base64," in page
     assert "strip-" not in page
