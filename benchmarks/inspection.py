@@ -10,7 +10,8 @@ published, on the same models, is in `benchmarks.neural_cleanse`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -24,7 +25,7 @@ from benchmarks.roster import SCANNED
 from benchmarks.scans import scanned
 from benchmarks.victims import CACHE, Victim, bars, victim
 from calibration.attacks import Attack, MultiTarget
-from calibration.data import ImageSet
+from calibration.data import ImageSet, Progress
 from calibration.inspection.record import LabelFinding, ScanFigures, read_scan
 from calibration.inspection.search import Search
 from calibration.inspection.triggers import Triggers
@@ -32,6 +33,7 @@ from calibration.inspection.triggers_file import read_infected
 from calibration.statistics import Estimate, proportion
 from guard.predictors import wrap
 
+_MOVED, _STEP = 200, 2  # images, pixels
 _PLAIN = Search(steps=1008).plain()
 
 
@@ -53,6 +55,25 @@ class Recovered(msgspec.Struct, frozen=True, kw_only=True):
     by_chance: float
 
 
+class Beside(msgspec.Struct, frozen=True, kw_only=True):
+    """A label that a scan found infected, and that the attacker did not aim at.
+
+    Attributes:
+        label_index: The label.
+        success: Share of images that one of the attacker's own patches sends there, from whatever place does so most.
+        by_twin: The same of the clean twin.
+    """
+
+    label_index: int
+    success: float
+    by_twin: float
+
+    @property
+    def shortcut(self) -> bool:
+        """Whether the backdoor is one to this label, too."""
+        return self.success >= 0.5 and self.by_twin <= 0.1
+
+
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """One model.
 
@@ -63,6 +84,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         targets: Labels that are infected in truth.
         figures: Of the scan.
         recovered: Triggers of the labels, or pairs, that it found infected.
+        beside: Labels that it found infected, and the attacker did not aim at.
         seconds: Of the scan.
         libraries: Versions.
     """
@@ -73,6 +95,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     targets: tuple[int, ...]
     figures: ScanFigures
     recovered: tuple[Recovered, ...]
+    beside: tuple[Beside, ...] = ()
     seconds: float
     libraries: dict[str, str]
 
@@ -83,8 +106,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def right(self) -> bool:
-        """Whether these are the truth."""
-        return self.found == set(self.targets)
+        """Whether these are the attacker's targets, and at most such others as his patch leads to, too."""
+        return self.found == {*self.targets, *(item.label_index for item in self.beside if item.shortcut)}
 
 
 def measure(name: str, parts: Parts, cache: Path = CACHE) -> Report:
@@ -93,7 +116,9 @@ def measure(name: str, parts: Parts, cache: Path = CACHE) -> Report:
     with bars() as progress:
         found = victim(plan, parts, cache, progress)
         folder = scanned(found, parts, cache, progress, again=True)
-    record = read_scan(folder)
+        record = read_scan(folder)
+        accused = {item.label_index for item in record.everything if item.infected}
+        beside = _beside(sorted(accused - set(targets_of(found.attack))), found, parts, cache, progress)
     return Report(
         name=name,
         command=f"python -m benchmarks.inspection measure --name {name}",
@@ -101,6 +126,7 @@ def measure(name: str, parts: Parts, cache: Path = CACHE) -> Report:
         targets=targets_of(found.attack),
         figures=ScanFigures(**{field: getattr(record, field) for field in ScanFigures.__struct_fields__}),
         recovered=tuple(_recovered(folder, record, found, parts)),
+        beside=beside,
         seconds=record.seconds,
         libraries=versions(),
     )
@@ -133,6 +159,28 @@ def _recovered(folder: Path, record: ScanFigures, found: Victim, parts: Parts) -
         )
         for row, item in enumerate(item for item in record.everything if item.infected)
     ]
+
+
+def _beside(labels: Sequence[int], found: Victim, parts: Parts, cache: Path, progress: Progress) -> tuple[Beside, ...]:
+    """What the attacker's patches do elsewhere in an image."""
+    patches = {replace(patch, bottom=0, right=0) for patch in getattr(found.attack, "patches", ())}
+    if not labels or not patches:
+        return ()
+    twin = victim(found.record.plan.twin(), parts, cache, progress)
+    images, known = parts.evaluation.images(slice(0, _MOVED)), parts.evaluation.known_labels[:_MOVED]
+    height, width = images.shape[2:]
+    most = torch.zeros(2, len(labels))
+    for patch in patches:
+        for bottom in range(0, height - len(patch.drawing) + 1, _STEP):
+            for right in range(0, width - len(patch.drawing[0]) + 1, _STEP):
+                moved = replace(patch, bottom=bottom, right=right).stamp(images)
+                with torch.inference_mode():
+                    both = torch.stack([model(moved).argmax(dim=1) for model in (found.model, twin.model)])
+                shares = [(both == label)[:, known != label].float().mean(dim=1) for label in labels]
+                most = torch.maximum(most, torch.stack(shares, dim=1))
+    return tuple(
+        Beside(label_index=label, success=float(most[0, row]), by_twin=float(most[1, row])) for row, label in enumerate(labels)
+    )
 
 
 def _success(found: Victim, triggers: Triggers, row: int, images: ImageSet) -> Estimate:
@@ -172,9 +220,9 @@ def table(reports: Sequence[Report]) -> str:
             [
                 report.name,
                 listed(report.targets),
-                ("" if report.right else "WRONG: ") + listed(sorted(report.found)),
+                _verdict(report),
                 "; ".join(map(_size, infected)) or "-",
-                _closest(findings, report.targets),
+                _closest(findings, report.found | set(report.targets)),
                 listed([item.label_index for item in report.figures.labels if item.infected_by_index]),
                 "; ".join(percent(item.attack_success) for item in report.recovered) or "-",
                 "; ".join(f"{item.overlap:.0%} ({item.by_chance:.0%})" for item in report.recovered) or "-",
@@ -190,6 +238,12 @@ def listed(labels: Sequence[int]) -> str:
     return ", ".join(map(str, labels)) or "none"
 
 
+def _verdict(report: Report) -> str:
+    aimed_at = listed(sorted(report.found - {item.label_index for item in report.beside}))
+    others = ", ".join(f"{item.label_index} ({item.success:.0%}; {item.by_twin:.0%})" for item in report.beside)
+    return ("" if report.right else "WRONG: ") + aimed_at + (f"; beside {others}" if others else "")
+
+
 def _size(item: LabelFinding) -> str:
     opinion = item.second_opinion
     if opinion is None or opinion.reference_ratio is None:
@@ -198,9 +252,9 @@ def _size(item: LabelFinding) -> str:
     return f"{where}{item.mask_l1:.1f} ({opinion.size_ratio:.0%}; {opinion.reference_ratio:.0%})"
 
 
-def _closest(findings: Sequence[LabelFinding], targets: Sequence[int]) -> str:
+def _closest(findings: Sequence[LabelFinding], infected: Set[int]) -> str:
     """The label that is nearest to a false alarm."""
-    clean = [item for item in findings if item.label_index not in targets and item.second_opinion is not None]
+    clean = [item for item in findings if item.label_index not in infected and item.second_opinion is not None]
     return min(((item.mask_l1, _size(item)) for item in clean), default=(0.0, "-"))[1]
 
 

@@ -10,6 +10,9 @@ The recovered trigger is weaker than the attacker's. So, beyond the fewest neuro
 as long as that costs no more than half a point of accuracy on all images at hand: those that stop are too few to tell. Of
 several triggers one after the other is pruned, on what the ones before have left.
 
+A model that is often wrong gives the trigger's label to an image here and there, trigger or not. To be rid of the last of them
+may take most of the layer: where that costs more than a few points, what stops the trigger best for these is taken instead.
+
 Where a model passes the last convolution by, all of its neurons may not be enough.
 
 Reference: Wang et al., Neural Cleanse, IEEE S&P 2019, section VI-B.
@@ -41,6 +44,7 @@ _AT_ONCE = 256
 _STRIDES = 32  # of a layer's neurons, in which it is searched; then within one of them
 _MORE = (4.0, 3.5, 3.0, 2.5, 2.0, 1.5)  # times the fewest
 _COST = 0.005  # of accuracy, that these may cost
+_NEARLY = 0.05  # of the images: a trigger that works on more of them is not stopped
 _DORMANT = 1.0  # of the mean of what neurons add on clean images: so much is added to what one does
 
 
@@ -50,15 +54,19 @@ class Pruning(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         layer: Whose neurons: `features`, whole channels of the `last_convolution`, or the paper's `penultimate`.
         limit: Share of images on which a trigger may still work; where more of them get its label without it, so many.
+        budget: Points of accuracy on the images at hand that stopping a trigger for good may cost, of neurons one by one.
     """
 
     layer: Layer = "features"
     limit: float = 0.01
+    budget: float = 5.0
 
     def __post_init__(self) -> None:
         """Refuse what means nothing."""
         if not 0.0 <= self.limit < 1.0:
             raise RepairError(f"expected a limit of 0 or more and less than 1, a share of the images, got {self.limit}")
+        if not 0.0 <= self.budget <= 100.0:
+            raise RepairError(f"expected a budget of 0 to 100 points of accuracy, got {self.budget}")
 
 
 @final
@@ -149,10 +157,17 @@ def _prune(
     useful = sum(float(scores[neuron]) > 0.0 for neuron in order)
     limit = max(settings.limit, test.chance)
 
-    def enough(count: int) -> bool:
+    def works(count: int) -> float:
         copy.silence(chosen + order[:count])
         progress("pruning", len(chosen) + count, copy.total)
-        return test.success(copy.predictor) <= limit
+        return test.success(copy.predictor)
+
+    def enough(count: int) -> bool:
+        return works(count) <= limit
+
+    def right(count: int) -> float:
+        copy.silence(chosen + order[:count])
+        return accuracy_of(copy.predictor, clean.tuning, clean.stopping)
 
     count = fewest(len(order), enough)
     if count is None:
@@ -161,16 +176,25 @@ def _prune(
             f"{test.success(copy.predictor):.0%} of the images with all {copy.total} neurons of {settings.layer} "
             "silent: unlearn it instead, or prune another layer"
         )
-    copy.silence(chosen + order[:count])
-    lowest = accuracy_of(copy.predictor, clean.tuning, clean.stopping) - _COST
-    for times in _MORE if settings.layer == "features" else ():
-        more = min(int(times * count), useful)
-        if more > count and enough(more) and accuracy_of(copy.predictor, clean.tuning, clean.stopping) >= lowest:
-            count = more
-            break
+    if settings.layer == "features":
+        affordable = right(0) - settings.budget / 100.0
+        if right(count) < affordable:
+            count = cheaper(count, works, lambda fewer: right(fewer) >= affordable)
+        else:
+            count = _more(count, useful, enough, right)
     copy.silence(chosen + order[:count])
     progress("pruning", copy.total, copy.total)
     return order[:count]
+
+
+def _more(count: int, useful: int, enough: Callable[[int], bool], right: Callable[[int], float]) -> int:
+    """More neurons, as many times the fewest as cost next to nothing: the attacker's trigger is stronger."""
+    lowest = right(count) - _COST
+    for times in _MORE:
+        more = min(int(times * count), useful)
+        if more > count and enough(more) and right(more) >= lowest:
+            return more
+    return count
 
 
 @final
@@ -291,6 +315,20 @@ def fewest(total: int, enough: Callable[[int], bool]) -> int | None:
             return above
         below = above
     return None
+
+
+def cheaper(count: int, works: Callable[[int], float], affordable: Callable[[int], bool]) -> int:
+    """Fewer of an order's channels, that nearly stop a trigger at a bearable price; all of them where none do.
+
+    Args:
+        count: All of them.
+        works: Share of the images on which the trigger works without so many.
+        affordable: Whether so many may go.
+    """
+    stride = max(1, count // _STRIDES)
+    shares = {fewer: works(fewer) for fewer in range(stride, count, stride)}
+    nearly = sorted((share, fewer) for fewer, share in shares.items() if share <= _NEARLY)
+    return next((fewer for _, fewer in nearly if affordable(fewer)), count)
 
 
 def accuracy_of(predictor: Predictor, *parts: Part) -> float:

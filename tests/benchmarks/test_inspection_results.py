@@ -18,8 +18,6 @@ DETECTED_ON = detectors.load_reports()
 MISSED = {
     "cifar10-trojan-sq",  # 36 pixels, of which it needs most: clean labels need about as many
 }
-MANY_STAY = {"gtsrb-eight-targets", "gtsrb-lenet8-clean"}
-"""Scanned by an earlier search, whose labels stayed long: 30.3%, over the 30% that is asked for."""
 MOST_MISSED = 0.0163
 """Neural Cleanse's Table III: the most that its filter misses of BadNets at a false rejection rate of 5%."""
 
@@ -40,12 +38,18 @@ def test_a_scan_misses_nothing_and_accuses_nobody(report: inspection.Report) -> 
         assert report.right
 
 
+def test_labels_that_the_attacker_did_not_aim_at_are_shown_to_have_his_shortcut() -> None:
+    beside = {report.name: {item.label_index for item in report.beside} for report in SCANS if report.beside}
+    assert beside == {"gtsrb-yellow": {12, 14}, "gtsrb-eight-targets": {39}}
+    for report in SCANS:
+        assert report.found - set(report.targets) == beside.get(report.name, set())
+
+
 @pytest.mark.parametrize("report", SCANS, ids=lambda report: report.name)
 def test_labels_that_leave_save_most_of_the_passes(report: inspection.Report) -> None:
     labels = report.figures.labels
     share = sum(item.passes for item in labels) / (len(labels) * 1008 * 32)
-    assert share <= (0.305 if report.name in MANY_STAY else 0.30 if len(labels) == 43 else 0.5)
-    assert report.name not in MANY_STAY or share > 0.30
+    assert share <= (0.30 if len(labels) == 43 else 0.5)
 
 
 def test_published_runs_have_three_seeds_and_every_labels_index() -> None:

@@ -12,7 +12,7 @@ from calibration.inspection.neural_cleanse import recover_triggers
 from calibration.inspection.search import Search
 from calibration.inspection.triggers import Goals, Triggers
 from calibration.repair.cases import Parts, clean_parts
-from calibration.repair.pruning import Prunable, Pruning, fewest, repair_by_pruning
+from calibration.repair.pruning import Prunable, Pruning, cheaper, fewest, repair_by_pruning
 from cli.demonstration.digits import ATTACK, Digits
 from guard.errors import RepairError
 from guard.predictors.activations import Layer
@@ -147,6 +147,8 @@ def test_nothing_to_prune_by_is_told(engine: Engine) -> None:
         repair_by_pruning(TrainableCopy.of(original), original, parts, corner_triggers(0).select([]), Pruning(), engine)
     with pytest.raises(RepairError, match="expected a limit of 0 or more"):
         Pruning(limit=1.0)
+    with pytest.raises(RepairError, match="expected a budget of 0 to 100 points"):
+        Pruning(budget=-1.0)
 
 
 def test_silenced_channels_are_heard_again(engine: Engine) -> None:
@@ -171,3 +173,15 @@ def test_the_fewest_are_found_without_asking_for_each(total: int) -> None:
         assert fewest(total, enough) == wanted
         assert len(asked) <= 45
     assert fewest(total, lambda _: False) is None
+
+
+def test_the_last_of_a_trigger_is_not_stopped_at_any_price() -> None:
+    shares = {96: 0.04, 128: 0.012, 160: 0.011, 192: 0.014}
+
+    def works(count: int) -> float:
+        return shares.get(count, 0.5 if count < 96 else 0.02)
+
+    assert cheaper(1024, works, lambda count: count <= 512) == 160  # the least of what is left
+    assert cheaper(1024, works, lambda count: count <= 130) == 128
+    assert cheaper(1024, works, lambda count: count <= 64) == 1024  # nothing that stops it is affordable
+    assert cheaper(1, works, lambda _: True) == 1
