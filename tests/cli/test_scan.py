@@ -46,7 +46,7 @@ def test_an_infected_model_ends_with_1(tmp_path: Path, files: Files, infected: P
 @pytest.mark.usefixtures("known_reference")
 def test_what_comes_next_is_told_what_was_told(tmp_path: Path, files: Files, infected: Path, guard: Command) -> None:
     out = tmp_path / "scan"
-    run = guard("scan", infected, "--data", files.clean, "--steps", 256, "--output", "logits", "--out", out)
+    run = guard("scan", infected, "--data", files.clean, "--plain", "--steps", 128, "--output", "logits", "--out", out)
     assert run.code == 1, run.err
     said = f"next: guard repair {infected} --output logits --method auto --data {files.clean} --out {out}-repaired"
     assert said in run.out.replace("\n", "")

@@ -80,7 +80,7 @@ def test_passes_are_those_that_had_gradients(suspect: Predictor, monkeypatch: py
 
     monkeypatch.setattr("calibration.inspection.deep_scan.deep_inspect", watched)
     figures = deep_scan(suspect, SHORT).figures
-    assert seen["images"] - 5 == figures.passes == 10 * (2 * 3 + 8 * 2)  # the five see what gradients an image needs
+    assert seen["images"] - 6 == figures.passes == 10 * (2 * 3 + 8 * 2)  # the six see what gradients an image needs
 
 
 def test_the_words(scanned: DeepScan, suspect: Predictor) -> None:

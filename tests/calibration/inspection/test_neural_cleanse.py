@@ -86,7 +86,7 @@ def test_labels_leave_the_batch(digits: Digits, backdoored: nn.Module, engine: E
     watched = Watched(backdoored)
     images, search = digits.clean.images(slice(None)), Search(steps=480, first=96, draws=0)
     found = recover_triggers(watched, images, Goals.all_labels(10), search, 0, engine)
-    assert sum(watched.seen[3:]) == int(found.passes.sum())  # the first three see what gradients an image needs
+    assert sum(watched.seen[4:]) == int(found.passes.sum())  # the first four see what gradients an image needs
     smallest = set(found.sizes.argsort()[:3].tolist())
     assert {row for row, passes in enumerate(found.passes.tolist()) if passes > 96 * 16} == smallest
     plain = recover_triggers(watched, images, Goals.all_labels(10), Search(steps=48, first=16, still=16).plain(), 0, engine)
@@ -99,7 +99,7 @@ def test_the_smallest_are_searched_again_from_other_draws(digits: Digits, backdo
     once = recover_triggers(backdoored, images, labels, search, 0, engine)
     again = msgspec.structs.replace(search, again=4, draws=2, early=64)
     found = recover_triggers(watched, images, labels, again, 0, engine)
-    assert sum(watched.seen[3:]) == int(found.passes.sum())
+    assert sum(watched.seen[4:]) == int(found.passes.sum())
     smallest = set(once.sizes.argsort()[:4].tolist())
     assert {row for row in range(10) if found.passes[row] > once.passes[row]} == smallest
     assert (found.passes - once.passes).max() == (64 + 128) * 16  # one of the draws leaves early
