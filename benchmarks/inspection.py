@@ -24,7 +24,7 @@ from benchmarks.reports import load_results, markdown, percent, run, versions
 from benchmarks.roster import SCANNED
 from benchmarks.scans import scanned
 from benchmarks.victims import CACHE, Victim, bars, victim
-from calibration.attacks import Attack, MultiTarget
+from calibration.attacks import Attack, MultiTarget, Patch
 from calibration.data import ImageSet, Progress
 from calibration.inspection.record import LabelFinding, ScanFigures, read_scan
 from calibration.inspection.search import Search
@@ -105,9 +105,14 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         return {item.label_index for item in self.figures.everything if item.infected}
 
     @property
+    def infected(self) -> set[int]:
+        """The attacker's targets, and such others as his patch leads to, too."""
+        return {*self.targets, *(item.label_index for item in self.beside if item.shortcut)}
+
+    @property
     def right(self) -> bool:
-        """Whether these are the attacker's targets, and at most such others as his patch leads to, too."""
-        return self.found == {*self.targets, *(item.label_index for item in self.beside if item.shortcut)}
+        """Whether the scan found these."""
+        return self.found == self.infected
 
 
 def measure(name: str, parts: Parts, cache: Path = CACHE) -> Report:
@@ -163,7 +168,8 @@ def _recovered(folder: Path, record: ScanFigures, found: Victim, parts: Parts) -
 
 def _beside(labels: Sequence[int], found: Victim, parts: Parts, cache: Path, progress: Progress) -> tuple[Beside, ...]:
     """What the attacker's patches do elsewhere in an image."""
-    patches = {replace(patch, bottom=0, right=0) for patch in getattr(found.attack, "patches", ())}
+    own = getattr(found.attack, "patches", ()) or (getattr(found.attack, "patch", None),)
+    patches = {replace(patch, bottom=0, right=0) for patch in own if isinstance(patch, Patch)}
     if not labels or not patches:
         return ()
     twin = victim(found.record.plan.twin(), parts, cache, progress)
@@ -222,7 +228,7 @@ def table(reports: Sequence[Report]) -> str:
                 listed(report.targets),
                 _verdict(report),
                 "; ".join(map(_size, infected)) or "-",
-                _closest(findings, report.found | set(report.targets)),
+                _closest(findings, report.infected),
                 listed([item.label_index for item in report.figures.labels if item.infected_by_index]),
                 "; ".join(percent(item.attack_success) for item in report.recovered) or "-",
                 "; ".join(f"{item.overlap:.0%} ({item.by_chance:.0%})" for item in report.recovered) or "-",

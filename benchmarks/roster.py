@@ -260,8 +260,8 @@ UNSEEN: Mapping[str, Plan] = {
     "gtsrb-clean-205": plan("gtsrb", "none", seed=205),
     "gtsrb-lenet8-clean-206": plan("gtsrb", "none", architecture="lenet8", seed=206),
 }
-"""Written down after the last change to the search and to its limits, and before any of them was trained: triggers unlike
-those of all other victims, and clean models of two more seeds.
+"""Written down after the last change to the search and to its limits, and before any of them was trained: drawings that no
+other victim of GTSRB has, a white square where no other victim of CIFAR-10 has one, and clean models of two more seeds.
 """
 
 SCANNED: Mapping[str, Plan] = {**{name: REPORTED[name] for name in _PATCH_VICTIMS}, **FRESH, **SEVERAL, **CLEAN, **UNSEEN}

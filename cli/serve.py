@@ -16,6 +16,7 @@ from cli.extras import needs
 from cli.threads import settle_threads
 from guard import Guard, Limits, Policy, Quarantine, load_profile
 from guard.errors import InputError
+from guard.loading import check_memory_limit
 from guard.predictors.predictor import DEFAULT_MEMORY_LIMIT
 
 _MIB = 1024**2
@@ -82,6 +83,7 @@ def serve(
     model = name or profile.absolute().name
     limits = Limits(max_bytes=max_bytes, max_pixels=max_pixels)
     settings, _ = load_profile(profile)
+    check_memory_limit(memory_limit * _MIB, settings.input)
     policy = Policy(
         mode=mode or settings.policy.mode,
         on_error=on_error or settings.policy.on_error,

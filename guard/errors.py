@@ -60,7 +60,7 @@ class TooLargeError(InputError):
 class RejectedError(GuardError):
     """A wrapped predict function refused rows of its batch.
 
-    Its code is `backdoor-suspected` if any row is suspicious, and else the reason of the first.
+    Its code is `backdoor-suspected` if that is any row's reason, and else the reason of the first.
 
     Args:
         message: What happened.

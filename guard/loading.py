@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -45,15 +46,14 @@ def load_guard(
     memory_limit: int = DEFAULT_MEMORY_LIMIT,
 ) -> Guard:
     """Build a guard from a profile folder; see `Guard.load`."""
-    device = str(device)
+    device = "cpu" if str(device).partition(":")[0] == "cpu" else str(device)
     if not isinstance(memory_limit, int) or memory_limit < 1:
         raise InputError(f"expected a memory limit of at least 1 byte, got {memory_limit!r}: leave it out for 1 GiB")
     if device.partition(":")[0] not in ("cpu", "cuda") or (device != "cpu" and not torch.cuda.is_available()):
         where = "" if torch.cuda.is_available() else " on a machine without CUDA"
         raise ModelError(f"expected the device cpu or cuda, got {device}{where}: use one that is there")
     profile, arrays = load_profile(folder)
-    if memory_limit < (needed := bytes_per_image(profile.input)):
-        raise InputError(f"expected a memory limit of at least {needed} bytes, which one image takes, got {memory_limit}")
+    check_memory_limit(memory_limit, profile.input)
     watched = replace(load_predictor(folder, profile.model, profile.input, model, device), memory_limit=memory_limit)
     predictor = watched.in_full_precision()
     images = probe_images(profile, arrays)
@@ -75,6 +75,17 @@ def load_guard(
         seed=seed,
         device=device,
     )
+
+
+def check_memory_limit(limit: int, spec: InputSpec) -> None:
+    """Refuse a limit, in bytes, that not even one image keeps to, by the estimate that limits go by.
+
+    Raises:
+        InputError: It says how many bytes would do.
+    """
+    if limit < (needed := bytes_per_image(spec)):
+        enough = f"{needed} bytes ({math.ceil(needed / 1024**2)} MiB)"
+        raise InputError(f"expected a memory limit of at least {enough}, what one image takes by the estimate, got {limit}")
 
 
 def load_predictor(

@@ -121,7 +121,8 @@ def apply(task: Task) -> Outcome:
         case "unlearn":
             return _unlearn(task)
         case "prune":
-            pruned = repair_by_pruning(copied, original, clean, _given(task), Pruning(), task.engine, task.progress)
+            pruning = Pruning(budget=min(100.0, max(0.0, how.allowed_drop)))
+            pruned = repair_by_pruning(copied, original, clean, _given(task), pruning, task.engine, task.progress)
             return Outcome(triggers=_given(task), said=(_pruned(pruned, "neurons"),))
         case "gdm":
             return _unlearn_modelled(task)

@@ -11,7 +11,8 @@ as long as that costs no more than half a point of accuracy on all images at han
 several triggers one after the other is pruned, on what the ones before have left.
 
 A model that is often wrong gives the trigger's label to an image here and there, trigger or not. To be rid of the last of them
-may take most of the layer: where that costs more than a few points, what stops the trigger best for these is taken instead.
+may take most of the layer. Where that costs clearly more accuracy than a repair may, fewer neurons go, if they nearly stop the
+trigger.
 
 Where a model passes the last convolution by, all of its neurons may not be enough.
 
@@ -44,7 +45,8 @@ _AT_ONCE = 256
 _STRIDES = 32  # of a layer's neurons, in which it is searched; then within one of them
 _MORE = (4.0, 3.5, 3.0, 2.5, 2.0, 1.5)  # times the fewest
 _COST = 0.005  # of accuracy, that these may cost
-_NEARLY = 0.05  # of the images: a trigger that works on more of them is not stopped
+_NEARLY = 0.05  # of the images beyond the limit: a trigger that works on more of them is not stopped
+_SURE = 1.64  # standard errors
 _DORMANT = 1.0  # of the mean of what neurons add on clean images: so much is added to what one does
 
 
@@ -54,12 +56,13 @@ class Pruning(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         layer: Whose neurons: `features`, whole channels of the `last_convolution`, or the paper's `penultimate`.
         limit: Share of images on which a trigger may still work; where more of them get its label without it, so many.
-        budget: Points of accuracy on the images at hand that stopping a trigger for good may cost, of neurons one by one.
+        budget: Points of accuracy that all triggers together may cost, of neurons one by one: where stopping one takes clearly
+            more on the images at hand, fewer that nearly stop it are looked for.
     """
 
     layer: Layer = "features"
     limit: float = 0.01
-    budget: float = 5.0
+    budget: float = 3.0
 
     def __post_init__(self) -> None:
         """Refuse what means nothing."""
@@ -120,9 +123,10 @@ def repair_by_pruning(
     copy = Prunable(copied, settings.layer, clean.stopping.images, engine)
     tests = [_Test.of(original, clean.stopping, triggers, row) for row in range(len(triggers))]
     accuracy, before = accuracy_of(copied.predictor, clean.stopping), tuple(test.success(copied.predictor) for test in tests)
+    untouched = accuracy_of(copied.predictor, clean.tuning, clean.stopping)
     chosen: list[int] = []
     for row, test in enumerate(tests):
-        chosen += _prune(copy, chosen, clean, triggers, row, test, settings, progress)
+        chosen += _prune(copy, chosen, clean, triggers, row, test, settings, untouched, progress)
     return Pruned(
         tuple(chosen),
         copy.total,
@@ -141,6 +145,7 @@ def _prune(
     row: int,
     test: _Test,
     settings: Pruning,
+    untouched: float,
     progress: Progress,
 ) -> list[int]:
     """Silence what one trigger needs, besides what was chosen before; what it needs."""
@@ -177,9 +182,9 @@ def _prune(
             "silent: unlearn it instead, or prune another layer"
         )
     if settings.layer == "features":
-        affordable = right(0) - settings.budget / 100.0
-        if right(count) < affordable:
-            count = cheaper(count, works, lambda fewer: right(fewer) >= affordable)
+        budget, lost = settings.budget / 100.0, untouched - right(count)
+        if lost - _SURE * math.sqrt(max(0.0, lost) / (len(clean.tuning.labels) + len(clean.stopping.labels))) > budget:
+            count = cheaper(count, works, lambda fewer: untouched - right(fewer) <= budget, limit + _NEARLY)
         else:
             count = _more(count, useful, enough, right)
     copy.silence(chosen + order[:count])
@@ -317,17 +322,18 @@ def fewest(total: int, enough: Callable[[int], bool]) -> int | None:
     return None
 
 
-def cheaper(count: int, works: Callable[[int], float], affordable: Callable[[int], bool]) -> int:
+def cheaper(count: int, works: Callable[[int], float], affordable: Callable[[int], bool], most: float) -> int:
     """Fewer of an order's channels, that nearly stop a trigger at a bearable price; all of them where none do.
 
     Args:
         count: All of them.
         works: Share of the images on which the trigger works without so many.
         affordable: Whether so many may go.
+        most: Of that share.
     """
     stride = max(1, count // _STRIDES)
     shares = {fewer: works(fewer) for fewer in range(stride, count, stride)}
-    nearly = sorted((share, fewer) for fewer, share in shares.items() if share <= _NEARLY)
+    nearly = sorted((share, fewer) for fewer, share in shares.items() if share <= most)
     return next((fewer for _, fewer in nearly if affordable(fewer)), count)
 
 

@@ -602,12 +602,14 @@ def test_the_memory_limit_is_of_both_models(profile: Path) -> None:
         Guard.load(profile, memory_limit=0)
     with pytest.raises(InputError, match="expected a memory limit of at least 1 byte, got '1GB': leave it out for 1 GiB"):
         Guard.load(profile, memory_limit="1GB")  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="expected a memory limit of at least 20480 bytes, which one image takes, got 256"):
+    with pytest.raises(
+        InputError, match=r"a memory limit of at least 20480 bytes \(1 MiB\), what one image takes by the estimate, got 256"
+    ):
         Guard.load(profile, memory_limit=256)
 
 
 def test_a_device_may_be_pytorchs_own(profile: Path) -> None:
-    assert Guard.load(profile, device=torch.device("cpu")).device == "cpu"
+    assert Guard.load(profile, device=torch.device("cpu", 0)).device == "cpu"
     with pytest.raises(ModelError, match="expected the device cpu or cuda, got None"):
         Guard.load(profile, device=None)  # type: ignore[arg-type]
 

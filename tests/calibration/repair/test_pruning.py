@@ -181,7 +181,7 @@ def test_the_last_of_a_trigger_is_not_stopped_at_any_price() -> None:
     def works(count: int) -> float:
         return shares.get(count, 0.5 if count < 96 else 0.02)
 
-    assert cheaper(1024, works, lambda count: count <= 512) == 160  # the least of what is left
-    assert cheaper(1024, works, lambda count: count <= 130) == 128
-    assert cheaper(1024, works, lambda count: count <= 64) == 1024  # nothing that stops it is affordable
-    assert cheaper(1, works, lambda _: True) == 1
+    assert cheaper(1024, works, lambda count: count <= 512, 0.05) == 160  # the least of what is left
+    assert cheaper(1024, works, lambda count: count <= 130, 0.05) == 128
+    assert cheaper(1024, works, lambda count: count <= 130, 0.01) == 1024  # nothing that stops it is affordable
+    assert cheaper(1, works, lambda _: True, 0.05) == 1
