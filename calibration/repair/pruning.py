@@ -182,22 +182,22 @@ def _prune(
             "silent: unlearn it instead, or prune another layer"
         )
     if settings.layer == "features":
-        budget, lost = settings.budget / 100.0, untouched - right(count)
+        budget, kept = settings.budget / 100.0, right(count)
+        lost = untouched - kept
         if lost - _SURE * math.sqrt(max(0.0, lost) / (len(clean.tuning.labels) + len(clean.stopping.labels))) > budget:
             count = cheaper(count, works, lambda fewer: untouched - right(fewer) <= budget, limit + _NEARLY)
         else:
-            count = _more(count, useful, enough, right)
+            count = _more(count, useful, enough, lambda more: right(more) >= kept - _COST)
     copy.silence(chosen + order[:count])
     progress("pruning", copy.total, copy.total)
     return order[:count]
 
 
-def _more(count: int, useful: int, enough: Callable[[int], bool], right: Callable[[int], float]) -> int:
+def _more(count: int, useful: int, enough: Callable[[int], bool], affordable: Callable[[int], bool]) -> int:
     """More neurons, as many times the fewest as cost next to nothing: the attacker's trigger is stronger."""
-    lowest = right(count) - _COST
     for times in _MORE:
         more = min(int(times * count), useful)
-        if more > count and enough(more) and right(more) >= lowest:
+        if more > count and enough(more) and affordable(more):
             return more
     return count
 
