@@ -25,6 +25,16 @@ def answers(predictor: Predictor, clean: ImageSet) -> Tensor:
     return torch.cat([predictor(clean.images(part)).argmax(dim=1).cpu() for part in rows])
 
 
+def least_sure(predictor: Predictor, clean: ImageSet, count: int) -> Tensor:
+    """Rows, (count,), int64, or fewer, of the images whose answer has the smallest probability: other models differ there.
+
+    Two models of a task agree on nearly every clean image, and are sure of it.
+    """
+    parts = torch.arange(len(clean)).split(256)
+    sure = torch.cat([predictor(clean.images(part)).amax(dim=1).cpu() for part in parts])
+    return sure.argsort(stable=True)[:count]
+
+
 def accuracies(
     predictor: Predictor,
     clean: ImageSet,

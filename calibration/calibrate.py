@@ -15,7 +15,7 @@ from typing import final
 import msgspec
 from torch import Tensor
 
-from calibration.accuracy import accuracies, check_drop
+from calibration.accuracy import accuracies, check_drop, least_sure
 from calibration.data import ImageSet, Progress, no_progress
 from calibration.detectors import DetectorCalibration, calibrate_detector, compose, recorded, refuse_blind
 from calibration.discovery import Hints, discover
@@ -223,8 +223,7 @@ def calibrate(
         libraries=versions(),
         tripwire=None if tripwire is None else _tripwire(tripwire, watched),
     )
-    strips = [part.detector for part in parts if isinstance(part.detector, Strip)]
-    probes = (strips[0].overlays if strips else clean.images(rest))[:PROBES]
+    probes = clean.images(least_sure(predictor, clean, PROBES))
     arrays |= {PROBE_IMAGES: overlays_to_array(probes), PROBE: predictor(probes).cpu()}
     if tripwire is not None:
         arrays[TRIPWIRE_PROBE] = watched.in_full_precision()(probes).cpu()
