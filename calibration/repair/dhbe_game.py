@@ -20,6 +20,7 @@ from guard.errors import ModelError, one_line
 
 _FRESH = 1024  # samples on which student and teacher are compared in the end
 _PICTURES = 16
+_WITHOUT = "expected a model whose {} gradients, got one without: pass its factory, or use gym"
 
 
 @final
@@ -98,6 +99,7 @@ class Game:
         for module in (samples, triggers):
             arrange(engine.place(module), torch.channels_last)
         self._teacher = engine.place(frozen(original, probe))
+        self._check_input(probe)
         self._parameters, self.student = copied.parameters, copied.faster(probe).answers()
         self.modules: dict[str, nn.Module] = {"student": self.student, "samples": samples, "triggers": triggers}
         self.optimizers: dict[str, torch.optim.Optimizer] = {
@@ -128,8 +130,8 @@ class Game:
                 raise
             except Exception as error:  # foreign code
                 raise ModelError(f"the model can't be trained against generators: {one_line(error)}") from error
-            if epoch == 0 and number == 0:
-                self._check_gradients()
+            if epoch == 0 and number == 0 and not self._student_learns():
+                raise ModelError(_WITHOUT.format("weights get"))
         return loss
 
     def _train_student(self, generator: torch.Generator) -> Tensor:
@@ -212,8 +214,15 @@ class Game:
             for parameter in self._parameters:
                 parameter.requires_grad_(True)
 
-    def _check_gradients(self) -> None:
-        """TV2 gives G some anyway."""
-        for name, what in (("student", "weights"), ("triggers", "input")):
-            if not any(value.grad is not None and bool(value.grad.any()) for value in self.modules[name].parameters()):
-                raise ModelError(f"expected a model whose {what} gets gradients, got one without: pass its factory, or use gym")
+    def _student_learns(self) -> bool:
+        return any(value.grad is not None and bool(value.grad.any()) for value in self._parameters)
+
+    def _check_input(self, images: Tensor) -> None:
+        """Before any step: afterwards a student that a high rate has carried off looks the same."""
+        given = images.to(self._engine.device).requires_grad_(True)
+        try:
+            found = torch.autograd.grad(self._answers(self._teacher, given).square().sum(), given, allow_unused=True)[0]
+        except Exception as error:  # foreign code
+            raise ModelError(f"the model can't be trained against generators: {one_line(error)}") from error
+        if found is None or not bool(found.any()):
+            raise ModelError(_WITHOUT.format("input gets"))
