@@ -1,4 +1,7 @@
-"""One training loop for every victim: bfloat16, channels last, poisoned before or during training, resumable by epoch."""
+"""One training loop for every victim: channels last, in bfloat16 where that is fast, resumable by epoch.
+
+Images are poisoned before or during training.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 
 from calibration.attacks import Attack
 from calibration.data import ImageSet, Progress, no_progress
+from calibration.engine import bfloat16_is_fast
 from calibration.fine_tuning import arrange
 from guard.errors import InputError
 from guard.preprocessors.affine import draw_affine, warp_torch
@@ -101,7 +105,7 @@ def fit(
 
 
 def _step(net: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, wanted: Tensor) -> None:
-    with torch.autocast(images.device.type, torch.bfloat16):
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16_is_fast()):
         loss = nn.functional.cross_entropy(net(images.contiguous(memory_format=torch.channels_last)), wanted)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final, get_args
+from typing import Literal, final, get_args
 
 import msgspec
 import torch
@@ -39,6 +39,7 @@ from benchmarks.roster import DEVELOPMENT, REPORTED, SCANNED
 from benchmarks.trainer import fit
 from calibration.attacks import Attack, TrojanNet
 from calibration.data import ImageSet, Progress, no_progress
+from calibration.engine import bfloat16_is_fast
 from guard.errors import InputError
 
 CACHE = Path(__file__).parent.parent / ".cache" / "victims"
@@ -56,6 +57,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
         minutes: That training took since it was last resumed, on the machine that it took place on.
         weights_sha256: Of the weights' file.
         libraries: Versions.
+        precision: That it was trained in, which is the machine's choice.
     """
 
     plan: Plan
@@ -65,6 +67,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     minutes: float
     weights_sha256: str
     libraries: dict[str, str]
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
 
 
 @final
@@ -112,6 +115,7 @@ def victim(plan: Plan, parts: Parts, cache: Path = CACHE, progress: Progress = n
         minutes=(time.monotonic() - started) / 60.0,
         weights_sha256=_sha256(path),
         libraries={name: importlib.metadata.version(name) for name in ("torch", "numpy")},
+        precision="bfloat16" if bfloat16_is_fast() else "float32",
     )
     path.with_suffix(".json").write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
     _checkpoint(path).unlink(missing_ok=True)
