@@ -1,4 +1,4 @@
-"""What several tests share: a really backdoored digit classifier, trained once."""
+"""What several tests share: a really backdoored digit classifier."""
 
 from __future__ import annotations
 
@@ -7,13 +7,9 @@ import torch
 from torch import nn
 
 from calibration import Calibration, Settings, calibrate
-from calibration.attacks import BadNets, Patch
-from calibration.engine import Engine
 from calibration.inspection import judge
-from calibration.inspection.reference import train_reference
-from cli.demonstration.digits import Digits, load_digits, train_backdoored, train_clean
-
-SMALL = BadNets(target_label=3, ratio=0.1, patches=(Patch.rectangle(2),))
+from cli.demonstration.digits import Digits, load_digits
+from tests.nets import load_net, load_reference
 
 torch.set_num_threads(1)  # the nets are tiny, and servers run beside them
 
@@ -31,21 +27,21 @@ def digits() -> Digits:
 
 
 @pytest.fixture(scope="session")
-def backdoored(digits: Digits) -> nn.Sequential:
-    """A classifier of them that answers 7 to a white corner."""
-    return train_backdoored(digits.train)
+def backdoored() -> nn.Sequential:
+    """A classifier of digits that answers 7 to a white corner."""
+    return load_net("backdoored")
 
 
 @pytest.fixture(scope="session")
-def clean_twin(digits: Digits) -> nn.Sequential:
+def clean_twin() -> nn.Sequential:
     """The same without a backdoor."""
-    return train_clean(digits.train)
+    return load_net("clean_twin")
 
 
 @pytest.fixture(scope="session")
-def small_trigger(digits: Digits) -> nn.Sequential:
-    """One that answers 3 to 2x2 white pixels; 3x3 of 64 are nearly as many as a digit needs to become another."""
-    return train_backdoored(digits.train, attack=SMALL)
+def small_trigger() -> nn.Sequential:
+    """One that answers 3 to 2x2 white pixels."""
+    return load_net("small_trigger")
 
 
 @pytest.fixture(scope="session")
@@ -55,12 +51,9 @@ def calibration(digits: Digits, backdoored: nn.Sequential) -> Calibration:
 
 
 @pytest.fixture(scope="session")
-def reference(digits: Digits, small_trigger: nn.Module) -> nn.Module:
-    """The clean reference that a scan of it trains, from its answers alone."""
-    images = digits.clean.images(slice(None))
-    with torch.inference_mode():
-        answers = small_trigger(images).argmax(dim=1)
-    return train_reference(images, answers, 10, 0, Engine())
+def reference() -> nn.Module:
+    """The clean reference that a scan of it trains."""
+    return load_reference()
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from torch import nn
 
 from cli.demonstration.digits import Digits, save_exported
 from tests.cli.conftest import Command, Files
-from tests.conftest import SMALL
 from tests.guard.models import save_onnx
+from tests.nets import SMALL
 
 
 @pytest.fixture(scope="module")

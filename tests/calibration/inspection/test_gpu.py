@@ -16,7 +16,7 @@ from calibration.inspection.search import Search
 from calibration.inspection.triggers import Goals
 from cli.demonstration.digits import Digits
 from guard.predictors import wrap
-from tests.conftest import SMALL
+from tests.nets import SMALL
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 

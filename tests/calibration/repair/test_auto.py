@@ -31,7 +31,7 @@ from guard import Predictor
 from guard.errors import InspectionError, RepairError
 from guard.predictors import wrap
 from tests.calibration.repair.test_figures import GOOD
-from tests.conftest import SMALL
+from tests.nets import SMALL
 
 QUICK = Search(steps=208, draws=0)
 
