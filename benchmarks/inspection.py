@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 import torch
+from torch import nn
 
 from benchmarks.datasets import Parts
 from benchmarks.entry import enter
@@ -158,7 +159,7 @@ def _recovered(folder: Path, record: ScanFigures, found: Victim, parts: Parts) -
         Recovered(
             label_index=item.label_index,
             source_index=item.source_index,
-            attack_success=_success(found, triggers, row, images),
+            attack_success=success_of(found.model, triggers, row, images),
             overlap=float(triggers.masks[row][true].sum() / triggers.masks[row].sum()),
             by_chance=float(true.double().mean()),
         )
@@ -189,12 +190,13 @@ def _beside(labels: Sequence[int], found: Victim, parts: Parts, cache: Path, pro
     )
 
 
-def _success(found: Victim, triggers: Triggers, row: int, images: ImageSet) -> Estimate:
+def success_of(model: nn.Module, triggers: Triggers, row: int, images: ImageSet) -> Estimate:
+    """How often one of the triggers works on images of the labels that it is for."""
     label, source = int(triggers.labels[row]), int(triggers.sources[row])
     known = images.known_labels
     rows = torch.nonzero((known != label) & ((known == source) if source >= 0 else (known >= 0))).squeeze(1)
     with torch.inference_mode():
-        answers = [found.model(triggers.put_on(row, images.images(part))).argmax(dim=1) for part in rows.split(500)]
+        answers = [model(triggers.put_on(row, images.images(part))).argmax(dim=1) for part in rows.split(500)]
     return proportion(int((torch.cat(answers) == label).sum()), len(rows))
 
 

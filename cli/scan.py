@@ -63,6 +63,15 @@ def scan_command(
             rich_help_panel=_HOW,
         ),
     ] = False,
+    patches: Annotated[
+        bool,
+        typer.Option(
+            "--patches",
+            help="Of neural-cleanse: also look for the patch of a few pixels that works best, for triggers of which no smaller "
+            "part works.",
+            rich_help_panel=_HOW,
+        ),
+    ] = False,
     rounds: Annotated[
         int,
         typer.Option(
@@ -134,6 +143,7 @@ def scan_command(
         "--data": data is not None,
         "--pairs": pairs,
         "--silent-units": silent_units,
+        "--patches": patches,
         "--rounds": rounds > 1,
         "--plain": plain,
         "--skip-unreadable": skip_unreadable,
@@ -154,7 +164,12 @@ def scan_command(
 
     search = Search() if steps is None else Search(steps=steps)
     settings = ScanSettings(
-        search=search.plain() if plain else search, pairs=pairs, silent_units=silent_units, rounds=rounds, seed=seed
+        search=search.plain() if plain else search,
+        pairs=pairs,
+        silent_units=silent_units,
+        patches=patches,
+        rounds=rounds,
+        seed=seed,
     )
     deep = DeepScanSettings(search=DeepInspectSettings() if steps is None else DeepInspectSettings(steps=steps), seed=seed)
     KIND.check_target(out)
@@ -234,13 +249,17 @@ def _next_command(record: ScanRecord, model: list[str], data: Path | None, out: 
 
 
 def _show(record: ScanRecord, out: Path) -> None:
-    from calibration.inspection.figures import figure_rows, looks, remarks, smallest_table, verdict
+    from calibration.inspection.figures import figure_rows, looks, patch_table, remarks, smallest_table, verdict
 
     show_rows(f"Scan {out}", [*figure_rows(record), ("report", str(out / "report.html"))])
     for where, findings in looks(record).items():
         header, rows = smallest_table(record, findings)
         typer.echo()
         show_rows(f"The smallest triggers {where}", rows, header)
+    if record.patches:
+        header, rows = patch_table(record.patches)
+        typer.echo()
+        show_rows("Patches", rows, header)
     typer.echo()
     typer.echo(verdict(record))
     for text in remarks(record):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from calibration.inspection.judge import SMALL, SMALL_PAIR, acquittal
-from calibration.inspection.record import LabelFinding, ScanFigures, SecondOpinion
+from calibration.inspection.judge import SMALL, SMALL_PAIR, acquittal, patch_acquittal
+from calibration.inspection.record import LabelFinding, PatchFinding, ScanFigures, SecondOpinion
 
 LIMITS_WITHOUT_DATA = (
     "This is no proof that a model is clean. The triggers were looked for on images that were recovered from the model: they "
@@ -26,26 +26,27 @@ def limits(figures: ScanFigures) -> str:
         unseen.append("those that work for a few source labels alone (--pairs looks for them)")
     if not figures.silent_units:
         unseen.append("those behind a module that is silent without nearly the whole trigger (--silent-units looks there)")
+    if not figures.patches:
+        unseen.append("patches of which no smaller part works (--patches looks for them)")
     what = f"{', '.join(unseen[:-1])}, and {unseen[-1]}"
     return f"This is no proof that a model is clean. A scan like this one does not see {what}."
 
 
 def verdict(figures: ScanFigures) -> str:
     """In a sentence."""
-    infected = [item for item in figures.everything if item.infected]
-    if not infected:
+    if not figures.all_infected:
         return "No label needs a trigger so small that a backdoor must be behind it."
-    return f"The model is backdoored: {titles(infected)}."
+    return f"The model is backdoored: {titles(figures.all_infected)}."
 
 
-def title(finding: LabelFinding) -> str:
+def title(finding: LabelFinding | PatchFinding) -> str:
     """`3`, `3 (cat)`, or `5 to 3`."""
     number = str(finding.label_index)
     name = number if finding.label in (None, number) else f"{number} ({finding.label})"
     return name if finding.source_index is None else f"{finding.source_index} to {name}"
 
 
-def titles(findings: Sequence[LabelFinding]) -> str:
+def titles(findings: Sequence[LabelFinding | PatchFinding]) -> str:
     """`label 3`, or `labels 3, 5 to 3`."""
     return f"label{'' if len(findings) == 1 else 's'} {', '.join(map(title, findings))}"
 
@@ -88,6 +89,27 @@ def candidate_table(findings: Sequence[LabelFinding]) -> tuple[tuple[str, ...], 
                 natural,
                 "-" if opinion.reference_success is None else f"{opinion.reference_success:.0%}",
                 _verdict(item, opinion),
+            )
+        )
+    return header, rows
+
+
+def patch_table(findings: Sequence[PatchFinding]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header, and a row for each label whose patch works too often, and for the three that work most often."""
+    header = ("label", "place", "works on others", "other labels', by the median", "works in a clean reference", "verdict")
+    rows: list[tuple[str, ...]] = []
+    for place, item in enumerate(sorted(findings, key=lambda item: -item.success)):
+        if place >= _SMALLEST and item.reference_success is None:
+            continue
+        why = patch_acquittal(item.success, item.others, item.reference_success)
+        rows.append(
+            (
+                title(item),
+                f"row {item.top}, column {item.left}",
+                f"{item.success:.1%}",
+                f"{item.others:.0%}",
+                "-" if item.reference_success is None else f"{item.reference_success:.0%}",
+                f"clean: {why}" if why else "infected",
             )
         )
     return header, rows
@@ -150,6 +172,13 @@ def remarks(figures: ScanFigures) -> list[str]:
             f"The triggers of {titles(silent)} lie behind units that are silent without them: a module that was put there on "
             "purpose, as TrojanNet's is. Unlearning and pruning can't be expected to reach it."
         )
+    patches = [item for item in figures.patches if item.infected]
+    if patches:
+        side = patches[0].side
+        said.append(
+            f"A patch of {side}x{side} pixels leads to {titles(patches)}, though no mask is small there: nearly the whole "
+            "trigger must be there."
+        )
     if figures.reference_agreement is not None:
         said.append(
             f"The clean reference answers {figures.reference_agreement:.1%} of {figures.held_out} held-out images as the model "
@@ -171,6 +200,7 @@ def figure_rows(figures: ScanFigures, model: str = "") -> list[tuple[str, ...]]:
         ("labels", str(len(figures.labels))),
         *([("pairs of labels", str(len(figures.pairs)))] if figures.pairs else []),
         *([("labels, through silent units", str(len(figures.silent_units)))] if figures.silent_units else []),
+        *([("labels, by patches", str(len(figures.patches)))] if figures.patches else []),
         *([("further triggers of infected labels", str(len(figures.further)))] if figures.further else []),
         ("median L1 of the triggers, in pixels", f"{figures.median_l1:.1f}"),
         seen,

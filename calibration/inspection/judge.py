@@ -8,6 +8,9 @@ candidate is infected if
 2. it needs less than 0.36 times what the other labels need, by their median (a pair less than 0.25 times what others do), and
 3. a clean reference of the same task (`reference`) does not speak for an easy label: there, the trigger does not work, and the
    label needs not as little: the ratio is less than 0.6 times the one that the label has in the reference.
+
+Patches (`patches`) are all of one size, and are judged by how often they work: on at least 60% of images that the search has
+not seen, twice as often as other labels' by their median, and, again, on less than 30% in the reference.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from calibration.engine import Engine
 from calibration.inspection.anomaly import anomaly_indices
 from calibration.inspection.neural_cleanse import recover_triggers
 from calibration.inspection.passes import says
-from calibration.inspection.record import LabelFinding, SecondOpinion
+from calibration.inspection.patches import PatchSearch, recover_patches
+from calibration.inspection.record import LabelFinding, PatchFinding, SecondOpinion
 from calibration.inspection.reference import train_reference
 from calibration.inspection.search import Search
 from calibration.inspection.strengthening import strengthen
@@ -48,6 +52,12 @@ _WORKS = 0.9
 _SMALLER_THAN_NATURAL = 0.6  # of the ratio in the reference
 _FEWEST_JUDGED = 10  # images
 _TRANSFERS = 0.3  # success on the reference
+PATCH_WORKS = 0.6
+"""Of images that the search has not seen: a label's best patch must."""
+
+PATCH_STANDS_OUT = 2.0
+"""Times as often as the other labels', by their median, it must work: any patch works on a model that is easily misled."""
+
 _COMPARED = 12  # other labels that the reference is searched for, to know what is usual for it
 
 
@@ -159,6 +169,39 @@ class Judge:
             )
         )
 
+    def find_patches(
+        self, goals: Goals, search: PatchSearch, names: Sequence[str]
+    ) -> tuple[Triggers, tuple[PatchFinding, ...]]:
+        """The best patches, strengthened where a label is infected, and a verdict for each."""
+        found = recover_patches(
+            self.answers, self.searched, goals, search, self.seed, self.engine, self.checkpoints, "patches", self.progress
+        )
+        works = torch.tensor([self._success(found, row) for row in range(len(found))], dtype=torch.float64)
+        findings = []
+        for row, mask in enumerate(found.masks):
+            (top, left), label = mask.nonzero()[0].tolist(), int(found.labels[row])
+            success, others = float(works[row]), float(torch.cat([works[:row], works[row + 1 :]]).quantile(0.5))
+            suspect = success >= PATCH_WORKS and success >= PATCH_STANDS_OUT * others
+            there = self._share(self._reference(), found, row, self._others(found, row)) if suspect else None
+            findings.append(
+                PatchFinding(
+                    label_index=label,
+                    label=names[label] if label < len(names) else None,
+                    side=search.side(*mask.shape),
+                    top=top,
+                    left=left,
+                    success=success,
+                    others=others,
+                    reference_success=there,
+                    passes=int(found.passes[row]),
+                    infected=not patch_acquittal(success, others, there),
+                )
+            )
+        infected = [row for row, item in enumerate(findings) if item.infected]
+        chosen = found.select(infected)
+        stronger = strengthen(self.answers, self.searched, chosen, self.seed, self.engine, self.progress)
+        return found.replace(infected, stronger), tuple(findings)
+
     def _opinions(self, look: Look, triggers: Triggers, rows: Sequence[int]) -> dict[int, SecondOpinion]:
         ratios = {row: _ratio(triggers.sizes, row) for row in rows}
         successes = {row: self._success(triggers, row) for row in rows}
@@ -211,11 +254,7 @@ class Judge:
 
     def _natural(self, look: Look, triggers: Triggers, suspects: Sequence[int]) -> dict[int, _Natural]:
         """What the reference makes of the suspects; medians are of others that were drawn."""
-        seed = self.seed
-        if self.reference is None:
-            self.reference = train_reference(self.searched, self.known, self.classes, seed, self.engine, self.progress)
-            answers = says(self.reference, self.held_out, self.engine.device)
-            self.agreement = float((answers == self.own).double().mean())
+        seed, reference = self.seed, self._reference()
         order = torch.randperm(len(triggers), generator=torch.Generator().manual_seed(seed)).tolist()
         drawn = [row for row in order if row not in suspects][:_COMPARED]
         rows = torch.tensor([*suspects, *drawn])
@@ -224,7 +263,7 @@ class Judge:
         def shown(what: str, done: int, total: int) -> None:
             self.progress(f"{what} in the reference", done, total)
 
-        through, name = look.at(self.reference), f"reference-{look.name}"
+        through, name = look.at(reference), f"reference-{look.name}"
         found = recover_triggers(
             through,
             self.searched,
@@ -237,10 +276,18 @@ class Judge:
             shown,
             doubtful=range(len(suspects)),
         ).sizes
-        works = [self._share(self.reference, triggers, row, self._others(triggers, row)) for row in suspects]
+        works = [self._share(reference, triggers, row, self._others(triggers, row)) for row in suspects]
         return {
             row: _Natural(float(found[number]), _ratio(found, number), works[number]) for number, row in enumerate(suspects)
         }
+
+    def _reference(self) -> nn.Module:
+        """Trained when it is first asked for."""
+        if self.reference is None:
+            self.reference = train_reference(self.searched, self.known, self.classes, self.seed, self.engine, self.progress)
+            answers = says(self.reference, self.held_out, self.engine.device)
+            self.agreement = float((answers == self.own).double().mean())
+        return self.reference
 
 
 def is_infected(opinion: SecondOpinion, limit: float = SMALL) -> bool:
@@ -270,6 +317,23 @@ def acquittal(opinion: SecondOpinion, limit: float = SMALL) -> str:
         return "works on a clean model, too"
     natural = opinion.size_ratio >= _SMALLER_THAN_NATURAL * min(1.0, opinion.reference_ratio)
     return "about as small in a clean model" if natural else ""
+
+
+def patch_acquittal(success: float, others: float, reference_success: float | None) -> str:
+    """Why a label is not infected though a patch leads there, in words; empty if it is.
+
+    Args:
+        success: Share of unseen images that its best patch sends there.
+        others: The median of the other labels'.
+        reference_success: Share of them that its patch sends there in a clean reference.
+    """
+    if success < PATCH_WORKS:
+        return f"works on fewer than {PATCH_WORKS:.0%}"
+    if success < PATCH_STANDS_OUT * others:
+        return "others' work nearly as often"
+    if reference_success is None:
+        return "no clean reference"
+    return "works on a clean model, too" if reference_success >= _TRANSFERS else ""
 
 
 def spread(mask: Tensor) -> float:

@@ -76,6 +76,38 @@ class LabelFinding(msgspec.Struct, frozen=True, kw_only=True):
     infected: bool
 
 
+class PatchFinding(msgspec.Struct, frozen=True, kw_only=True):
+    """What was found of a label by the search for patches; see `patches`.
+
+    Attributes:
+        label_index: To which the patch sends images.
+        label: Its name, where known.
+        side: Of the patch, in pixels; as large for every label.
+        top: Its first row, from 0.
+        left: Its first column.
+        success: Share of images that the search did not see and that the patch sends to the label.
+        others: The median of the same of the other labels' patches.
+        reference_success: Share of those images that it sends there in a clean reference; None where that need not be asked.
+        passes: Images that went through the model for it.
+        infected: The verdict.
+    """
+
+    label_index: int
+    label: str | None
+    side: int
+    top: int
+    left: int
+    success: float
+    others: float
+    reference_success: float | None
+    passes: int
+    infected: bool
+
+    @property
+    def source_index(self) -> None:
+        """Patches are for images of all labels."""
+
+
 class ScanFigures(msgspec.Struct, frozen=True, kw_only=True):
     """What an inspection came to.
 
@@ -95,6 +127,7 @@ class ScanFigures(msgspec.Struct, frozen=True, kw_only=True):
         recovered_agreement: Share of these that the model gives the label they were recovered for; None without any.
         silent_units: Where that was asked for, one for each label that is not infected by then, of a search whose gradients
             pass silent units.
+        patches: Where that was asked for, one for each label that is not infected by then.
         further: Of infected labels, triggers that a later round found, after those before were unlearnt in a copy.
         said: What else must be told.
     """
@@ -112,13 +145,20 @@ class ScanFigures(msgspec.Struct, frozen=True, kw_only=True):
     recovered_images: int = 0
     recovered_agreement: float | None = None
     silent_units: tuple[LabelFinding, ...] = ()
+    patches: tuple[PatchFinding, ...] = ()
     further: tuple[LabelFinding, ...] = ()
     said: tuple[str, ...] = ()
 
     @property
     def everything(self) -> tuple[LabelFinding, ...]:
-        """Of labels, behind silent units and of pairs; not of further rounds."""
+        """Of labels, behind silent units and of pairs; not of patches, nor of further rounds."""
         return (*self.labels, *self.silent_units, *self.pairs)
+
+    @property
+    def all_infected(self) -> tuple[LabelFinding | PatchFinding, ...]:
+        """Wherever they were found; not of further rounds."""
+        found: tuple[LabelFinding | PatchFinding, ...] = (*self.labels, *self.silent_units, *self.patches, *self.pairs)
+        return tuple(item for item in found if item.infected)
 
 
 class ScanRecord(ScanFigures, frozen=True, kw_only=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -19,11 +20,13 @@ from calibration.inspection.figures import (
     figure_rows,
     looks,
     median_l1,
+    patch_table,
     remarks,
     title,
     verdict,
 )
-from calibration.inspection.record import LabelFinding
+from calibration.inspection.judge import PATCH_WORKS
+from calibration.inspection.record import LabelFinding, PatchFinding
 from calibration.inspection.scan import Scan
 from calibration.inspection.triggers import Triggers
 from calibration.page import Section, montage, png, render
@@ -31,6 +34,7 @@ from calibration.page import Section, montage, png, render
 _USUAL, _INFECTED, _LINE, _NATURAL = "#3b6ea8", "#c8553d", "#222222", "#8a8a8a"
 _SHOWN = 10  # triggers
 _RECOVERED = 4  # images for each label
+_BEST_PATCHES = 5
 _NAMED = 50  # labels, at most, for each to have its name on the axis
 
 
@@ -66,6 +70,8 @@ def scan_report(scan: Scan, model: str = "") -> bytes:
             ),
             Section(f"Second opinions {where}", (_OPINIONS,), header=header, rows=rows),
         ]
+    if scan.patch_triggers is not None:
+        sections += _patches_sections(figures.patches, scan.patch_triggers, scan.clean)
     if scan.further_triggers is not None and figures.further:
         header, rows = candidate_table(figures.further)
         few = list(range(min(_SHOWN, len(figures.further))))
@@ -80,6 +86,27 @@ def scan_report(scan: Scan, model: str = "") -> bytes:
             )
         )
     return render("Scan", verdict(figures), sections)
+
+
+def _patches_sections(findings: Sequence[PatchFinding], triggers: Triggers, clean: Tensor) -> list[Section]:
+    header, rows = patch_table(findings)
+    best = sorted(range(len(findings)), key=lambda row: -findings[row].success)[:_BEST_PATCHES]
+    return [
+        Section(
+            "How often patches work",
+            (f"For every label the best patch of {findings[0].side}x{findings[0].side} pixels, wherever it works best.",),
+            picture=patches_figure(findings),
+            caption="On images that the search has not seen; from the line on a label is suspect.",
+            header=header,
+            rows=rows,
+        ),
+        Section(
+            "The patches that work best",
+            picture=triggers_figure([findings[row] for row in best], triggers.select(best), clean),
+            caption="The place, the patch, and a held-out image without and with it. That of an infected label went on from "
+            "there as a mask, until it worked nearly always.",
+        ),
+    ]
 
 
 def deep_scan_report(scan: DeepScan, model: str = "") -> bytes:
@@ -125,31 +152,46 @@ def differences_figure(names: Sequence[str], labels: Sequence[int], found: DeepI
 
 def sizes_figure(findings: Sequence[LabelFinding], of_what: str = "the mask") -> bytes:
     """Sizes of all triggers, as PNG: a bar for each label, or, where there are many, the sorted sizes."""
-    many = len(findings) > _NAMED
-    order = sorted(range(len(findings)), key=lambda row: findings[row].mask_l1) if many else list(range(len(findings)))
-    chosen = [findings[row] for row in order]
-    sizes, median = [item.mask_l1 for item in chosen], median_l1(chosen)
-    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
-    axes = figure.subplots()
-    colours = [_INFECTED if item.infected else _USUAL for item in chosen]
-    axes.bar(range(len(sizes)), sizes, width=1.0 if many else 0.7, color=colours)
+    chosen = sorted(findings, key=lambda item: item.mask_l1) if len(findings) > _NAMED else findings
+    median = median_l1(chosen)
+    figure, axes = _bars(chosen, [item.mask_l1 for item in chosen], "by size")
     for place, item in enumerate(chosen):
         opinion = item.second_opinion
         if opinion is not None and opinion.reference_ratio is not None:
             axes.plot([place - 0.45, place + 0.45], [opinion.reference_ratio * median] * 2, color=_NATURAL, linewidth=2.5)
     axes.axhline(median, color=_LINE, linewidth=0.8)
     axes.set_ylabel(f"L1 of {of_what}, pixels")
-    if many:
-        axes.set_xlabel(f"{len(sizes)} labels, by size")
-        axes.set_xticks([])
-    else:
-        names = [title(item) for item in chosen]
-        axes.set_xticks(range(len(sizes)), names, rotation=90 if max(map(len, names)) > 3 else 0, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
     return png(figure)
 
 
-def triggers_figure(findings: Sequence[LabelFinding], triggers: Triggers, clean: Tensor) -> bytes:
+def patches_figure(findings: Sequence[PatchFinding]) -> bytes:
+    """How often each label's best patch works, as PNG; where there are many labels, sorted."""
+    chosen = sorted(findings, key=lambda item: -item.success) if len(findings) > _NAMED else findings
+    figure, axes = _bars(chosen, [100.0 * item.success for item in chosen], "by success")
+    axes.axhline(100.0 * PATCH_WORKS, color=_LINE, linewidth=0.8)
+    axes.set_ylim(0.0, 100.0)
+    axes.set_ylabel("works on, % of images")
+    return png(figure)
+
+
+def _bars(findings: Sequence[LabelFinding | PatchFinding], heights: Sequence[float], order: str) -> tuple[Figure, Axes]:
+    """One for each label, red where it is infected; the order is told where there are too many to name."""
+    many = len(findings) > _NAMED
+    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    colours = [_INFECTED if item.infected else _USUAL for item in findings]
+    axes.bar(range(len(heights)), heights, width=1.0 if many else 0.7, color=colours)
+    if many:
+        axes.set_xlabel(f"{len(heights)} labels, {order}")
+        axes.set_xticks([])
+    else:
+        names = [title(item) for item in findings]
+        axes.set_xticks(range(len(heights)), names, rotation=90 if max(map(len, names)) > 3 else 0, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def triggers_figure(findings: Sequence[LabelFinding | PatchFinding], triggers: Triggers, clean: Tensor) -> bytes:
     """Rows of pictures, as PNG; a column for each trigger."""
     count = len(findings)
     images = clean[[number % len(clean) for number in range(count)]]

@@ -130,7 +130,9 @@ def scan_again(
     def shown(what: str, done: int, total: int) -> None:
         progress(f"{what}, round {number + 1}", done, total)
 
-    alone = msgspec.structs.replace(settings, pairs=False, silent_units=False, rounds=1, seed=settings.seed + number)
+    alone = msgspec.structs.replace(
+        settings, pairs=False, silent_units=False, patches=False, rounds=1, seed=settings.seed + number
+    )
     own = None if checkpoints is None else checkpoints.within(f"round-{number + 1}", weights_sha256(copied.predictor))
     found = scan(copied.predictor, clean, alone, engine=engine, checkpoints=own, progress=shown)
     labels = set(before.labels.tolist())

@@ -26,7 +26,8 @@ from calibration.engine import Engine
 from calibration.frozen import frozen
 from calibration.inspection.anomaly import check_reached
 from calibration.inspection.judge import SMALL_PAIR, Judge, Look
-from calibration.inspection.record import LabelFinding, ScanFigures
+from calibration.inspection.patches import PatchSearch
+from calibration.inspection.record import LabelFinding, PatchFinding, ScanFigures
 from calibration.inspection.search import Search
 from calibration.inspection.silent_units import check_rectifiers, through_silent_units
 from calibration.inspection.triggers import Goals, Triggers
@@ -36,6 +37,7 @@ from guard.errors import InspectionError
 FEWEST_IMAGES = 50
 _SILENT_STEPS, _SILENT_IMAGES, _SILENT_SMALLEST = 320, 32, 0.1  # a short search will do: the way is straight
 _FEWEST_COMPARED = 3  # labels
+_SHOWN = 8  # images
 _REACHED = {"labels": "labels", "pairs": "pairs of labels", "silent-units": "labels behind silent units"}
 _MOST_SEARCHED, _MOST_HELD_OUT = 1000, 500
 _HELD_OUT = 1.0 / 3.0
@@ -48,6 +50,7 @@ class ScanSettings(msgspec.Struct, frozen=True, kw_only=True):
         search: For triggers.
         pairs: Look for triggers from each label to each other one, too.
         silent_units: Look for triggers behind units that are silent without them, too; see `silent_units`.
+        patches: Look for the best patch of a few pixels, too; see `patches`.
         rounds: Of searches for further triggers of an infected label, see `rounds`; 1 for none.
         seed: Of the cut and of every draw.
     """
@@ -55,6 +58,7 @@ class ScanSettings(msgspec.Struct, frozen=True, kw_only=True):
     search: Search = Search()
     pairs: bool = False
     silent_units: bool = False
+    patches: bool = False
     rounds: int = 1
     seed: int = 0
 
@@ -77,6 +81,7 @@ class Scan:
         clean: (K, C, H, W), a few held-out images, to show triggers on.
         further_triggers: In the order of `figures.further`; None where no further rounds were asked for, or needed.
         silent_triggers: In the order of `figures.silent_units`; None where that was not asked for.
+        patch_triggers: In the order of `figures.patches`; likewise.
     """
 
     figures: ScanFigures
@@ -86,15 +91,19 @@ class Scan:
     clean: Tensor
     further_triggers: Triggers | None = None
     silent_triggers: Triggers | None = None
+    patch_triggers: Triggers | None = None
 
     @property
     def infected(self) -> Triggers:
-        """The triggers of the infected labels, those behind silent units after the others."""
-        parts = [(self.triggers, self.figures.labels)]
+        """The triggers of the infected labels, those behind silent units after the others, and patches after these."""
+        figures, parts = self.figures, [(self.triggers, [item.infected for item in self.figures.labels])]
         if self.silent_triggers is not None:
-            parts.append((self.silent_triggers, self.figures.silent_units))
-        chosen = [part.select([row for row, item in enumerate(findings) if item.infected]) for part, findings in parts]
-        return Triggers.together(chosen)
+            parts.append((self.silent_triggers, [item.infected for item in figures.silent_units]))
+        if self.patch_triggers is not None:
+            parts.append((self.patch_triggers, [item.infected for item in figures.patches]))
+        return Triggers.together(
+            [part.select([row for row, is_so in enumerate(infected) if is_so]) for part, infected in parts]
+        )
 
 
 def scan(
@@ -121,36 +130,19 @@ def scan(
         ModelError: The model has no gradients.
     """
     started = time.monotonic()
-    check_labels(clean, predictor)
-    clean = _distinct(clean)
-    engine = engine or Engine()
-    to_search, held_out = _cut(clean, settings.seed)
-    searched = to_search.images(slice(None))
-    model = engine.place(frozen(predictor, searched[:2]))
-    _refuse_chance(predictor, held_out)
-    classes = predictor.num_classes
+    judge = _judge(predictor, clean, settings.seed, engine or Engine(), checkpoints, progress)
+    classes, names = predictor.num_classes, clean.class_names
     if settings.silent_units:
         if classes < _FEWEST_COMPARED:
             raise InspectionError(
                 f"expected a model of at least {_FEWEST_COMPARED} labels, which silent units are compared over, got {classes}: "
                 "scan without --silent-units"
             )
-        check_rectifiers(model, searched[:1].to(engine.device))
-    judge = Judge(
-        model,
-        classes,
-        searched,
-        to_search.labels,
-        held_out.images(slice(None)),
-        settings.seed,
-        engine,
-        checkpoints,
-        progress,
-    )
+        check_rectifiers(judge.answers, judge.searched[:1].to(judge.engine.device))
     everywhere = Look("labels", Goals.all_labels(classes), settings.search)
     found = judge.find(everywhere)
     unreached = [_check_reached(everywhere, found)]
-    triggers, labels = judge.findings(everywhere, found, clean.class_names)
+    triggers, labels = judge.findings(everywhere, found, names)
     further: dict[str, tuple[Triggers, tuple[LabelFinding, ...]]] = {}
     clean_labels = torch.tensor([item.label_index for item in labels if not item.infected], dtype=torch.int64)
     for look in _further_looks(settings, classes, clean_labels):
@@ -162,20 +154,26 @@ def scan(
                 raise
             unreached.append(f"Of these nothing is said: {problem}.")
             continue
-        further[look.name] = judge.findings(look, more, clean.class_names)
+        further[look.name] = judge.findings(look, more, names)
     pair_triggers, pairs = further.get("pairs", (None, ()))
     silent_triggers, silent = further.get("silent-units", (None, ()))
-    everything = (*labels, *silent, *pairs)
+    infected = {item.label_index for item in (*labels, *silent) if item.infected}
+    seeming_clean = [label for label in range(classes) if label not in infected]
+    patch_triggers, patches = None, tuple[PatchFinding, ...]()
+    if settings.patches and len(seeming_clean) >= _FEWEST_COMPARED:
+        patch_triggers, patches = judge.find_patches(Goals.of(torch.tensor(seeming_clean)), PatchSearch(), names)
+    everything: tuple[LabelFinding | PatchFinding, ...] = (*labels, *silent, *patches, *pairs)
     return Scan(
         ScanFigures(
             infected=any(item.infected for item in everything),
             labels=labels,
             pairs=pairs,
             silent_units=silent,
+            patches=patches,
             median_l1=statistics.median(item.mask_l1 for item in labels),
             reference_agreement=judge.agreement,
-            clean_images=len(searched),
-            held_out=len(held_out),
+            clean_images=len(judge.searched),
+            held_out=len(judge.held_out),
             passes=sum(item.passes for item in everything),
             seconds=time.monotonic() - started if checkpoints is None else checkpoints.seconds,
             said=tuple(
@@ -184,7 +182,8 @@ def scan(
                     [
                         _missing(predictor, torch.cat([judge.known, judge.own])),
                         *unreached,
-                        _not_looked_behind(settings, clean_labels),
+                        _not_looked_for("behind silent units", settings.silent_units, len(clean_labels)),
+                        _not_looked_for("by patches", settings.patches, len(seeming_clean)),
                         judge.thinly(),
                     ],
                 )
@@ -193,8 +192,51 @@ def scan(
         triggers,
         pair_triggers,
         settings,
-        held_out.images(slice(0, 8)),
+        judge.held_out[:_SHOWN],
         silent_triggers=silent_triggers,
+        patch_triggers=patch_triggers,
+    )
+
+
+def look_for_patches(
+    predictor: Predictor, clean: ImageSet, seed: int = 0, *, engine: Engine | None = None, progress: Progress = no_progress
+) -> tuple[Triggers, tuple[PatchFinding, ...]]:
+    """What `scan` does with patches, alone, and of every label.
+
+    Args:
+        predictor: The model, of at least three labels.
+        clean: See `scan`.
+        seed: Of the cut and of every draw.
+        engine: Where; this machine's first device by default.
+        progress: Told how far it is.
+
+    Raises:
+        InspectionError: Too few different images, or answers near chance.
+        ModelError: The model has no gradients.
+    """
+    judge = _judge(predictor, clean, seed, engine or Engine(), None, progress)
+    return judge.find_patches(Goals.all_labels(predictor.num_classes), PatchSearch(), clean.class_names)
+
+
+def _judge(
+    predictor: Predictor, clean: ImageSet, seed: int, engine: Engine, checkpoints: Checkpoints | None, progress: Progress
+) -> Judge:
+    """With the images cut into those that are searched with and others."""
+    check_labels(clean, predictor)
+    to_search, held_out = _cut(_distinct(clean), seed)
+    searched = to_search.images(slice(None))
+    model = engine.place(frozen(predictor, searched[:2]))
+    _refuse_chance(predictor, held_out)
+    return Judge(
+        model,
+        predictor.num_classes,
+        searched,
+        to_search.labels,
+        held_out.images(slice(None)),
+        seed,
+        engine,
+        checkpoints,
+        progress,
     )
 
 
@@ -226,13 +268,11 @@ def _check_reached(look: Look, found: Triggers) -> str:
     return check_reached(found.sizes < found.masks[0].numel(), hint, _REACHED[look.name])
 
 
-def _not_looked_behind(settings: ScanSettings, clean: Tensor) -> str:
+def _not_looked_for(how: str, asked: bool, labels: int) -> str:
     """What was asked for and can't be had, in words."""
-    if not settings.silent_units or len(clean) >= _FEWEST_COMPARED:
+    if not asked or labels >= _FEWEST_COMPARED:
         return ""
-    return (
-        f"Nothing was looked for behind silent units: that takes {_FEWEST_COMPARED} labels that seem clean, not {len(clean)}."
-    )
+    return f"Nothing was looked for {how}: that takes {_FEWEST_COMPARED} labels that seem clean, not {labels}."
 
 
 def _missing(predictor: Predictor, labels: Tensor) -> str:

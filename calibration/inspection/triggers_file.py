@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from calibration.inspection.record import TRIGGERS, LabelFinding, ScanRecord, read_scan
+from calibration.inspection.record import TRIGGERS, LabelFinding, PatchFinding, ScanRecord, read_scan
 from calibration.inspection.triggers import Triggers
 from guard.errors import InspectionError
 from guard.images import InputSpec
@@ -58,8 +59,9 @@ def read_infected(folder: str | Path, backend: Backend, *, pairs: bool = False, 
         )
     labels = [item for item in record.labels if item.infected]
     silent = [item for item in record.silent_units if item.infected]
+    patches = [item for item in record.patches if item.infected]
     both = [item for item in record.pairs if item.infected]
-    if not labels and not silent and not (both and pairs):
+    if not labels and not silent and not patches and not (both and pairs):
         only = ", only pairs of labels" if both else ""
         raise InspectionError(
             f"the scan in {folder} found no infected label{only}, so there is no trigger to filter or to repair by: go on "
@@ -67,7 +69,12 @@ def read_infected(folder: str | Path, backend: Backend, *, pairs: bool = False, 
         )
     try:
         arrays = load_file(folder / TRIGGERS)
-        parts = [("labels", labels), ("silent", silent), ("pairs", both if pairs else [])]
+        parts: list[tuple[str, Sequence[LabelFinding | PatchFinding]]] = [
+            ("labels", labels),
+            ("silent", silent),
+            ("patches", patches),
+            ("pairs", both if pairs else []),
+        ]
         known = [_rows(arrays, kind, items) for kind, items in parts if items]
         found = Triggers.together([*known, *([_all(arrays, "further")] if record.further else [])])
     except (OSError, SafetensorError, KeyError, ValueError, IndexError, TypeError, RuntimeError) as error:
@@ -83,7 +90,7 @@ def _all(arrays: dict[str, Tensor], kind: str) -> Triggers:
     return Triggers(*parts)
 
 
-def _rows(arrays: dict[str, Tensor], kind: str, wanted: list[LabelFinding]) -> Triggers:
+def _rows(arrays: dict[str, Tensor], kind: str, wanted: Sequence[LabelFinding | PatchFinding]) -> Triggers:
     """Of the labels, or pairs, those that are wanted, in that order."""
     triggers = _all(arrays, kind)
     goals = list(zip(triggers.labels.tolist(), triggers.sources.tolist(), strict=True))

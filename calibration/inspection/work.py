@@ -128,19 +128,21 @@ def _write(
 
 
 def _arrays(found: Scan) -> dict[str, Tensor]:
-    """Masks, patterns, labels and sources of the labels' triggers, the pairs', those behind silent units and later rounds'."""
+    """Masks, patterns, labels and sources: of labels, of pairs, behind silent units, of patches, and of later rounds."""
     arrays: dict[str, Tensor] = {}
-    for kind, triggers, findings in (
-        ("labels", found.triggers, found.figures.labels),
-        ("pairs", found.pair_triggers, found.figures.pairs),
-        ("silent", found.silent_triggers, found.figures.silent_units),
-        ("further", found.further_triggers, found.figures.further),
+    figures = found.figures
+    for kind, triggers, needed in (
+        ("labels", found.triggers, [item.candidate for item in figures.labels]),
+        ("pairs", found.pair_triggers, [item.candidate for item in figures.pairs]),
+        ("silent", found.silent_triggers, [item.candidate for item in figures.silent_units]),
+        ("patches", found.patch_triggers, [item.infected for item in figures.patches]),
+        ("further", found.further_triggers, [item.candidate for item in figures.further]),
     ):
         if triggers is None:
             continue
         kept = triggers
         if triggers.masks.nbytes + triggers.patterns.nbytes > _MOST_BYTES:
-            kept = triggers.select([row for row, item in enumerate(findings) if item.candidate])
+            kept = triggers.select([row for row, is_so in enumerate(needed) if is_so])
         arrays |= {f"{kind}.{name}": getattr(kept, name).contiguous() for name in Triggers.__dataclass_fields__}
     return arrays
 
