@@ -242,8 +242,9 @@ def _without_images(source: ModelSource, size: tuple[int, int, int] | None, give
 
 
 def _next_command(record: ScanRecord, model: list[str], data: Path | None, out: Path) -> list[str]:
-    """Repair what is infected; of what seems clean, make a profile that guards it all the same."""
-    command = ["repair", *model, "--method", "auto"] if record.infected else ["calibrate", *model]
+    """Repair what is infected, by what was found; of what seems clean, make a profile that guards it all the same."""
+    known = ["--scan", str(out)] if record.method == "neural-cleanse" else []
+    command = ["repair", *model, "--method", "auto", *known] if record.infected else ["calibrate", *model]
     folder = out.parent / f"{out.absolute().name}-{'repaired' if record.infected else 'profile'}"
     return ["guard", *command, "--data", "CLEAN" if data is None else str(data), "--out", str(folder)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from calibration.inspection.judge import SMALL, SMALL_PAIR, acquittal, patch_acquittal
+from calibration.inspection.judge import PATCH_WORKS, SMALL, SMALL_PAIR, acquittal, patch_acquittal
 from calibration.inspection.record import LabelFinding, PatchFinding, ScanFigures, SecondOpinion
 
 LIMITS_WITHOUT_DATA = (
@@ -26,8 +26,8 @@ def limits(figures: ScanFigures) -> str:
         unseen.append("those that work for a few source labels alone (--pairs looks for them)")
     if not figures.silent_units:
         unseen.append("those behind a module that is silent without nearly the whole trigger (--silent-units looks there)")
-    if not figures.patches:
-        unseen.append("patches of which no smaller part works (--patches looks for them)")
+    if not figures.patches or _undecided(figures.patches):
+        unseen.append("patches of which no smaller part works (--patches looks for squares)")
     what = f"{', '.join(unseen[:-1])}, and {unseen[-1]}"
     return f"This is no proof that a model is clean. A scan like this one does not see {what}."
 
@@ -94,12 +94,17 @@ def candidate_table(findings: Sequence[LabelFinding]) -> tuple[tuple[str, ...], 
     return header, rows
 
 
+def _undecided(findings: Sequence[PatchFinding]) -> list[PatchFinding]:
+    """Labels that patches lead to, of which the reference was not asked."""
+    return [item for item in findings if item.success >= PATCH_WORKS and item.reference_success is None]
+
+
 def patch_table(findings: Sequence[PatchFinding]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header, and a row for each label whose patch works too often, and for the three that work most often."""
     header = ("label", "place", "works on others", "other labels', by the median", "works in a clean reference", "verdict")
     rows: list[tuple[str, ...]] = []
     for place, item in enumerate(sorted(findings, key=lambda item: -item.success)):
-        if place >= _SMALLEST and item.reference_success is None:
+        if place >= _SMALLEST and item.success < PATCH_WORKS:
             continue
         why = patch_acquittal(item.success, item.others, item.reference_success)
         rows.append(
@@ -163,7 +168,7 @@ def remarks(figures: ScanFigures) -> list[str]:
         said.append(f"The anomaly index alone would accuse {titles(by_index)}; the second opinion does not.")
     if missed:
         said.append(f"The anomaly index alone would miss {titles(missed)}.")
-    infected = {item.label_index for item in figures.labels if item.infected}
+    infected = {item.label_index for part in (figures.labels, figures.patches) for item in part if item.infected}
     if any(item.label_index in infected for item in figures.pairs):
         said.append("Pairs that lead to an infected label are no further backdoors: its trigger works from every label.")
     silent = [item for item in figures.silent_units if item.infected]
@@ -175,9 +180,12 @@ def remarks(figures: ScanFigures) -> list[str]:
     patches = [item for item in figures.patches if item.infected]
     if patches:
         side = patches[0].side
+        said.append(f"A patch of {side}x{side} pixels leads to {titles(patches)}; the size of the smallest mask did not tell.")
+    undecided = _undecided(figures.patches)
+    if undecided:
         said.append(
-            f"A patch of {side}x{side} pixels leads to {titles(patches)}, though no mask is small there: nearly the whole "
-            "trigger must be there."
+            f"Patches lead to {titles(undecided)}, too, but so often to other labels that they decide nothing there: the model "
+            "is easily misled."
         )
     if figures.reference_agreement is not None:
         said.append(

@@ -176,31 +176,34 @@ class Judge:
         found = recover_patches(
             self.answers, self.searched, goals, search, self.seed, self.engine, self.checkpoints, "patches", self.progress
         )
+        places = [mask.nonzero()[0].tolist() for mask in found.masks]
         works = torch.tensor([self._success(found, row) for row in range(len(found))], dtype=torch.float64)
-        findings = []
-        for row, mask in enumerate(found.masks):
-            (top, left), label = mask.nonzero()[0].tolist(), int(found.labels[row])
-            success, others = float(works[row]), float(torch.cat([works[:row], works[row + 1 :]]).quantile(0.5))
-            suspect = success >= PATCH_WORKS and success >= PATCH_STANDS_OUT * others
-            there = self._share(self._reference(), found, row, self._others(found, row)) if suspect else None
-            findings.append(
-                PatchFinding(
-                    label_index=label,
-                    label=names[label] if label < len(names) else None,
-                    side=search.side(*mask.shape),
-                    top=top,
-                    left=left,
-                    success=success,
-                    others=others,
-                    reference_success=there,
-                    passes=int(found.passes[row]),
-                    infected=not patch_acquittal(success, others, there),
-                )
+        others = [float(torch.cat([works[:row], works[row + 1 :]]).quantile(0.5)) for row in range(len(works))]
+        there = {
+            row: self._share(self._reference(), found, row, self._others(found, row))
+            for row, (own, usual) in enumerate(zip(works.tolist(), others, strict=True))
+            if own >= PATCH_WORKS and own >= PATCH_STANDS_OUT * usual
+        }
+        infected = [row for row in there if not patch_acquittal(float(works[row]), others[row], there[row])]
+        if infected:
+            chosen = found.select(infected)
+            stronger = strengthen(self.answers, self.searched, chosen, self.seed, self.engine, self.progress)
+            found = found.replace(infected, stronger)
+        return found, tuple(
+            PatchFinding(
+                label_index=label,
+                label=names[label] if label < len(names) else None,
+                side=search.side(*mask.shape),
+                top=int(place[0]),
+                left=int(place[1]),
+                success=float(works[row]),
+                others=others[row],
+                reference_success=there.get(row),
+                passes=int(found.passes[row]),
+                infected=row in infected,
             )
-        infected = [row for row, item in enumerate(findings) if item.infected]
-        chosen = found.select(infected)
-        stronger = strengthen(self.answers, self.searched, chosen, self.seed, self.engine, self.progress)
-        return found.replace(infected, stronger), tuple(findings)
+            for row, (label, mask, place) in enumerate(zip(found.labels.tolist(), found.masks, places, strict=True))
+        )
 
     def _opinions(self, look: Look, triggers: Triggers, rows: Sequence[int]) -> dict[int, SecondOpinion]:
         ratios = {row: _ratio(triggers.sizes, row) for row in rows}

@@ -1,11 +1,13 @@
-"""Patches: for each label the best square of a few pixels, wherever in the image it works best.
+"""Patches: for each label the best square of a few pixels, from places all over the image.
 
 The search for a small mask finds triggers of which a part will do. One that must be there nearly whole, as TrojanNN's square of
 neurons' favourite pixels, has no small mask: what the mask shrinks to is a faint pattern over much of the image, as for any
 other label. So (ours) this search turns the question round. Every label gets the same few pixels, opaque and in one place, and
 it is asked how often the best such patch works. In a clean model the best ones move some images; a backdoor's moves nearly all.
 
-All places are tried with a few steps of a few images, and the best of them go on.
+Places lie half a patch's side apart. All are tried with a few steps of a few images, and the best go on.
+
+Blind to: triggers between these places of which 9/16 don't do.
 """
 
 from __future__ import annotations
@@ -28,14 +30,14 @@ from calibration.inspection.triggers import Goals, Triggers, squash, unsquash
 
 _BETAS = (0.5, 0.9)
 _SMALLEST = 2  # pixels
-_BETWEEN = 3.0  # seconds from one checkpoint to the next
+_BETWEEN, _WORTH = 3.0, 20.0  # seconds from one checkpoint to the next, and at least so many times what one takes
 
 
 class PatchSearch(msgspec.Struct, frozen=True, kw_only=True):
     """How a patch is looked for.
 
     Attributes:
-        share: Side of the patch, over the image's shorter one; in whole pixels, two at least. Places lie that far apart.
+        share: Side of the patch, over the image's shorter one; in whole pixels, two at least. Places lie half of that apart.
         rate: Adam's.
         steps: At every place.
         images: That each of these sees.
@@ -46,9 +48,9 @@ class PatchSearch(msgspec.Struct, frozen=True, kw_only=True):
 
     share: float = 1.0 / 8.0
     rate: float = 0.3
-    steps: int = 16
-    images: int = 4
-    kept: int = 2
+    steps: int = 8
+    images: int = 2
+    kept: int = 4
     further_steps: int = 60
     further_images: int = 12
 
@@ -152,21 +154,24 @@ class _Work:
         masks, patterns = torch.zeros(count, height, width), torch.zeros(count, channels, height, width)
         success = torch.zeros(count)
         done = 0
+        if checkpoints is not None:
+            checkpoints = checkpoints.within(name, self.goals.labels.tolist())  # which earlier verdicts have chosen
         found = None if checkpoints is None else checkpoints.load(name)
         if found is not None:
             done, arrays, _ = found
             masks[:done], patterns[:done], success[:done] = (arrays[key] for key in ("masks", "patterns", "success"))
-        saved = time.monotonic()
+        saved, took = time.monotonic(), 0.0
         while done < count:
             part = slice(done, min(done + together, count))
             masks[part], patterns[part], success[part] = self._best(torch.arange(count)[part], places)
             done = part.stop
             progress("looking for patches", done, count)
-            if checkpoints is not None and (done == count or time.monotonic() - saved > _BETWEEN):
-                checkpoints.save(
-                    name, done, arrays={"masks": masks[:done], "patterns": patterns[:done], "success": success[:done]}
-                )
+            now = time.monotonic()
+            if checkpoints is not None and (done == count or now - saved > max(_BETWEEN, _WORTH * took)):
+                arrays = {"masks": masks[:done], "patterns": patterns[:done], "success": success[:done]}
+                checkpoints.save(name, done, arrays=arrays)
                 saved = time.monotonic()
+                took = saved - now
         passes = self._passes(len(places))
         return Triggers(self.goals.labels, self.goals.sources, masks, patterns, success, torch.full((count,), passes))
 
@@ -177,10 +182,10 @@ class _Work:
         return places * search.steps * search.images + kept * search.further_steps * search.further_images
 
     def _places(self) -> Tensor:
-        """(P, 2), int64, on the processor: tops and lefts, a patch's side apart, the image's edges among them."""
+        """(P, 2), int64, on the processor: tops and lefts, half a patch's side apart, the image's edges among them."""
         height, width = self.images.shape[2:]
         side = self.search.side(height, width)
-        tops, lefts = (sorted({*range(0, size - side + 1, side), size - side}) for size in (height, width))
+        tops, lefts = (sorted({*range(0, size - side + 1, side // 2), size - side}) for size in (height, width))
         return torch.cartesian_prod(torch.tensor(tops), torch.tensor(lefts))
 
     def _best(self, rows: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -121,13 +121,13 @@ class ScanFigures(msgspec.Struct, frozen=True, kw_only=True):
             needed.
         clean_images: That the search saw; 0 where it needs none.
         held_out: Clean images that it did not see.
-        passes: Images that went through the model, for all labels and pairs.
+        passes: Images that went through the model, for all that was looked for.
         seconds: That it took, with the time before an interruption.
         recovered_images: That were recovered from the model, to stand in for clean ones.
         recovered_agreement: Share of these that the model gives the label they were recovered for; None without any.
         silent_units: Where that was asked for, one for each label that is not infected by then, of a search whose gradients
             pass silent units.
-        patches: Where that was asked for, one for each label that is not infected by then.
+        patches: Where that was asked for, one for each label that is not infected by then; none of fewer than three.
         further: Of infected labels, triggers that a later round found, after those before were unlearnt in a copy.
         said: What else must be told.
     """

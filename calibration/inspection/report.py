@@ -94,9 +94,9 @@ def _patches_sections(findings: Sequence[PatchFinding], triggers: Triggers, clea
     return [
         Section(
             "How often patches work",
-            (f"For every label the best patch of {findings[0].side}x{findings[0].side} pixels, wherever it works best.",),
+            (f"Every label's best patch of {findings[0].side}x{findings[0].side} pixels, of all places that were tried.",),
             picture=patches_figure(findings),
-            caption="On images that the search has not seen; from the line on a label is suspect.",
+            caption="On images that the search has not seen; from the line on a label is suspect, if it also stands out.",
             header=header,
             rows=rows,
         ),
@@ -104,7 +104,7 @@ def _patches_sections(findings: Sequence[PatchFinding], triggers: Triggers, clea
             "The patches that work best",
             picture=triggers_figure([findings[row] for row in best], triggers.select(best), clean),
             caption="The place, the patch, and a held-out image without and with it. That of an infected label went on from "
-            "there as a mask, until it worked nearly always.",
+            "there as a mask, if that works more often.",
         ),
     ]
 

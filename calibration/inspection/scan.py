@@ -145,23 +145,27 @@ def scan(
     triggers, labels = judge.findings(everywhere, found, names)
     further: dict[str, tuple[Triggers, tuple[LabelFinding, ...]]] = {}
     clean_labels = torch.tensor([item.label_index for item in labels if not item.infected], dtype=torch.int64)
+    patch_triggers, patches = None, tuple[PatchFinding, ...]()
+    if settings.patches and len(clean_labels) >= _FEWEST_COMPARED:
+        patch_triggers, patches = judge.find_patches(Goals.of(clean_labels), PatchSearch(), names)
+    infected = {item.label_index for part in (labels, patches) for item in part if item.infected}
+    clean_labels = torch.tensor([label for label in range(classes) if label not in infected], dtype=torch.int64)
+    looked = [
+        _not_looked_for("by patches", settings.patches, classes - sum(item.infected for item in labels)),
+        _not_looked_for("behind silent units", settings.silent_units, len(clean_labels)),
+    ]
     for look in _further_looks(settings, classes, clean_labels):
         more = judge.find(look)
         try:
             unreached.append(_check_reached(look, more))
         except InspectionError as problem:
-            if not any(item.infected for item in labels):  # else that is known, and is not lost
+            if not infected:  # else that is known, and is not lost
                 raise
             unreached.append(f"Of these nothing is said: {problem}.")
             continue
         further[look.name] = judge.findings(look, more, names)
     pair_triggers, pairs = further.get("pairs", (None, ()))
     silent_triggers, silent = further.get("silent-units", (None, ()))
-    infected = {item.label_index for item in (*labels, *silent) if item.infected}
-    seeming_clean = [label for label in range(classes) if label not in infected]
-    patch_triggers, patches = None, tuple[PatchFinding, ...]()
-    if settings.patches and len(seeming_clean) >= _FEWEST_COMPARED:
-        patch_triggers, patches = judge.find_patches(Goals.of(torch.tensor(seeming_clean)), PatchSearch(), names)
     everything: tuple[LabelFinding | PatchFinding, ...] = (*labels, *silent, *patches, *pairs)
     return Scan(
         ScanFigures(
@@ -182,8 +186,7 @@ def scan(
                     [
                         _missing(predictor, torch.cat([judge.known, judge.own])),
                         *unreached,
-                        _not_looked_for("behind silent units", settings.silent_units, len(clean_labels)),
-                        _not_looked_for("by patches", settings.patches, len(seeming_clean)),
+                        *looked,
                         judge.thinly(),
                     ],
                 )
@@ -211,9 +214,13 @@ def look_for_patches(
         progress: Told how far it is.
 
     Raises:
-        InspectionError: Too few different images, or answers near chance.
+        InspectionError: Too few different images or labels, or answers near chance.
         ModelError: The model has no gradients.
     """
+    if predictor.num_classes < _FEWEST_COMPARED:
+        raise InspectionError(
+            f"expected a model of at least {_FEWEST_COMPARED} labels, whose patches are compared, got {predictor.num_classes}"
+        )
     judge = _judge(predictor, clean, seed, engine or Engine(), None, progress)
     return judge.find_patches(Goals.all_labels(predictor.num_classes), PatchSearch(), clean.class_names)
 

@@ -219,7 +219,7 @@ class Game:
 
     def _check_input(self, images: Tensor) -> None:
         """Before any step: afterwards a student that a high rate has carried off looks the same."""
-        given = images.to(self._engine.device).requires_grad_(True)
+        given = images.to(self._engine.device).clone().requires_grad_(True)
         try:
             found = torch.autograd.grad(self._answers(self._teacher, given).square().sum(), given, allow_unused=True)[0]
         except Exception as error:  # foreign code

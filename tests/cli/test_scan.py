@@ -48,7 +48,7 @@ def test_what_comes_next_is_told_what_was_told(tmp_path: Path, files: Files, inf
     out = tmp_path / "scan"
     run = guard("scan", infected, "--data", files.clean, "--plain", "--steps", 128, "--output", "logits", "--out", out)
     assert run.code == 1, run.err
-    said = f"next: guard repair {infected} --output logits --method auto --data {files.clean} --out {out}-repaired"
+    said = f"next: guard repair {infected} --output logits --method auto --scan {out} --data {files.clean} --out {out}-repaired"
     assert said in run.out.replace("\n", "")
     assert "infected" in run.out
 

@@ -64,7 +64,7 @@ def test_it_lies_where_the_true_trigger_is(found: Triggers, digits: Digits) -> N
     clean = digits.test.images(slice(None))
     true = (ATTACK.trigger(clean) != clean).any(dim=0).any(dim=0)
     mask = found.masks[TARGET]
-    assert float(mask[true].sum() / mask.sum()) >= 0.5 > float(true.double().mean())
+    assert float(mask[true].sum() / mask.sum()) >= 0.4 > 2.0 * float(true.double().mean())
 
 
 def test_labels_do_not_disturb_each_other(

@@ -87,7 +87,7 @@ def test_masks_are_squares_and_patterns_are_pixels(found: Triggers) -> None:
     assert found.masks.unique().tolist() == [0.0, 1.0]
     assert found.sizes.tolist() == [4.0] * 10
     assert 0.0 <= float(found.patterns.min()) <= float(found.patterns.max()) <= 1.0
-    assert found.passes.tolist() == [16 * 16 * 4 + 2 * 60 * 12] * 10
+    assert found.passes.tolist() == [49 * 8 * 2 + 4 * 60 * 12] * 10
 
 
 @pytest.mark.parametrize(("height", "width", "side"), [(8, 8, 2), (28, 28, 4), (32, 32, 4), (64, 48, 6), (224, 224, 28)])
@@ -115,6 +115,21 @@ def test_what_is_found_for_a_label_depends_on_no_other(
     same(recover_patches(small_trigger, images, Goals.of(torch.tensor([8])), PatchSearch(), 0, engine), found.select([8]))
 
 
+@pytest.mark.parametrize("place", [(4, 4), (13, 14), (15, 2), (28, 28)])
+def test_a_trigger_between_the_places_is_found_where_most_of_it_will_do(engine: Engine, place: tuple[int, int]) -> None:
+    """9 of its 16 pixels, which is what the nearest place may share with it."""
+    top, left = place
+
+    class Square(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            found = images[:, 0, top : top + 4, left : left + 4].mean(dim=(1, 2))
+            return torch.stack([8.0 * (found - 0.5), torch.zeros_like(found)], dim=1)
+
+    dark = 0.1 * torch.rand(60, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    lit = recover_patches(Square(), dark, Goals.of(torch.tensor([0])), PatchSearch(), 0, engine)
+    assert float(lit.success[0]) == 1.0
+
+
 @pytest.mark.parametrize("at_once", [5, 64])
 def test_memory_changes_nothing(
     images: Tensor, small_trigger: nn.Module, engine: Engine, monkeypatch: pytest.MonkeyPatch, at_once: int
@@ -140,6 +155,7 @@ def test_an_interrupted_search_comes_to_the_same(
     monkeypatch.setattr(searching, "_BETWEEN", 0.0)
     monkeypatch.setattr(searching, "images_at_once", lambda *_: 64)  # a label at a time
     goals, seen = Goals.all_labels(10), list[int]()
+    some = Goals.of(torch.tensor([0, 2]))
     whole = recover_patches(small_trigger, images, goals, SHORT, 0, engine)
 
     def interrupt(_: str, done: int, __: int) -> None:
@@ -154,6 +170,8 @@ def test_an_interrupted_search_comes_to_the_same(
         whole,
     )
     assert seen == [6, 7, 8, 9, 10]
+    other = recover_patches(small_trigger, images, some, SHORT, 0, engine, again)  # what is kept is of other labels
+    same(other, whole.select([0, 2]))
 
 
 @pytest.mark.usefixtures("known_reference")
@@ -169,7 +187,9 @@ def test_a_scan_says_which_label_a_patch_leads_to(
     assert [item.label_index for item in record.patches if item.infected] == [TARGET]
     assert not any(item.infected for item in record.everything)
     assert verdict(record) == f"The model is backdoored: label {TARGET}."
-    assert f"A patch of 2x2 pixels leads to label {TARGET}, though no mask is small there" in " ".join(remarks(record))
+    assert f"A patch of 2x2 pixels leads to label {TARGET}; the size of the smallest mask did not tell." in " ".join(
+        remarks(record)
+    )
     assert record.passes == sum(item.passes for item in record.labels) + sum(item.passes for item in record.patches)
     assert patch_table(record.patches)[1][0][-1] == "infected"
     page = (tmp_path / "scanned" / "report.html").read_text()

@@ -19,7 +19,7 @@ from calibration.inspection import judge, work
 from calibration.inspection.figures import candidate_table, limits, remarks, title, verdict
 from calibration.inspection.judge import acquittal, is_infected, spread
 from calibration.inspection.neural_cleanse import recover_triggers
-from calibration.inspection.record import LabelFinding, ScanFigures, SecondOpinion, read_scan
+from calibration.inspection.record import LabelFinding, PatchFinding, ScanFigures, SecondOpinion, read_scan
 from calibration.inspection.reference import train_reference
 from calibration.inspection.report import scan_report, sizes_figure
 from calibration.inspection.scan import Scan, ScanSettings, scan
@@ -290,9 +290,24 @@ def test_what_was_looked_for_is_not_said_to_be_unseen(found: Scan) -> None:
     plain = limits(found.figures)
     assert "--pairs looks for them" in plain
     assert "--silent-units looks there" in plain
-    both = limits(msgspec.structs.replace(found.figures, pairs=found.figures.labels, silent_units=found.figures.labels))
-    assert "--" not in both
-    assert both.endswith("change with it, and backdoors that move every label to the next.")
+    assert "--patches looks for squares" in plain
+    square = PatchFinding(
+        label_index=0,
+        label=None,
+        side=2,
+        top=0,
+        left=0,
+        success=0.1,
+        others=0.1,
+        reference_success=None,
+        passes=1,
+        infected=False,
+    )
+    labels, misled = found.figures.labels, msgspec.structs.replace(square, success=0.9, others=0.6)
+    looked = msgspec.structs.replace(found.figures, pairs=labels, silent_units=labels, patches=(square,))
+    assert "--" not in limits(looked)
+    assert "--patches" in limits(msgspec.structs.replace(looked, patches=(misled,)))  # which decided nothing
+    assert limits(looked).endswith("change with it, and backdoors that move every label to the next.")
 
 
 @pytest.mark.parametrize(("name", "shown"), [(None, "3"), ("3", "3"), ("cat", "3 (cat)")])

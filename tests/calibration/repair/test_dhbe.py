@@ -332,7 +332,7 @@ def test_the_trigger_loses_most_of_its_hold_without_any_data(engine: Engine, dig
     assert float((before > 0.0).double().mean()) > 0.99
     settings = Dhbe(
         epochs=4,
-        iterations=25,
+        iterations=40,
         batch=32,
         rate=1e-2,  # no batch norm
         sample_rate=1e-5,  # in so short a game, G would only show the student triggers

@@ -157,7 +157,7 @@ def test_a_white_patch_survives_squeezing(digits: Digits, backdoored: nn.Sequent
     """Known blindness: such a trigger holds its answer better than a clean image does."""
     detector = FeatureSqueezing(Predictor(wrap(backdoored), SPEC, 10, "logits"))
     clean, triggered = (detector.score(part.images(slice(None))).median() for part in (digits.test, digits.triggered))
-    assert triggered < 0.01 < 0.5 < clean
+    assert triggered < 0.01 < 0.2 < clean
 
 
 @pytest.mark.parametrize(
