@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -55,8 +56,10 @@ def test_what_comes_next_is_told_what_was_told(tmp_path: Path, files: Files, inf
 
 def test_a_clean_model_ends_with_0(tmp_path: Path, files: Files, digits: Digits, clean_twin: nn.Module, guard: Command) -> None:
     save_exported(clean_twin, digits.train.images(slice(0, 2)), tmp_path / "clean.pt2")
-    run = guard("scan", tmp_path / "clean.pt2", "--data", files.clean, "--steps", 256, "--out", tmp_path / "scan")
+    run = guard("scan", tmp_path / "clean.pt2", "--data", files.clean, "--steps", 256, "--patches", "--out", tmp_path / "scan")
     assert run.code == 0, run.err
+    assert re.search(r"Patches\s+label .*works on others", run.out)
+    assert "looking for patches" in run.err
     assert "No label needs a trigger so small" in run.out
     assert "no proof that a model is clean" in run.err
     assert "The smallest triggers of labels" in run.out

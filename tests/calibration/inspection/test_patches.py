@@ -20,7 +20,7 @@ from calibration.inspection.judge import patch_acquittal
 from calibration.inspection.patches import PatchSearch, recover_patches
 from calibration.inspection.record import PatchFinding, read_scan
 from calibration.inspection.report import patches_figure
-from calibration.inspection.scan import ScanSettings
+from calibration.inspection.scan import ScanSettings, look_for_patches
 from calibration.inspection.search import Search
 from calibration.inspection.triggers import Goals, Triggers
 from calibration.inspection.triggers_file import read_infected
@@ -198,6 +198,17 @@ def test_a_scan_says_which_label_a_patch_leads_to(
     assert triggers.labels.tolist() == [TARGET]
     assert share(small_trigger, triggers, 0, digits.test.images(slice(None))) >= 0.95
     assert read_scan(tmp_path / "scanned").patches == record.patches
+
+
+def test_a_patch_that_works_on_a_clean_reference_accuses_nobody(
+    digits: Digits, small_trigger: nn.Module, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judging, "train_reference", lambda *_: small_trigger)  # as if it were natural
+    _, found = look_for_patches(discover(wrap(small_trigger), digits.clean), digits.clean, engine=engine)
+    (target,) = [item for item in found if item.reference_success is not None]
+    assert target.label_index == TARGET
+    assert not target.infected
+    assert patch_table(found)[1][0][-1] == "clean: works on a clean model, too"
 
 
 def test_nothing_is_found_in_a_clean_twin(tmp_path: Path, digits: Digits, clean_twin: nn.Module, engine: Engine) -> None:
