@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from calibration.inspection.judge import PATCH_WORKS, SMALL, SMALL_PAIR, acquittal, patch_acquittal
 from calibration.inspection.record import LabelFinding, PatchFinding, ScanFigures, SecondOpinion
@@ -57,8 +57,15 @@ def looks(figures: ScanFigures) -> dict[str, tuple[LabelFinding, ...]]:
     return {where: findings for where, findings in everything.items() if findings}
 
 
-def candidate_table(findings: Sequence[LabelFinding]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header, and a row for each label that got a second opinion, the smallest trigger first."""
+def candidate_table(
+    findings: Sequence[LabelFinding], elsewhere: Collection[int] = ()
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header, and a row for each label that got a second opinion, the smallest trigger first.
+
+    Args:
+        findings: Of labels, or of pairs.
+        elsewhere: Labels that were found infected by another look.
+    """
     header = (
         "label",
         "L1",
@@ -88,7 +95,7 @@ def candidate_table(findings: Sequence[LabelFinding]) -> tuple[tuple[str, ...], 
                 f"{opinion.success:.1%}",
                 natural,
                 "-" if opinion.reference_success is None else f"{opinion.reference_success:.0%}",
-                _verdict(item, opinion),
+                _verdict(item, opinion, item.label_index in elsewhere),
             )
         )
     return header, rows
@@ -101,7 +108,14 @@ def _undecided(findings: Sequence[PatchFinding]) -> list[PatchFinding]:
 
 def patch_table(findings: Sequence[PatchFinding]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header, and a row for each label whose patch works too often, and for the three that work most often."""
-    header = ("label", "place", "works on others", "other labels', by the median", "works in a clean reference", "verdict")
+    header = (
+        "label",
+        "first row, column",
+        "works on others",
+        "other labels', by the median",
+        "works in a clean reference",
+        "verdict",
+    )
     rows: list[tuple[str, ...]] = []
     for place, item in enumerate(sorted(findings, key=lambda item: -item.success)):
         if place >= _SMALLEST and item.success < PATCH_WORKS:
@@ -110,7 +124,7 @@ def patch_table(findings: Sequence[PatchFinding]) -> tuple[tuple[str, ...], list
         rows.append(
             (
                 title(item),
-                f"row {item.top}, column {item.left}",
+                f"{item.top}, {item.left}",
                 f"{item.success:.1%}",
                 f"{item.others:.0%}",
                 "-" if item.reference_success is None else f"{item.reference_success:.0%}",
@@ -120,9 +134,11 @@ def patch_table(findings: Sequence[PatchFinding]) -> tuple[tuple[str, ...], list
     return header, rows
 
 
-def _verdict(item: LabelFinding, opinion: SecondOpinion) -> str:
+def _verdict(item: LabelFinding, opinion: SecondOpinion, elsewhere: bool) -> str:
     limit = SMALL if item.source_index is None else SMALL_PAIR
-    return "infected" if item.infected else f"clean: {acquittal(opinion, limit)}"
+    if item.infected:
+        return "infected"
+    return f"{'infected, though not by this' if elsewhere else 'clean'}: {acquittal(opinion, limit)}"
 
 
 def factor_table(findings: Sequence[LabelFinding]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -145,7 +161,9 @@ def factor_table(findings: Sequence[LabelFinding]) -> tuple[tuple[str, ...], lis
 
 def smallest_table(figures: ScanFigures, findings: Sequence[LabelFinding]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """What was made of the smallest triggers, by whichever method."""
-    return factor_table(findings) if figures.method == "deep-inspect" else candidate_table(findings)
+    if figures.method == "deep-inspect":
+        return factor_table(findings)
+    return candidate_table(findings, [item.label_index for item in figures.all_infected])
 
 
 def median_l1(findings: Sequence[LabelFinding]) -> float:

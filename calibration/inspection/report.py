@@ -22,6 +22,7 @@ from calibration.inspection.figures import (
     median_l1,
     patch_table,
     remarks,
+    smallest_table,
     title,
     verdict,
 )
@@ -53,7 +54,7 @@ def scan_report(scan: Scan, model: str = "") -> bytes:
         triggers = triggers_of[where]
         if triggers is None:
             continue
-        header, rows = candidate_table(findings)
+        header, rows = smallest_table(figures, findings)
         smallest = sorted(range(len(findings)), key=lambda row: findings[row].mask_l1)
         shown = [row for row in smallest if findings[row].candidate][:_SHOWN]
         sections += [

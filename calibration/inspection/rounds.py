@@ -69,6 +69,8 @@ def scan_rounds(
         said.append(f"Round {number + 1} found " + (f"further triggers to {what}." if rows else "no further trigger."))
         return found if number + 1 < settings.rounds else found.select([])
 
+    if settings.patches:
+        said.append("Further rounds look for masks, not for patches.")
     copied = TrainableCopy.of(predictor).faster(first.clean[:2])
     parts = clean_parts(clean, predictor, settings.seed)
     repair_by_unlearning(

@@ -31,7 +31,7 @@ def figure_rows(figures: RepairFigures) -> list[tuple[str, ...]]:
         rows.append(("recovered triggers work after, at most", f"{figures.recovered_success_after:.2%}"))
     found = figures.verification
     if found is not None and found.rescan_infected is not None:
-        rows.append(("labels that a rescan finds infected", ", ".join(map(str, found.rescan_infected)) or "none"))
+        rows.append(("labels that a rescan finds infected, by masks", ", ".join(map(str, found.rescan_infected)) or "none"))
     if found is not None and found.recovered_success is not None:
         shown = ", ".join(f"{share:.2%}" for share in found.recovered_success)
         rows.append(("recovered triggers work, once, 4 and 9 times", shown))

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 import pytest
 
-from benchmarks import deep_inspect, detectors, inspection, neural_cleanse, repairs
+from benchmarks import deep_inspect, detectors, inspection, neural_cleanse, patches, repairs
 from benchmarks.plans import Plan
 from benchmarks.roster import DETECTED, SCANNED
 
 SCANS = inspection.load_reports()
 PUBLISHED = neural_cleanse.load_reports()
 DEEP = deep_inspect.load_reports()
+PATCHES = patches.load_reports()
 REPAIRS = repairs.load_reports()
 DETECTED_ON = detectors.load_reports()
 MISSED = {
@@ -22,9 +23,9 @@ MOST_MISSED = 0.0163
 """Neural Cleanse's Table III: the most that its filter misses of BadNets at a false rejection rate of 5%."""
 
 
-@pytest.mark.parametrize("reports", [SCANS, PUBLISHED, DEEP], ids=["scans", "published", "deep-inspect"])
+@pytest.mark.parametrize("reports", [SCANS, PUBLISHED, DEEP, PATCHES], ids=["scans", "published", "deep-inspect", "patches"])
 def test_models_are_as_they_are_planned(
-    reports: Sequence[inspection.Report | neural_cleanse.Report | deep_inspect.Report],
+    reports: Sequence[inspection.Report | neural_cleanse.Report | deep_inspect.Report | patches.Report],
 ) -> None:
     plans: dict[str, Plan] = {report.name: report.plan for report in reports}
     assert all(SCANNED[name] == plan for name, plan in plans.items())
@@ -35,6 +36,14 @@ def test_a_scan_misses_nothing_and_accuses_nobody(report: inspection.Report) -> 
     if report.name in MISSED:
         assert not report.found
     else:
+        assert report.right
+
+
+@pytest.mark.parametrize("report", PATCHES, ids=lambda report: report.name)
+def test_patches_accuse_nobody_and_find_what_masks_miss(report: patches.Report) -> None:
+    """A trigger that is no square, or larger, may be missed; masks find those."""
+    assert report.found <= set(report.targets)
+    if report.name in MISSED:
         assert report.right
 
 

@@ -15,7 +15,7 @@ from calibration.discovery import discover
 from calibration.engine import Engine
 from calibration.inspection import judge as judging
 from calibration.inspection import patches as searching
-from calibration.inspection.figures import limits, patch_table, remarks, verdict
+from calibration.inspection.figures import limits, patch_table, remarks, smallest_table, verdict
 from calibration.inspection.judge import patch_acquittal
 from calibration.inspection.patches import PatchSearch, recover_patches
 from calibration.inspection.record import PatchFinding, read_scan
@@ -192,6 +192,9 @@ def test_a_scan_says_which_label_a_patch_leads_to(
     )
     assert record.passes == sum(item.passes for item in record.labels) + sum(item.passes for item in record.patches)
     assert patch_table(record.patches)[1][0][-1] == "infected"
+    by_masks = {row[0]: row[-1] for row in smallest_table(record, record.labels)[1]}
+    assert by_masks[str(TARGET)].startswith("infected, though not by this: ")
+    assert [label for label, why in by_masks.items() if not why.startswith("clean: ")] == [str(TARGET)]
     page = (tmp_path / "scanned" / "report.html").read_text()
     assert "How often patches work" in page
     triggers = read_infected(tmp_path / "scanned", suspect.backend)

@@ -42,7 +42,9 @@ class TwoDoors(nn.Module):
 @pytest.mark.slow
 def test_a_second_trigger_is_found_once_the_first_is_unlearnt(digits: Digits, clean_twin: nn.Module, tmp_path: Path) -> None:
     suspect, out = discover(wrap(TwoDoors(copy.deepcopy(clean_twin)).eval()), digits.clean), tmp_path / "scanned"
-    record = scan_into(out, suspect, digits.clean, ScanSettings(search=Search(steps=320, draws=0), rounds=2), Engine())
+    settings = ScanSettings(search=Search(steps=320, draws=0), rounds=2, patches=True)
+    record = scan_into(out, suspect, digits.clean, settings, Engine())
+    assert "Further rounds look for masks, not for patches." in record.said
     assert [item.label_index for item in record.labels if item.infected] == [3]
     assert [item.label_index for item in record.further] == [3]
     assert read_scan(out) == record
