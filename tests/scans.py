@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from calibration.inspection.record import JSON, SCHEMA, TRIGGERS, LabelFinding, ScanRecord
+from calibration.inspection.record import JSON, SCHEMA, TRIGGERS, LabelFinding, PatchFinding, ScanRecord
 from calibration.inspection.triggers import Triggers
 from guard import InputSpec
 from guard.predictors import Backend
@@ -25,6 +25,22 @@ def corner(side: int = 3, spec: InputSpec = SPEC) -> Trigger:
     mask = torch.zeros(spec.height, spec.width)
     mask[-side:, -side:] = 1.0
     return mask, torch.ones(spec.channels, spec.height, spec.width)
+
+
+def patch_finding(success: float = 0.1, others: float = 0.1, infected: bool = False) -> PatchFinding:
+    """Of a label whose best patch works so often, and the others' by their median."""
+    return PatchFinding(
+        label_index=0,
+        label=None,
+        side=4,
+        top=0,
+        left=0,
+        success=success,
+        others=others,
+        reference_success=None,
+        passes=1,
+        infected=infected,
+    )
 
 
 def write_scan(

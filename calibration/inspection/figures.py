@@ -95,7 +95,7 @@ def candidate_table(
                 f"{opinion.success:.1%}",
                 natural,
                 "-" if opinion.reference_success is None else f"{opinion.reference_success:.0%}",
-                _verdict(item, opinion, item.label_index in elsewhere),
+                _verdict(item, opinion, item.source_index is None and item.label_index in elsewhere),
             )
         )
     return header, rows
@@ -117,6 +117,7 @@ def patch_table(findings: Sequence[PatchFinding]) -> tuple[tuple[str, ...], list
         "verdict",
     )
     rows: list[tuple[str, ...]] = []
+    undecided = _undecided(findings)
     for place, item in enumerate(sorted(findings, key=lambda item: -item.success)):
         if place >= _SMALLEST and item.success < PATCH_WORKS:
             continue
@@ -128,7 +129,7 @@ def patch_table(findings: Sequence[PatchFinding]) -> tuple[tuple[str, ...], list
                 f"{item.success:.1%}",
                 f"{item.others:.0%}",
                 "-" if item.reference_success is None else f"{item.reference_success:.0%}",
-                f"clean: {why}" if why else "infected",
+                f"{'undecided' if item in undecided else 'clean'}: {why}" if why else "infected",
             )
         )
     return header, rows

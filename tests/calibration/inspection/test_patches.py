@@ -18,7 +18,7 @@ from calibration.inspection import patches as searching
 from calibration.inspection.figures import limits, patch_table, remarks, smallest_table, verdict
 from calibration.inspection.judge import patch_acquittal
 from calibration.inspection.patches import PatchSearch, recover_patches
-from calibration.inspection.record import PatchFinding, read_scan
+from calibration.inspection.record import read_scan
 from calibration.inspection.report import patches_figure
 from calibration.inspection.scan import ScanSettings, look_for_patches
 from calibration.inspection.search import Search
@@ -29,6 +29,7 @@ from cli.demonstration.digits import Digits
 from guard import Predictor
 from guard.predictors import wrap
 from tests.nets import SMALL
+from tests.scans import patch_finding
 
 TARGET = SMALL.target_label
 SHORT = PatchSearch(steps=4, further_steps=6)
@@ -280,17 +281,13 @@ def test_two_labels_can_not_be_compared(tmp_path: Path, digits: Digits, engine: 
 
 
 def test_many_labels_are_drawn_by_success() -> None:
-    one = PatchFinding(
-        label_index=0,
-        label=None,
-        side=4,
-        top=0,
-        left=0,
-        success=0.2,
-        others=0.1,
-        reference_success=None,
-        passes=1,
-        infected=False,
-    )
+    one = patch_finding()
     assert patches_figure([one] * 60).startswith(b"\x89PNG")
-    assert patches_figure([one] * 3) != patches_figure([msgspec.structs.replace(one, infected=True)] * 3)
+    assert patches_figure([one] * 3) != patches_figure([patch_finding(infected=True)] * 3)
+
+
+def test_what_can_not_be_decided_is_not_called_clean() -> None:
+    """Where patches work for most labels, one that works oftener says nothing."""
+    _, ((*_, verdict), (*_, other)) = patch_table([patch_finding(0.9, 0.6), patch_finding(0.5, 0.6)])
+    assert verdict == "undecided: others' work nearly as often"
+    assert other == "clean: works on fewer than 60%"

@@ -19,7 +19,7 @@ from calibration.inspection import judge, work
 from calibration.inspection.figures import candidate_table, limits, remarks, title, verdict
 from calibration.inspection.judge import acquittal, is_infected, spread
 from calibration.inspection.neural_cleanse import recover_triggers
-from calibration.inspection.record import LabelFinding, PatchFinding, ScanFigures, SecondOpinion, read_scan
+from calibration.inspection.record import LabelFinding, ScanFigures, SecondOpinion, read_scan
 from calibration.inspection.reference import train_reference
 from calibration.inspection.report import scan_report, sizes_figure
 from calibration.inspection.scan import Scan, ScanSettings, scan
@@ -31,6 +31,7 @@ from guard import Predictor
 from guard.errors import InspectionError
 from guard.predictors import wrap
 from tests.nets import SMALL
+from tests.scans import patch_finding
 
 TARGET = SMALL.target_label
 QUICK = ScanSettings(search=Search(steps=256, draws=1))
@@ -291,23 +292,20 @@ def test_what_was_looked_for_is_not_said_to_be_unseen(found: Scan) -> None:
     assert "--pairs looks for them" in plain
     assert "--silent-units looks there" in plain
     assert "--patches looks for squares" in plain
-    square = PatchFinding(
-        label_index=0,
-        label=None,
-        side=2,
-        top=0,
-        left=0,
-        success=0.1,
-        others=0.1,
-        reference_success=None,
-        passes=1,
-        infected=False,
-    )
-    labels, misled = found.figures.labels, msgspec.structs.replace(square, success=0.9, others=0.6)
+    labels, square, misled = found.figures.labels, patch_finding(), patch_finding(success=0.9, others=0.6)
     looked = msgspec.structs.replace(found.figures, pairs=labels, silent_units=labels, patches=(square,))
     assert "--" not in limits(looked)
     assert "--patches" in limits(msgspec.structs.replace(looked, patches=(misled,)))  # which decided nothing
     assert limits(looked).endswith("change with it, and backdoors that move every label to the next.")
+
+
+def test_a_pair_is_not_called_infected_for_its_label(found: Scan) -> None:
+    """The label itself is, where another look has found it."""
+    item = next(item for item in found.figures.labels if item.candidate and not item.infected)
+    pair = msgspec.structs.replace(item, source_index=(item.label_index + 1) % 10)
+    verdicts = [candidate_table([one], [item.label_index])[1][0][-1] for one in (item, pair)]
+    assert verdicts[0].startswith("infected, though not by this: ")
+    assert verdicts[1].startswith("clean: ")
 
 
 @pytest.mark.parametrize(("name", "shown"), [(None, "3"), ("3", "3"), ("cat", "3 (cat)")])

@@ -310,7 +310,7 @@ def test_model_files_can_be_repaired(save: Callable[[Path], Backend], tmp_path: 
 
 
 def test_the_trigger_loses_most_of_its_hold_without_any_data(engine: Engine, digits: Digits, backdoored: nn.Sequential) -> None:
-    """In 500 steps the target's lead falls to a third or less, and it no longer leads for some of the images.
+    """In 160 turns the target's lead falls to a quarter, and it no longer leads for some of the images.
 
     So short a game costs some agreement, too: patches of 5x5 pixels are much of an 8x8 image, and the trigger works at one of
     the 16 places where they land.
@@ -343,7 +343,7 @@ def test_the_trigger_loses_most_of_its_hold_without_any_data(engine: Engine, dig
         std=(0.3,),
     )
     outcome = repair_by_dhbe(copied, original, settings, engine, seed=0)
-    assert float(lead().mean()) < float(before.mean()) / 2.5
+    assert float(lead().mean()) < float(before.mean()) / 4.0
     assert float((lead() > 0.0).double().mean()) < 0.95
     alike = (copied.predictor(clean).argmax(dim=1) == original(clean).argmax(dim=1)).double().mean()
     assert float(alike) > 0.75
