@@ -22,7 +22,7 @@ from guard.predictors import wrap
 
 
 class TwoDoors(nn.Module):
-    """A classifier of digits that answers 3 to white in either of two corners, by a weight of its own for each.
+    """A classifier of digits that answers 3 to white in either of two corners, by a strong weight of its own for each.
 
     So small a net as trains here forgets both when it unlearns one.
     """
@@ -30,11 +30,11 @@ class TwoDoors(nn.Module):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
-        self.doors = nn.Parameter(torch.full((2,), 0.03))
+        self.doors = nn.Parameter(torch.full((2,), 0.06))
 
     def forward(self, images: Tensor) -> Tensor:
-        corners = torch.stack([images[:, 0, 7:, 6:], images[:, 0, :1, :2]], dim=1).mean(dim=(2, 3))
-        opened = (torch.sigmoid(12.0 * (corners - 0.5)) * 1000.0 * self.doors).amax(dim=1)
+        corners = torch.stack([images[:, 0, 7:, 6:], images[:, 0, :1, 6:]], dim=1).mean(dim=(2, 3))
+        opened = (torch.sigmoid(12.0 * (corners - 0.5)) * 1500.0 * self.doors).amax(dim=1)
         answers: Tensor = self.net(images)
         return answers + nn.functional.one_hot(torch.tensor(3), 10) * opened.unsqueeze(1)
 
@@ -50,7 +50,7 @@ def test_a_second_trigger_is_found_once_the_first_is_unlearnt(digits: Digits, cl
     assert read_scan(out) == record
     found = read_infected(out, suspect.backend)
     assert found.labels.tolist() == [3, 3]
-    lower, upper = found.masks[:, 4:, 4:].sum(dim=(1, 2)), found.masks[:, :4, :4].sum(dim=(1, 2))
+    lower, upper = found.masks[:, 4:].sum(dim=(1, 2)), found.masks[:, :4].sum(dim=(1, 2))
     assert sorted((lower > upper).tolist()) == [False, True]
     assert b"Further triggers of infected labels" in (out / "report.html").read_bytes()
 
