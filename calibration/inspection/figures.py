@@ -5,7 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Collection, Sequence
 
-from calibration.inspection.judge import PATCH_WORKS, SMALL, SMALL_PAIR, acquittal, patch_acquittal
+from calibration.inspection import patch_verdicts
+from calibration.inspection.judge import SMALL, SMALL_PAIR, acquittal
+from calibration.inspection.patch_verdicts import patch_acquittal
 from calibration.inspection.record import LabelFinding, PatchFinding, ScanFigures, SecondOpinion
 
 LIMITS_WITHOUT_DATA = (
@@ -103,7 +105,7 @@ def candidate_table(
 
 def _undecided(findings: Sequence[PatchFinding]) -> list[PatchFinding]:
     """Labels that patches lead to, of which the reference was not asked."""
-    return [item for item in findings if item.success >= PATCH_WORKS and item.reference_success is None]
+    return [item for item in findings if item.success >= patch_verdicts.WORKS and item.reference_success is None]
 
 
 def patch_table(findings: Sequence[PatchFinding]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -119,7 +121,7 @@ def patch_table(findings: Sequence[PatchFinding]) -> tuple[tuple[str, ...], list
     rows: list[tuple[str, ...]] = []
     undecided = _undecided(findings)
     for place, item in enumerate(sorted(findings, key=lambda item: -item.success)):
-        if place >= _SMALLEST and item.success < PATCH_WORKS:
+        if place >= _SMALLEST and item.success < patch_verdicts.WORKS:
             continue
         why = patch_acquittal(item.success, item.others, item.reference_success)
         rows.append(

@@ -9,8 +9,7 @@ candidate is infected if
 3. a clean reference of the same task (`reference`) does not speak for an easy label: there, the trigger does not work, and the
    label needs not as little: the ratio is less than 0.6 times the one that the label has in the reference.
 
-Patches (`patches`) are all of one size, and are judged by how often they work: on at least 60% of images that the search has
-not seen, twice as often as other labels' by their median, and, again, on less than 30% in the reference.
+Patches are all of one size, and are judged otherwise: see `patch_verdicts`.
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ from calibration.engine import Engine
 from calibration.inspection.anomaly import anomaly_indices
 from calibration.inspection.neural_cleanse import recover_triggers
 from calibration.inspection.passes import says
-from calibration.inspection.patches import PatchSearch, recover_patches
-from calibration.inspection.record import LabelFinding, PatchFinding, SecondOpinion
+from calibration.inspection.record import LabelFinding, SecondOpinion
 from calibration.inspection.reference import train_reference
 from calibration.inspection.search import Search
 from calibration.inspection.strengthening import strengthen
@@ -46,18 +44,14 @@ SMALL = 0.36
 SMALL_PAIR = 0.25
 """The same of a pair: the smallest of M (M - 1) sizes is naturally smaller than that of M."""
 
+TRANSFERS = 0.3
+"""Success on the reference, by which a trigger is natural."""
+
 _NOMINATED = 1.0  # an index over it gets a second opinion
 _SMALLEST = 3  # and so do the smallest
 _WORKS = 0.9
 _SMALLER_THAN_NATURAL = 0.6  # of the ratio in the reference
 _FEWEST_JUDGED = 10  # images
-_TRANSFERS = 0.3  # success on the reference
-PATCH_WORKS = 0.6
-"""Of images that the search has not seen: a label's best patch must."""
-
-PATCH_STANDS_OUT = 2.0
-"""Times as often as the other labels', by their median, it must work: any patch works on a model that is easily misled."""
-
 _COMPARED = 12  # other labels that the reference is searched for, to know what is usual for it
 
 
@@ -146,10 +140,7 @@ class Judge:
         nominated |= {row for row, index in enumerate(indices) if index is not None and index > _NOMINATED}
         opinions = self._opinions(look, triggers, sorted(nominated))
         infected = [row for row, opinion in opinions.items() if opinion.infected]
-        chosen = triggers.select(infected)
-        stronger = triggers.replace(
-            infected, strengthen(self.answers, self.searched, chosen, self.seed, self.engine, self.progress)
-        )
+        stronger = self.strengthened(triggers, infected)
         return stronger, tuple(
             LabelFinding(
                 label_index=int(label),
@@ -169,45 +160,24 @@ class Judge:
             )
         )
 
-    def find_patches(
-        self, goals: Goals, search: PatchSearch, names: Sequence[str]
-    ) -> tuple[Triggers, tuple[PatchFinding, ...]]:
-        """The best patches, strengthened where a label is infected, and a verdict for each."""
-        found = recover_patches(
-            self.answers, self.searched, goals, search, self.seed, self.engine, self.checkpoints, "patches", self.progress
-        )
-        places = [mask.nonzero()[0].tolist() for mask in found.masks]
-        works = torch.tensor([self._success(found, row) for row in range(len(found))], dtype=torch.float64)
-        others = [float(torch.cat([works[:row], works[row + 1 :]]).quantile(0.5)) for row in range(len(works))]
-        there = {
-            row: self._share(self._reference(), found, row, self._others(found, row))
-            for row, (own, usual) in enumerate(zip(works.tolist(), others, strict=True))
-            if own >= PATCH_WORKS and own >= PATCH_STANDS_OUT * usual
-        }
-        infected = [row for row in there if not patch_acquittal(float(works[row]), others[row], there[row])]
-        if infected:
-            chosen = found.select(infected)
-            stronger = strengthen(self.answers, self.searched, chosen, self.seed, self.engine, self.progress)
-            found = found.replace(infected, stronger)
-        return found, tuple(
-            PatchFinding(
-                label_index=label,
-                label=names[label] if label < len(names) else None,
-                side=search.side(*mask.shape),
-                top=int(place[0]),
-                left=int(place[1]),
-                success=float(works[row]),
-                others=others[row],
-                reference_success=there.get(row),
-                passes=int(found.passes[row]),
-                infected=row in infected,
-            )
-            for row, (label, mask, place) in enumerate(zip(found.labels.tolist(), found.masks, places, strict=True))
-        )
+    def strengthened(self, triggers: Triggers, rows: list[int]) -> Triggers:
+        """The triggers, of which some are made to work better."""
+        if not rows:
+            return triggers
+        chosen = triggers.select(rows)
+        return triggers.replace(rows, strengthen(self.answers, self.searched, chosen, self.seed, self.engine, self.progress))
+
+    def success(self, triggers: Triggers, row: int) -> float:
+        """Share of images that one of them sends to its label, of those that the search has not seen."""
+        return self._share(self.answers, triggers, row, self._others(triggers, row))
+
+    def success_on_reference(self, triggers: Triggers, row: int) -> float:
+        """The same in the clean reference."""
+        return self._share(self._reference(), triggers, row, self._others(triggers, row))
 
     def _opinions(self, look: Look, triggers: Triggers, rows: Sequence[int]) -> dict[int, SecondOpinion]:
         ratios = {row: _ratio(triggers.sizes, row) for row in rows}
-        successes = {row: self._success(triggers, row) for row in rows}
+        successes = {row: self.success(triggers, row) for row in rows}
         suspects = [row for row in rows if ratios[row] < look.limit and successes[row] >= _WORKS]
         natural = self._natural(look, triggers, suspects) if suspects else {}
         opinions = {}
@@ -224,10 +194,6 @@ class Judge:
             )
             opinions[row] = msgspec.structs.replace(opinion, infected=is_infected(opinion, look.limit))
         return opinions
-
-    def _success(self, triggers: Triggers, row: int) -> float:
-        """On images that it wants to send to the label."""
-        return self._share(self.answers, triggers, row, self._others(triggers, row))
 
     def _others(self, triggers: Triggers, row: int) -> Tensor:
         """Images that the search has not seen; where these are too few to judge by, those that it has seen, too."""
@@ -279,7 +245,7 @@ class Judge:
             shown,
             doubtful=range(len(suspects)),
         ).sizes
-        works = [self._share(reference, triggers, row, self._others(triggers, row)) for row in suspects]
+        works = [self.success_on_reference(triggers, row) for row in suspects]
         return {
             row: _Natural(float(found[number]), _ratio(found, number), works[number]) for number, row in enumerate(suspects)
         }
@@ -316,27 +282,10 @@ def acquittal(opinion: SecondOpinion, limit: float = SMALL) -> str:
         return f"works on fewer than {_WORKS:.0%}"
     if opinion.reference_ratio is None or opinion.reference_success is None:
         return "no clean reference"
-    if opinion.reference_success >= _TRANSFERS:
+    if opinion.reference_success >= TRANSFERS:
         return "works on a clean model, too"
     natural = opinion.size_ratio >= _SMALLER_THAN_NATURAL * min(1.0, opinion.reference_ratio)
     return "about as small in a clean model" if natural else ""
-
-
-def patch_acquittal(success: float, others: float, reference_success: float | None) -> str:
-    """Why a label is not infected though a patch leads there, in words; empty if it is.
-
-    Args:
-        success: Share of unseen images that its best patch sends there.
-        others: The median of the other labels'.
-        reference_success: Share of them that its patch sends there in a clean reference.
-    """
-    if success < PATCH_WORKS:
-        return f"works on fewer than {PATCH_WORKS:.0%}"
-    if success < PATCH_STANDS_OUT * others:
-        return "others' work nearly as often"
-    if reference_success is None:
-        return "no clean reference"
-    return "works on a clean model, too" if reference_success >= _TRANSFERS else ""
 
 
 def spread(mask: Tensor) -> float:

@@ -171,6 +171,8 @@ class ScanRecord(ScanFigures, frozen=True, kw_only=True):
         input: Of the model.
         settings: How it was inspected.
         libraries: Versions that did it.
+        infected_labels: Indices, whatever found them: masks, what lies behind silent units, or patches; not of pairs, which are
+            infected from a source only. None in a file of before there was this.
     """
 
     schema: int
@@ -179,6 +181,7 @@ class ScanRecord(ScanFigures, frozen=True, kw_only=True):
     input: InputSpec
     settings: dict[str, object]
     libraries: dict[str, str]
+    infected_labels: tuple[int, ...] | None = None
 
 
 def read_scan(folder: Path) -> ScanRecord:

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from calibration.inspection import patch_verdicts
 from calibration.inspection.deep_inspect import DeepInspected
 from calibration.inspection.deep_scan import DeepScan
 from calibration.inspection.figures import (
@@ -26,7 +27,6 @@ from calibration.inspection.figures import (
     title,
     verdict,
 )
-from calibration.inspection.judge import PATCH_WORKS
 from calibration.inspection.record import LabelFinding, PatchFinding
 from calibration.inspection.scan import Scan
 from calibration.inspection.triggers import Triggers
@@ -169,7 +169,7 @@ def patches_figure(findings: Sequence[PatchFinding]) -> bytes:
     """How often each label's best patch works, as PNG; where there are many labels, sorted."""
     chosen = sorted(findings, key=lambda item: -item.success) if len(findings) > _NAMED else findings
     figure, axes = _bars(chosen, [100.0 * item.success for item in chosen], "by success")
-    axes.axhline(100.0 * PATCH_WORKS, color=_LINE, linewidth=0.8)
+    axes.axhline(100.0 * patch_verdicts.WORKS, color=_LINE, linewidth=0.8)
     axes.set_ylim(0.0, 100.0)
     axes.set_ylabel("works on, % of images")
     return png(figure)

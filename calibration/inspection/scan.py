@@ -26,6 +26,7 @@ from calibration.engine import Engine
 from calibration.frozen import frozen
 from calibration.inspection.anomaly import check_reached
 from calibration.inspection.judge import SMALL_PAIR, Judge, Look
+from calibration.inspection.patch_verdicts import judge_patches
 from calibration.inspection.patches import PatchSearch
 from calibration.inspection.record import LabelFinding, PatchFinding, ScanFigures
 from calibration.inspection.search import Search
@@ -147,7 +148,7 @@ def scan(
     clean_labels = torch.tensor([item.label_index for item in labels if not item.infected], dtype=torch.int64)
     patch_triggers, patches = None, tuple[PatchFinding, ...]()
     if settings.patches and len(clean_labels) >= _FEWEST_COMPARED:
-        patch_triggers, patches = judge.find_patches(Goals.of(clean_labels), PatchSearch(), names)
+        patch_triggers, patches = judge_patches(judge, Goals.of(clean_labels), PatchSearch(), names)
     infected = {item.label_index for part in (labels, patches) for item in part if item.infected}
     clean_labels = torch.tensor([label for label in range(classes) if label not in infected], dtype=torch.int64)
     looked = [
@@ -222,7 +223,7 @@ def look_for_patches(
             f"expected a model of at least {_FEWEST_COMPARED} labels, whose patches are compared, got {predictor.num_classes}"
         )
     judge = _judge(predictor, clean, seed, engine or Engine(), None, progress)
-    return judge.find_patches(Goals.all_labels(predictor.num_classes), PatchSearch(), clean.class_names)
+    return judge_patches(judge, Goals.all_labels(predictor.num_classes), PatchSearch(), clean.class_names)
 
 
 def _judge(

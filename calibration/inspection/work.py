@@ -118,6 +118,7 @@ def _write(
         input=predictor.spec,
         settings=msgspec.to_builtins(settings),
         libraries=versions(),
+        infected_labels=tuple(sorted({item.label_index for item in figures.all_infected if item.source_index is None})),
     )
     with KIND.writing(out) as draft:
         (draft / JSON).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")

@@ -14,9 +14,10 @@ from calibration.checkpoints import Checkpoints
 from calibration.discovery import discover
 from calibration.engine import Engine
 from calibration.inspection import judge as judging
+from calibration.inspection import patch_verdicts
 from calibration.inspection import patches as searching
 from calibration.inspection.figures import limits, patch_table, remarks, smallest_table, verdict
-from calibration.inspection.judge import patch_acquittal
+from calibration.inspection.patch_verdicts import patch_acquittal
 from calibration.inspection.patches import PatchSearch, recover_patches
 from calibration.inspection.record import read_scan
 from calibration.inspection.report import patches_figure
@@ -186,6 +187,7 @@ def test_a_scan_says_which_label_a_patch_leads_to(
     assert record.infected
     assert [item.label_index for item in record.patches] == list(range(10))
     assert [item.label_index for item in record.patches if item.infected] == [TARGET]
+    assert record.infected_labels == (TARGET,)
     assert not any(item.infected for item in record.everything)
     assert verdict(record) == f"The model is backdoored: label {TARGET}."
     assert f"A patch of 2x2 pixels leads to label {TARGET}; the size of the smallest mask did not tell." in " ".join(
@@ -239,7 +241,7 @@ def test_labels_that_masks_find_are_not_looked_at_again(
         patterns, nothing = torch.zeros(len(goals), 1, 8, 8), torch.zeros(len(goals))
         return Triggers(goals.labels, goals.sources, shown, patterns, nothing, torch.zeros(len(goals), dtype=torch.int64))
 
-    monkeypatch.setattr(judging, "recover_patches", none)
+    monkeypatch.setattr(patch_verdicts, "recover_patches", none)
     monkeypatch.setattr(judging, "is_infected", lambda *_: True)  # of every candidate
     record = scan_into(tmp_path / "scanned", discover(wrap(small_trigger), digits.clean), digits.clean, SETTINGS, engine)
     clean = [item.label_index for item in record.labels if not item.infected]

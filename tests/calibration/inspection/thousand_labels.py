@@ -1,6 +1,6 @@
 """A scan of a model with a thousand labels, interrupted halfway and gone on with; prints the most memory that it took, as JSON.
 
-python -m tests.calibration.inspection.thousand_labels OUT SIDE IMAGES
+python -m tests.calibration.inspection.thousand_labels OUT SIDE IMAGES [patches]
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from calibration import ImageSet
 from calibration.discovery import discover
 from calibration.engine import Engine
 from calibration.inspection import block
+from calibration.inspection import scan as inspection
+from calibration.inspection.patches import PatchSearch
 from calibration.inspection.scan import ScanSettings
 from calibration.inspection.search import Search
 from calibration.inspection.work import scan_into
@@ -41,14 +44,16 @@ class Net(nn.Module):
         return answers
 
 
-def main(out: Path, side: int, images: int) -> None:
+def main(out: Path, side: int, images: int, *, patches: bool) -> None:
     """Images are of random cells; a trigger counts as found however seldom it works, so that all are kept."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     cells = torch.randint(0, 256, (_IMAGES, 3, _CELLS, _CELLS), dtype=torch.uint8)
     clean = ImageSet(cells.repeat_interleave(side // _CELLS, dim=2).repeat_interleave(side // _CELLS, dim=3))
     predictor = discover(wrap(Net(side).eval()), clean)
-    settings = ScanSettings(search=Search(steps=2, window=1, images=images, success=0.0, first=3))
+    settings = ScanSettings(search=Search(steps=2, window=1, images=images, success=0.0, first=3), patches=patches)
+    few = partial(PatchSearch, steps=1, images=1, kept=1, further_steps=1, further_images=1)
+    vars(inspection)["PatchSearch"] = few
     block._BETWEEN = block._WORTH = 0.0
     told: list[str] = []
 
@@ -63,6 +68,7 @@ def main(out: Path, side: int, images: int) -> None:
     said = {
         "gibibytes": _most_memory() / 2**30,
         "labels": len(record.labels),
+        "patches": len(record.patches),
         "found": sum(item.mask_l1 < side * side for item in record.labels),
         "first": told[0],
         "done_again": Net.seen / record.passes,
@@ -78,4 +84,4 @@ def _most_memory() -> int:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), patches="patches" in sys.argv[4:])
