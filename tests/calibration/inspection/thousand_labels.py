@@ -52,7 +52,7 @@ def main(out: Path, side: int, images: int, *, patches: bool) -> None:
     clean = ImageSet(cells.repeat_interleave(side // _CELLS, dim=2).repeat_interleave(side // _CELLS, dim=3))
     predictor = discover(wrap(Net(side).eval()), clean)
     settings = ScanSettings(search=Search(steps=2, window=1, images=images, success=0.0, first=3), patches=patches)
-    few = partial(PatchSearch, steps=1, images=1, kept=1, further_steps=1, further_images=1)
+    few = partial(PatchSearch, share=0.5, steps=1, images=1, kept=1, further_steps=1, further_images=1)
     vars(inspection)["PatchSearch"] = few
     block._BETWEEN = block._WORTH = 0.0
     told: list[str] = []
