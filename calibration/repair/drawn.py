@@ -7,14 +7,18 @@ original, which it does from the start, so that accuracy holds.
 DHBE's generator of patches puts each batch's at one random place, and has to be lucky to hit on that of a trigger that works
 nowhere else. Ours (`patches`) look everywhere, for every label, and in two models: in the original, whose backdoor stays to be
 found, and in the copy, for what is left. Where the original stands out, the copy's are tried as well, however little they do
-there: a backdoor answers to more patterns than one search finds, and comes back by those. The copy learns to answer a drawing
-with a patch like the drawing without, by DHBE's distance:
+there: a backdoor answers to more patterns than one search finds, and comes back by those. The copy learns by DHBE's distance,
+of answers to drawings as they are and with a patch:
 
-    |s(x) - t'(x)| + w |t'(x) - s(x + p)|
+    |s(x) - t'(x)| + w |s(x + p) - t'(x + p)|
 
 t'(x) is the original's answer, unless that is a label which patches reach far more easily than most, and hangs on what the
 drawing happens to hold where they do so: then it is the answer without that window. So drawings that resemble the trigger don't
 teach it once more, but teach to forget it.
+
+t'(x + p) is t'(x), as DHBE has it, only where the patch is of such a label. A copy that is to overlook patches of every label
+learns to overlook what is natural about them, and its accuracy suffers. So to any other patch it goes on to answer as the
+original does, except that no label which may be a backdoor's gets more than in t'(x).
 
 References: Yan et al., DHBE, arXiv:2306.08009; Baradad et al., arXiv:2106.05963.
 """
@@ -46,7 +50,8 @@ SEARCHING = "looking for patches"
 _FRESH, _SHOWN = 1024, 16
 _LAST = 1_000_002  # draws, after those of all epochs
 _FALLS, _FALL = (0.6, 0.8), 0.1  # DHBE's: shares of the training after which the rate falls, and to which share
-_SORE = 0.5  # of the most that patches raise any label by: a label over it may be a backdoor's
+_SORE = 0.5  # of the most that patches raise any label by: of a label over it, drawings may hold a trigger by chance
+_SUSPECT = 0.25  # of the same: patches of a label over it are to be overlooked; several backdoors need not be equally strong
 _CANVAS_RATE, _FOCUS = 0.1, 0.7
 _SIDES, _FEWEST = (3.0 / 32.0, 1.0 / 4.0), (2, 3)  # smallest and largest patches: shares of an image's side, and pixels
 _MORE = 6  # further windows of a canvas, where they are only learnt
@@ -75,7 +80,7 @@ class Drawn(msgspec.Struct, frozen=True, kw_only=True):
     student_steps: int = 5
     batch: int = 64
     rate: float = 1e-3
-    weight: float = 1.5
+    weight: float = 1.0
     drawings: int = 4000
     search: int = 400
 
@@ -140,9 +145,9 @@ def repair_by_drawings(
 class _Batch:
     """What a step needs; Fabric would round tensors that it sees to bfloat16, and does not look into this."""
 
-    def __init__(self, images: Tensor, patched: Tensor, wanted: Tensor) -> None:
-        self.images, self.patched, self.wanted = images, patched, wanted
-        self.answers = wanted  # of the patched ones, once they are known
+    def __init__(self, images: Tensor, patched: Tensor, wanted: Tensor, wanted_patched: Tensor) -> None:
+        self.images, self.patched, self.wanted, self.wanted_patched = images, patched, wanted, wanted_patched
+        self.answers = wanted_patched  # of the patched ones, once they are known
 
 
 @final
@@ -155,19 +160,33 @@ class _Loss(nn.Module):
         count = len(batch.images)
         clean, patched = self.answers(torch.cat([batch.images, batch.patched])).float().split(count)
         batch.answers = patched.detach()
-        return drawn_loss(clean, patched, batch.wanted, self._weight)
+        return drawn_loss(clean, patched, batch.wanted, batch.wanted_patched, self._weight)
 
 
-def drawn_loss(clean: Tensor, patched: Tensor, wanted: Tensor, weight: float) -> Tensor:
+def drawn_loss(clean: Tensor, patched: Tensor, wanted: Tensor, wanted_patched: Tensor, weight: float) -> Tensor:
     """See the top of this file.
 
     Args:
         clean: (B, M), s(x), logits.
         patched: (B, M), s(x + p).
         wanted: (B, M), t'(x).
+        wanted_patched: (B, M), t'(x + p).
         weight: w.
     """
-    return (clean - wanted).abs().mean() + weight * (patched - wanted).abs().mean()
+    return (clean - wanted).abs().mean() + weight * (patched - wanted_patched).abs().mean()
+
+
+def patched_answers(own: Tensor, wanted: Tensor, labels: Tensor, suspect: Tensor) -> Tensor:
+    """t'(x + p), (B, M).
+
+    Args:
+        own: (B, M), the original's answers to the patched drawings.
+        wanted: (B, M), t'(x).
+        labels: (B,), int64, of the patches.
+        suspect: (M,), bool, which may be a backdoor's.
+    """
+    capped = torch.where(suspect, torch.minimum(own, wanted), own)
+    return torch.where(suspect[labels].unsqueeze(1), wanted, capped)
 
 
 @final
@@ -247,27 +266,30 @@ class _Game:
                 self._of_teacher.paste(images[:half], generator, copies=copies),
                 self._of_student.paste(images[half:], generator, copies=copies, also=self._of_teacher.map),
             )
-            wanted = self._wanted(images)
-            of_teacher = self._answers(self._teacher, parts[0].images) - wanted[:half]
-        batch = _Batch(images, torch.cat([part.images for part in parts]), wanted)
+            most, rows, columns = self._of_teacher.sorest()
+            wanted = self._wanted(images, most >= _SORE * most.max(), rows, columns)
+            patched = torch.cat([part.images for part in parts])
+            own = self._answers(self._teacher, patched)
+            labels = torch.cat([part.labels for part in parts])
+            wanted_patched = patched_answers(own, wanted, labels, most >= _SUSPECT * most.max())
+        batch = _Batch(images, patched, wanted, wanted_patched)
         self._optimizer.zero_grad(set_to_none=True)
         loss: Tensor = self._loss(batch)
         self._engine.backward(loss)
         self._optimizer.step()
         if not copies:
             moved = batch.answers - wanted
-            _note(self._of_teacher, parts[0], of_teacher)
+            _note(self._of_teacher, parts[0], own[:half] - wanted[:half])
             _note(self._of_student, parts[0], moved[:half])
             _note(self._of_student, parts[1], moved[half:])
         return loss.detach()
 
-    def _wanted(self, images: Tensor) -> Tensor:
+    def _wanted(self, images: Tensor, sore: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """t'(x)."""
         answers = self._answers(self._teacher, images)
         labels = answers.argmax(dim=1)
-        most, rows, columns = self._of_teacher.sorest()
         without = self._answers(self._teacher, exchange(images, rows[labels], columns[labels], self._largest + _WIDER))
-        hangs = (without.argmax(dim=1) != labels) & (most[labels] >= _SORE * most.max())
+        hangs = (without.argmax(dim=1) != labels) & sore[labels]
         return torch.where(hangs.unsqueeze(1), without, answers)
 
     def _ascend(self, patches: Patches, model: Answers | nn.Module, generator: torch.Generator, step: int) -> None:

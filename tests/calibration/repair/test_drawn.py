@@ -13,7 +13,7 @@ from calibration.checkpoints import Checkpoints
 from calibration.engine import Engine
 from calibration.fine_tuning import TrainableCopy
 from calibration.repair.drawings import Drawings
-from calibration.repair.drawn import Drawn, drawn_loss, repair_by_drawings
+from calibration.repair.drawn import Drawn, drawn_loss, patched_answers, repair_by_drawings
 from guard import InputSpec, Predictor
 from guard.errors import ModelError, RepairError
 from guard.predictors import load_backend
@@ -25,9 +25,15 @@ TINY = Drawn(epochs=1, iterations=2, student_steps=2, batch=8, drawings=20, sear
 
 
 def test_the_loss_by_hand() -> None:
-    wanted = torch.tensor([[0.0, 1.0]])
-    loss = drawn_loss(torch.tensor([[1.0, -2.0]]), torch.tensor([[0.5, 1.0]]), wanted, 2.0)
-    assert float(loss) == pytest.approx((1.0 + 3.0) / 2.0 + 2.0 * 0.5 / 2.0)
+    wanted, patched = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, 2.0]])
+    loss = drawn_loss(torch.tensor([[1.0, -2.0]]), torch.tensor([[0.5, 1.0]]), wanted, patched, 2.0)
+    assert float(loss) == pytest.approx((1.0 + 3.0) / 2.0 + 2.0 * 1.5 / 2.0)
+
+
+def test_only_patches_of_labels_that_stand_out_are_to_be_overlooked() -> None:
+    own, wanted = torch.tensor([[9.0, 7.0, 1.0]] * 2), torch.tensor([[2.0, 4.0, 6.0]] * 2)
+    found = patched_answers(own, wanted, torch.tensor([0, 1]), torch.tensor([True, False, False]))
+    assert found.tolist() == [[2.0, 4.0, 6.0], [2.0, 7.0, 1.0]]  # nor does another one raise such a label
 
 
 class Corner(nn.Module):
