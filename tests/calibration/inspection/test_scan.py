@@ -198,6 +198,27 @@ def test_the_folder(tmp_path: Path, digits: Digits, suspect: Predictor, found: S
         scan_into(tmp_path / "scan", suspect, digits.clean, QUICK, Engine())
 
 
+def test_a_pair_infects_no_label_of_its_own(
+    tmp_path: Path, digits: Digits, suspect: Predictor, found: Scan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repair of label 3 is not asked for by what leads from one class alone to it."""
+    labels = tuple(msgspec.structs.replace(item, infected=False) for item in found.figures.labels)
+    pairs = tuple(
+        msgspec.structs.replace(item, source_index=(item.label_index + 1) % 10, infected=item.label_index == 3)
+        for item in labels
+    )
+    figures = msgspec.structs.replace(found.figures, labels=labels, pairs=pairs)
+    monkeypatch.setattr(
+        work,
+        "scan_rounds",
+        lambda *_, **__: replace(found, figures=figures, pair_triggers=found.triggers.select(list(range(10)))),
+    )
+    record = scan_into(tmp_path / "scan", suspect, digits.clean, QUICK, Engine())
+    assert record.infected
+    assert [item.label_index for item in record.pairs if item.infected] == [3]
+    assert record.infected_labels == ()
+
+
 @pytest.mark.parametrize(
     ("content", "problem"),
     [(None, "make one with guard scan"), (b'{"schema": 2}', "of schema 1, got 2"), (b'{"schema": 1}', "is damaged")],
