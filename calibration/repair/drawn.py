@@ -7,18 +7,8 @@ original, which it does from the start, so that accuracy holds.
 DHBE's generator of patches puts each batch's at one random place, and has to be lucky to hit on that of a trigger that works
 nowhere else. Ours (`patches`) look everywhere, for every label, and in two models: in the original, whose backdoor stays to be
 found, and in the copy, for what is left. Where the original stands out, the copy's are tried as well, however little they do
-there: a backdoor answers to more patterns than one search finds, and comes back by those. The copy learns by DHBE's distance,
-of answers to drawings as they are and with a patch:
-
-    |s(x) - t'(x)| + w |s(x + p) - t'(x + p)|
-
-t'(x) is the original's answer, unless that is a label which patches reach far more easily than most, and hangs on what the
-drawing happens to hold where they do so: then it is the answer without that window. So drawings that resemble the trigger don't
-teach it once more, but teach to forget it.
-
-t'(x + p) is t'(x), as DHBE has it, only where the patch is of such a label. A copy that is to overlook patches of every label
-learns to overlook what is natural about them, and its accuracy suffers. So to any other patch it goes on to answer as the
-original does, except that no label which may be a backdoor's gets more than in t'(x).
+there: a backdoor answers to more patterns than one search finds, and comes back by those. `drawn_loss` says what the copy is
+asked for.
 
 References: Yan et al., DHBE, arXiv:2306.08009; Baradad et al., arXiv:2106.05963.
 """
@@ -41,6 +31,7 @@ from calibration.frozen import frozen
 from calibration.repair.dhbe_game import DhbeOutcome
 from calibration.repair.dhbe_settings import check_counts, check_size
 from calibration.repair.drawings import Drawings
+from calibration.repair.drawn_loss import Batch, Loss, patched_answers
 from calibration.repair.epochs import check_gradients, play_epochs, share_of_rates
 from calibration.repair.patches import Pasted, Patches, exchange
 from guard import InputSpec, Predictor
@@ -142,53 +133,6 @@ def repair_by_drawings(
         raise ModelError(f"the model can't be trained on drawings: {one_line(error)}") from error
 
 
-class _Batch:
-    """What a step needs; Fabric would round tensors that it sees to bfloat16, and does not look into this."""
-
-    def __init__(self, images: Tensor, patched: Tensor, wanted: Tensor, wanted_patched: Tensor) -> None:
-        self.images, self.patched, self.wanted, self.wanted_patched = images, patched, wanted, wanted_patched
-        self.answers = wanted_patched  # of the patched ones, once they are known
-
-
-@final
-class _Loss(nn.Module):
-    def __init__(self, answers: Answers, weight: float) -> None:
-        super().__init__()
-        self.answers, self._weight = answers, weight
-
-    def forward(self, batch: _Batch) -> Tensor:
-        count = len(batch.images)
-        clean, patched = self.answers(torch.cat([batch.images, batch.patched])).float().split(count)
-        batch.answers = patched.detach()
-        return drawn_loss(clean, patched, batch.wanted, batch.wanted_patched, self._weight)
-
-
-def drawn_loss(clean: Tensor, patched: Tensor, wanted: Tensor, wanted_patched: Tensor, weight: float) -> Tensor:
-    """See the top of this file.
-
-    Args:
-        clean: (B, M), s(x), logits.
-        patched: (B, M), s(x + p).
-        wanted: (B, M), t'(x).
-        wanted_patched: (B, M), t'(x + p).
-        weight: w.
-    """
-    return (clean - wanted).abs().mean() + weight * (patched - wanted_patched).abs().mean()
-
-
-def patched_answers(own: Tensor, wanted: Tensor, labels: Tensor, suspect: Tensor) -> Tensor:
-    """t'(x + p), (B, M).
-
-    Args:
-        own: (B, M), the original's answers to the patched drawings.
-        wanted: (B, M), t'(x).
-        labels: (B,), int64, of the patches.
-        suspect: (M,), bool, which may be a backdoor's.
-    """
-    capped = torch.where(suspect, torch.minimum(own, wanted), own)
-    return torch.where(suspect[labels].unsqueeze(1), wanted, capped)
-
-
 @final
 class _Game:
     """Copy, original and their patches."""
@@ -217,7 +161,7 @@ class _Game:
             "of_student": self._of_student.optimizer,
         }
         self._parameters = copied.parameters
-        self._loss, self._optimizer = engine.setup(_Loss(self.student, settings.weight), optimizer)
+        self._loss, self._optimizer = engine.setup(Loss(self.student, settings.weight), optimizer)
 
     def search(self, progress: Progress) -> None:
         """Look for the original's patches alone."""
@@ -272,7 +216,7 @@ class _Game:
             own = self._answers(self._teacher, patched)
             labels = torch.cat([part.labels for part in parts])
             wanted_patched = patched_answers(own, wanted, labels, most >= _SUSPECT * most.max())
-        batch = _Batch(images, patched, wanted, wanted_patched)
+        batch = Batch(images, patched, wanted, wanted_patched)
         self._optimizer.zero_grad(set_to_none=True)
         loss: Tensor = self._loss(batch)
         self._engine.backward(loss)

@@ -13,7 +13,8 @@ from calibration.checkpoints import Checkpoints
 from calibration.engine import Engine
 from calibration.fine_tuning import TrainableCopy
 from calibration.repair.drawings import Drawings
-from calibration.repair.drawn import Drawn, drawn_loss, patched_answers, repair_by_drawings
+from calibration.repair.drawn import Drawn, repair_by_drawings
+from calibration.repair.drawn_loss import drawn_loss, patched_answers
 from guard import InputSpec, Predictor
 from guard.errors import ModelError, RepairError
 from guard.predictors import load_backend
