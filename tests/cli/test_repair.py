@@ -45,48 +45,6 @@ def few(tmp_path_factory: pytest.TempPathFactory, digits: Digits) -> Path:
     return path
 
 
-def triggered_right(guard: Guard, digits: Digits) -> float:
-    answers = guard.answer(digits.triggered.images(slice(None))).argmax(dim=1)
-    return float((answers == digits.triggered.known_labels).double().mean())
-
-
-def test_repair_and_what_follows(tmp_path: Path, files: Files, digits: Digits, rejected: Path, guard: Command) -> None:
-    out = tmp_path / "repaired"
-    arguments = (
-        "repair", files.model, "--method", "codefend", "--data", files.clean, "--quarantine", rejected, "--out", out,
-        "--epochs", 25,
-    )  # fmt: skip
-    run = guard(*arguments)
-    assert run.code == 0, run.err
-    assert "quarantined images that keep their old answer" in run.out
-    assert f"next: guard calibrate {out} --tripwire {files.model} --data {files.clean} --out {out}-profile" in run.out
-    assert "learning the trigger" in run.err
-    assert sorted(path.name for path in out.iterdir()) == ["learnt.json", "model.pt2", "repair.json", "report.html"]
-    assert [path.name for path in tmp_path.iterdir()] == ["repaired"]  # no checkpoint is left
-    record = json.loads((out / "repair.json").read_text())
-    assert record["clean_accuracy_after"] >= record["clean_accuracy_before"] - 0.03
-    assert record["attack_success_seen_after"] <= 0.05
-    assert b"The trigger that was learnt" in (out / "report.html").read_bytes()
-
-    run = guard("calibrate", out, "--tripwire", files.model, "--data", files.clean, "--out", tmp_path / "profile", "--json")
-    assert run.code == 0, run.err
-    assert run.lines[0]["clean_accuracy"] >= 0.9
-    assert run.lines[0]["tripwire"] is True
-    learnt = record["clean_images"] - record["held_out_clean"]
-    assert 0.5 * learnt <= run.lines[0]["learnt_images"] <= learnt  # the others have become overlays of the tripwire
-    loaded = Guard.load(tmp_path / "profile")
-    assert triggered_right(loaded, digits) >= 0.8
-    run = guard("evaluate", tmp_path / "profile", "--data", files.test, "--triggered", files.triggered, "--target", 7, "--json")
-    assert run.lines[0]["far"]["value"] <= 0.05  # the original goes on detecting
-    assert run.lines[0]["attack_success_rate"]["value"] <= 0.05  # and the repaired model answers
-    run = guard("red-team", out, "--data", files.clean, "--overlays", 20, "--frr", 0.05, "--json")
-    assert run.code == 0, run.err  # a repaired folder is a MODEL
-    run = guard(
-        "calibrate", out, "--red-team", "--data", files.clean, "--out", tmp_path / "p", "--overlays", 20, "--frr", 0.2, "--json"
-    )
-    assert "--red-team takes 59 of 119 clean images" in run.problem  # that the repair has not seen
-
-
 def test_gdm_goes_by_a_scan(tmp_path: Path, files: Files, guard: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     scan = write_scan(tmp_path / "scan", load_backend(str(files.model)), {7: corner()})
     short = Gdm(mesa=Mesa(levels=(0.9,), steps=60, batch=32))

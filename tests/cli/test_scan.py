@@ -31,7 +31,7 @@ def infected(tmp_path_factory: pytest.TempPathFactory, digits: Digits, small_tri
 
 @pytest.mark.usefixtures("known_reference")
 def test_an_infected_model_ends_with_1(tmp_path: Path, files: Files, infected: Path, guard: Command) -> None:
-    run = guard("scan", infected, "--data", files.clean, "--steps", 256, "--out", tmp_path / "scan", "--json")
+    run = guard("scan", infected, "--data", files.clean, "--plain", "--steps", 128, "--out", tmp_path / "scan", "--json")
     assert run.code == 1, run.err
     record = run.lines[0]
     assert record["infected"] is True

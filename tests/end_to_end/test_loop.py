@@ -96,12 +96,17 @@ def test_the_loop(tmp_path: Path, digits: Digits, backdoored: nn.Module, files: 
         assert len(Quarantine(kept).items()) == statuses.count(422)
         assert len(guard("quarantine", "list", kept, "--json").lines) == statuses.count(422)
 
+        out, few_images = tmp_path / "repaired", tmp_path / "few.npz"
         run = guard(
-            "repair", files.model, "--method", "codefend", "--data", tmp_path / "few.npz", "--quarantine", kept,
-            "--out", tmp_path / "repaired", "--epochs", 25, "--json",
+            "repair", files.model, "--method", "codefend", "--data", few_images, "--quarantine", kept, "--out", out,
+            "--epochs", 25,
         )  # fmt: skip
         assert run.code == 0, run.err
-        assert run.lines[0]["attack_success_seen_after"] <= 0.1
+        assert "learning the trigger" in run.err
+        assert "quarantined images that keep their old answer" in run.out
+        assert f"next: guard calibrate {out} --tripwire {files.model} --data {few_images} --out {out}-profile" in run.out
+        assert not list(tmp_path.glob(".*"))  # no checkpoint is left
+        assert json.loads((out / "repair.json").read_text())["attack_success_seen_after"] <= 0.1
         run = guard("calibrate", tmp_path / "repaired", "--data", files.clean, "--out", tmp_path / "profile-2")
         assert run.code == 0, run.err
         run = guard("export", tmp_path / "profile-2", "--out", tmp_path / "next", "--name", "digits", "--version", "2.0")
