@@ -22,7 +22,7 @@ demo: env ## The main path on real digits, with a real TorchServe (without Java,
 	$(BIN)/guard demo
 
 test: env ## The quick suite; starts real servers
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: env ## The long tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow

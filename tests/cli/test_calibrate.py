@@ -450,6 +450,7 @@ class SmallConvNet(nn.Sequential):
         torch.random.set_rng_state(generator)
 
 
+@pytest.mark.slow
 def test_a_thousand_images_take_less_than_thirty_seconds(tmp_path: Path, guard: Command) -> None:
     rng = np.random.default_rng(0)
     for row in range(1000):
