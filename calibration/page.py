@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
+import cv2
 import jinja2
 import matplotlib as mpl
 import numpy as np
@@ -18,6 +19,8 @@ from torch import Tensor
 from calibration.statistics import Estimate
 
 mpl.use("Agg", force=False)
+
+_TILE, _GAP = 120, 6  # pixels: an image of a montage, its larger side, and between two
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
@@ -96,17 +99,33 @@ def percent(estimate: Estimate) -> str:
 
 
 def montage(rows: Sequence[tuple[str, Tensor]], columns_named: Sequence[str] = ()) -> bytes:
-    """Rows of images with their names, as PNG; each (N, C, H, W), in [0, 1]."""
+    """Rows of images with their names, as PNG; each (N, C, H, W), in [0, 1], all of one size."""
     columns = max(len(images) for _, images in rows)
-    figure = Figure(figsize=(1.6 + 0.95 * columns, 0.95 * len(rows)), layout="constrained")
-    panels = figure.subplots(len(rows), columns, squeeze=False)
-    for (name, images), line in zip(rows, panels, strict=True):
-        for number, axes in enumerate(line):
-            axes.set_axis_off()
-            if number < len(images):
-                pixels = images[number].permute(1, 2, 0).numpy()
-                axes.imshow(np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels[:, :, :3], vmin=0.0, vmax=1.0)
-        line[0].text(-0.15, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=9)
-    for name, axes in zip(columns_named, panels[0], strict=bool(columns_named)):
-        axes.set_title(name, fontsize=9)
+    sheet, height, width = _sheet([images for _, images in rows], columns)
+    figure = Figure(figsize=(1.6 + 0.95 * columns, 0.95 * len(rows) * height / width + 0.2 * bool(columns_named)))
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots()  # one for all: an axes for each image would take a hundred times as long
+    axes.imshow(sheet, interpolation="antialiased")
+    axes.set_frame_on(False)
+    axes.tick_params(length=0, labelsize=9, labeltop=True, labelbottom=False)
+    axes.set_yticks([row * height + (height - _GAP) / 2 for row in range(len(rows))], [name for name, _ in rows])
+    axes.set_xticks([column * width + (width - _GAP) / 2 for column in range(len(columns_named))], columns_named)
     return png(figure)
+
+
+def _sheet(rows: Sequence[Tensor], columns: int) -> tuple[np.ndarray, int, int]:
+    """(R, C, 3), uint8: images side by side on white, and how many pixels each takes with its gap, down and across."""
+    high, wide = rows[0].shape[2:]
+    scale = _TILE / max(high, wide)
+    size = (max(1, round(wide * scale)), max(1, round(high * scale)))
+    how = cv2.INTER_NEAREST if scale > 1.0 else cv2.INTER_AREA
+    height, width = size[1] + _GAP, size[0] + _GAP
+    sheet = np.full((len(rows) * height - _GAP, columns * width - _GAP, 3), 255, dtype=np.uint8)
+    for row, images in enumerate(rows):
+        for column, image in enumerate(images[:columns]):
+            pixels = (255.0 * image[:3].clamp(0.0, 1.0)).round().byte().permute(1, 2, 0).numpy()
+            if pixels.shape[2] < 3:  # grey; of two channels the first
+                pixels = np.repeat(pixels[:, :, :1], 3, axis=2)
+            place = slice(row * height, row * height + size[1]), slice(column * width, column * width + size[0])
+            sheet[place] = cv2.resize(np.ascontiguousarray(pixels), size, interpolation=how)
+    return sheet, height, width

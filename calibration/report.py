@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from matplotlib.figure import Figure
-from torch import Tensor
-
 from calibration.calibrate import Calibration
 from calibration.detectors import DetectorCalibration
 from calibration.evaluation import Evaluation, Judged
 from calibration.histograms import Seen, histogram_sections, judged_scores
-from calibration.page import Section, png, render
+from calibration.page import Section, montage, render
 from calibration.repair.figures import preprocessor_words
 from calibration.statistics import Estimate
 from calibration.thresholds import joint_rate
@@ -47,7 +44,7 @@ def calibration_report(calibration: Calibration, further: Sequence[Section] = ()
     overlays = "The first overlays, in the order in which they are tried"
     if len(strips) > 1:
         overlays += f"; a row for each of {', '.join(strip.name for strip in strips)}"
-    shown = [Section(overlays, picture=_montage([strip.overlays for strip in strips]))] if strips else []
+    shown = [Section(overlays, picture=_montage(strips))] if strips else []
     return render(
         "Calibration",
         lead,
@@ -122,17 +119,12 @@ def _limit(part: DetectorCalibration) -> str:
     return f"score ({detector.name}) is at least {limit}"
 
 
-def _montage(overlays: Sequence[Tensor]) -> bytes:
+def _montage(strips: Sequence[Strip]) -> bytes:
     """The first overlays: two rows of a lone detector's, a row of each of several."""
-    rows = [overlays[0][:10], overlays[0][10:20]] if len(overlays) == 1 else [images[:10] for images in overlays]
-    figure = Figure(figsize=(8, 0.95 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), 10, squeeze=False)
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for line, images in zip(grid, rows, strict=True):
-        for axes, image in zip(line, images, strict=False):
-            axes.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
-    return png(figure)
+    if len(strips) > 1:
+        return montage([(strip.name, strip.overlays[:10]) for strip in strips])
+    overlays = strips[0].overlays
+    return montage([("", part) for part in overlays[:20].split(10)])
 
 
 def _settings_rows(calibration: Calibration) -> list[tuple[str, str]]:
