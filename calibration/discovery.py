@@ -92,6 +92,12 @@ def discover(backend: Backend, clean: ImageSet, hints: Hints | None = None, memo
     labels = None if clean.labels is None else clean.labels[rows]
     trials, problems = _try_all(backend, clean, hints, images)
     if not trials:
+        declared = declared_shape(backend)
+        if declared not in (None, clean.shape):
+            raise ModelError(
+                f"expected images of shape {declared} (C, H, W), as the model's file declares, got {clean.shape}: check the "
+                "images and --shape"
+            )
         raise ModelError(
             f"expected images that the model takes, got shape {clean.shape} (C, H, W), on which it does not run "
             f"({len(problems)} tried: layouts and types): is it the model's? The last said: {problems[-1]}"

@@ -224,7 +224,8 @@ def trainable(backend: Backend) -> nn.Module:
         return backend.module
     if isinstance(backend, ExportedBackend) and isinstance(backend.run, nn.Module):
         return backend.run
-    raise ModelError(f"expected a model that can be fine-tuned ({_TRAINABLE}), got a model of kind {backend.kind}")
+    instead = ": use the one that it was exported from" if backend.kind == "onnx" else ""
+    raise ModelError(f"expected a model that can be fine-tuned ({_TRAINABLE}), got a model of kind {backend.kind}{instead}")
 
 
 def _insists_on_types(program: nn.Module) -> bool:

@@ -81,14 +81,18 @@ def hints(
     """What the user says about the model.
 
     Raises:
-        InputError: Numbers that are none.
+        InputError: Numbers that are none, or one of mean and std alone.
     """
     with needs("calibration"):
         from calibration import Hints
 
+    means, stds = floats(mean, "--mean"), floats(std, "--std")
+    if (mean is None) != (std is None):
+        given, other = ("--mean", "--std") if std is None else ("--std", "--mean")
+        raise InputError(f"expected {other} with {given}, got {given} alone: add {other}, or drop both")
     return Hints(
-        mean=floats(mean, "--mean"),
-        std=floats(std, "--std"),
+        mean=means,
+        std=stds,
         output=output,
         layout=layout,
         dtype=dtype,

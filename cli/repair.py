@@ -218,7 +218,7 @@ def repair_command(
             predictor, clean = found.predictor, found.clean
             settle_threads(predictor)
             triggers = None if scan is None else read_infected(scan, predictor.backend, pairs=True, spec=predictor.spec)
-            shown = telling_time(progress, ERASING, "give fewer --epochs, which make the learning rates fall sooner, or a GPU")
+            shown = telling_time(progress, ERASING, "a GPU is faster; fewer --epochs are done sooner and erase less")
             try:
                 record = repair_into(
                     out,

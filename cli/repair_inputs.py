@@ -27,7 +27,7 @@ METHODS = "\n\n".join(
         "codefend: by the trigger that --quarantine shows.",
         "unlearn, prune, gdm: by triggers that a scan recovers; gdm models all that resemble them.",
         "fine-prune, fine-tune, nad, mcr: by clean images alone.",
-        "dhbe: without any image; it needs --shape.",
+        "dhbe: without any image; it needs --shape where the model's file does not tell.",
     )
 )
 """Of `--method`: a line for each group."""

@@ -49,6 +49,8 @@ class FolderKind:
             raise self.error(f"could not write the {self.what} to {folder}: {parent} is no folder; pick another --out")
         if not os.access(parent, os.W_OK):
             raise self.error(f"could not write the {self.what} to {folder}: Permission denied; pick another --out")
+        if folder.exists() and not folder.is_dir():
+            raise self.error(f"expected a folder to write the {self.what} to, got {folder}, a file: pick another --out")
         foreign = self._foreign(folder)
         if foreign is not None:
             raise self.error(

@@ -31,7 +31,8 @@ def limits(figures: ScanFigures) -> str:
     if not figures.patches or _undecided(figures.patches):
         unseen.append("patches of which no smaller part works (--patches looks for squares)")
     what = f"{', '.join(unseen[:-1])}, and {unseen[-1]}"
-    return f"This is no proof that a model is clean. A scan like this one does not see {what}."
+    limit = "This need not be all" if figures.all_infected else "This is no proof that a model is clean"
+    return f"{limit}. A scan like this one does not see {what}."
 
 
 def verdict(figures: ScanFigures) -> str:

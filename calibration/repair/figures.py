@@ -69,7 +69,11 @@ def remarks(figures: RepairFigures, preprocessor: AnyPreprocessor | None) -> lis
         said.append("The clean images have no labels: the original's own answers to them stood in for these.")
     recovered = figures.recovered_success_after
     if figures.attack_success_seen_after is None and recovered is None:
-        said.append("Nothing was quarantined, so that what became of the attack was not measured.")
+        said.append(
+            "Nothing was quarantined, so that what became of the attack was not measured."
+            if figures.measured
+            else "Whether a backdoor is gone was not measured, and no figure here tells: scan the copy once you have images."
+        )
     elif figures.attack_success_seen_after is None:
         said.append("The attack was measured by the triggers that a scan recovered; the attacker's own may differ.")
     elif 0.0 < figures.attack_success_seen_after <= _KEPT:

@@ -5,6 +5,9 @@ where it lies; gradient ascent makes a label's canvas such that whichever window
 grain alone, what is found is noise: a model that has forgotten that may still answer to a white square.) A map of what the
 windows have raised says where it pays to look: most are drawn by its fourth power. A backdoor's label soon stands out, at the
 trigger's place, for no natural patch raises a logit as much.
+
+No gradient leads from noise to a plain square, where nothing but the square moves the model. So plain patches are tried as
+well, anywhere; what raises a label further than all before is written into its canvas.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ _AT_FIRST = 0.05  # of the unit: what no window has been tried at raises little
 _NEW, _MOST_NEW = 0.2, 0.5  # of the map's value that one window replaces, and that a batch does
 _SHARPNESS = 4  # of the draws: one label that stands out threefold is to outweigh dozens that do not
 _GRAINS = (1, 3, 9)  # pixels
+_PLAIN = 3.0  # what a canvas holds where a plain patch is written into it; the darkest and the brightest, after the sigmoid
 _NEAR = 3  # cells a side, that a window tells something about
 
 Answers = Callable[[Tensor], Tensor]
@@ -116,6 +120,7 @@ class Patches(nn.Module):
             before = answers(images)
             if not float(self.unit):
                 self.unit.copy_(before.std().clamp_min(torch.finfo(torch.float32).tiny))
+        self._sow(answers, images, before, generator)
         self.optimizer.zero_grad(set_to_none=True)
         pasted = self.paste(images, generator, more=more, also=also)
         after = answers(pasted.images)
@@ -127,6 +132,24 @@ class Patches(nn.Module):
         if not more:
             raised = (own.detach() - before.gather(1, pasted.labels.unsqueeze(1)).squeeze(1)) * others
             self.note(pasted, pasted.labels, raised)
+
+    def _sow(self, answers: Answers, images: Tensor, before: Tensor, generator: torch.Generator) -> None:
+        """Try plain patches, each on two images; by as much as it raises a label on both."""
+        count, (channels, height, width) = len(images) // 2, images.shape[1:]
+        rows, columns = (torch.randint(most, (count,), generator=generator) for most in (height, width))
+        side = torch.randint(self._sides[0], self._sides[1] + 1, (count,), generator=generator)
+        bright = torch.randint(2, (count, channels, 1, 1), generator=generator).float().to(images.device)
+        mask = _window(rows, columns, side, height, width).unsqueeze(1).to(images.device)
+        with torch.no_grad():
+            both, known = images[: 2 * count].unflatten(0, (2, count)), before[: 2 * count]
+            after = answers((both * (1.0 - mask) + bright * mask).flatten(0, 1))
+            raised = (after - known).scatter(1, known.argmax(dim=1, keepdim=True), 0.0).unflatten(0, (2, count)).amin(dim=0)
+            most, labels = raised.max(dim=1)
+            better = most / self.unit > self.map.flatten(1).amax(dim=1)[labels]
+            for number in most.argsort()[better[most.argsort()]].tolist():  # the best stays
+                canvas, place = self.canvases[labels[number]], mask[number].bool().expand(channels, -1, -1)
+                canvas[place] = (_PLAIN * (2.0 * bright[number] - 1.0)).expand_as(canvas)[place]
+        self.note(Pasted(images[:count], labels, rows.to(labels.device), columns.to(labels.device)), labels, most)
 
     def note(self, pasted: Pasted, labels: Tensor, raised: Tensor) -> None:
         """Let the map learn what some patches have raised.

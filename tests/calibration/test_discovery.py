@@ -16,7 +16,7 @@ from calibration.discovery import discover_without_images
 from calibration.sources import open_model
 from guard import InputSpec
 from guard.errors import InputError, ModelError
-from guard.predictors import wrap
+from guard.predictors import load_backend, wrap
 from tests.guard.models import predict_function, save_exported, save_onnx, save_torchscript
 from tests.toy import SPEC, LearningToy, ToyNet, toy_images
 
@@ -74,6 +74,13 @@ def test_another_shape_and_contradicting_hints_are_refused() -> None:
         discover_without_images(wrap(net), SHAPE, Hints(mean=(0.5, 0.5, 0.5)))
     with pytest.raises(InputError, match="at most 16,777,216 numbers, got 1x99999x99999: check --shape"):
         discover_without_images(wrap(net), (1, 99_999, 99_999))
+
+
+def test_a_shape_that_the_file_contradicts_is_told_by_the_file(tmp_path: Path) -> None:
+    wrong = r"expected images of shape \(1, 8, 8\) \(C, H, W\), as the model's file declares, got \(3, 9, 9\): check the images"
+    for path in (save_onnx(tmp_path / "toy.onnx", SPEC), save_exported(ToyNet(), tmp_path / "toy.pt2")):
+        with pytest.raises(ModelError, match=wrong):
+            discover_without_images(load_backend(str(path)), (3, 9, 9))
 
 
 def test_the_global_generator_is_left_alone() -> None:

@@ -37,6 +37,7 @@ def test_an_infected_model_ends_with_1(tmp_path: Path, files: Files, infected: P
     assert record["infected"] is True
     assert [item["label_index"] for item in record["labels"] if item["infected"]] == [SMALL.target_label]
     assert "looking for triggers" in run.err
+    assert "This need not be all. A scan like this one does not see" in " ".join(run.err.split())
     written = json.loads((tmp_path / "scan" / "scan.json").read_text())
     assert {**written, "out": str(tmp_path / "scan")} == record
     assert (tmp_path / "scan" / "report.html").stat().st_size > 10_000
@@ -99,6 +100,7 @@ def test_what_can_not_be_scanned(tmp_path: Path, files: Files, digits: Digits, g
     save_onnx(tmp_path / "model.onnx")
     run = guard("scan", tmp_path / "model.onnx", "--data", files.clean, "--out", out)
     assert ".pt2" in run.problem
+    assert "got a model of kind onnx: use the one that it was exported from" in run.problem
     np.savez(tmp_path / "few.npz", x=digits.clean.pixels[:40, 0].numpy())
     run = guard("scan", files.model, "--data", tmp_path / "few.npz", "--out", out)
     assert "at least 50 clean images to scan with, got 40" in run.problem

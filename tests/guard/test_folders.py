@@ -42,3 +42,9 @@ def test_links_stay_and_what_they_lead_to_is_replaced(tmp_path: Path) -> None:
 def test_the_root_is_refused_in_one_line() -> None:
     with pytest.raises(RepairError, match=r"could not write|holds something else"):
         KIND.check_target(Path("/"))
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "model.pt2").write_text("precious")
+    with pytest.raises(RepairError, match=r"a folder to write the basket's to, got .*model\.pt2, a file: pick another"):
+        KIND.check_target(tmp_path / "model.pt2")

@@ -79,6 +79,7 @@ def test_where_another_model_stands_out_is_tried_as_well() -> None:
     places = list(zip(drawn.labels.tolist(), drawn.rows.tolist(), drawn.columns.tolist(), strict=True))
     assert all(200 < places.count(place) < 300 for place in ((3, 5, 7), (1, 8, 2)))
     moved = found.canvases.detach().clone()
+    found.unit.fill_(1e6)  # no plain patch goes as far
     alone = torch.zeros_like(found.map)  # what the model itself has shown stays the higher
     found.ascend(lambda images: images.flatten(1)[:, :4], torch.rand(64, *SHAPE), generator(), 0, alone)
     assert torch.equal(found.canvases[[0, 1, 2]], moved[[0, 1, 2]])
@@ -100,6 +101,40 @@ def test_a_trigger_at_one_place_is_found() -> None:
     assert float(most[2]) > 3.0 * float(most[[0, 1, 3]].max())
     assert (abs(int(rows[2]) - 9) <= 1, abs(int(columns[2]) - 2) <= 1) == (True, True)
     assert float(torch.sigmoid(found.canvases.detach())[2, 0, 8:11, 1:4].mean()) > 0.9
+
+
+def test_a_plain_square_is_found_though_no_gradient_leads_to_it() -> None:
+    """Label 1 is raised by nothing but white in all of rows 8 to 10, columns 1 to 3."""
+
+    def answers(images: Tensor) -> Tensor:
+        darkest = images[:, 0, 8:11, 1:4].flatten(1).amin(dim=1)
+        still = 0.0 * darkest
+        return torch.stack([0.5 + images.mean(dim=(1, 2, 3)), 50.0 * (darkest - 0.9).relu(), 0.5 + still, 0.4 + still], dim=1)
+
+    found, draws = patches(), generator()
+    for step in range(300):
+        found.ascend(answers, 0.8 * torch.rand(64, *SHAPE, generator=draws), draws, 3 if step % 4 else 0)
+    most, rows, columns = found.sorest()
+    assert int(most.argmax()) == 1
+    assert float(most[1]) > 3.0 * float(most[[0, 2, 3]].max())
+    assert (abs(int(rows[1]) - 9) <= 1, abs(int(columns[1]) - 2) <= 1) == (True, True)
+    assert float(torch.sigmoid(found.canvases.detach())[1, 0, 8:11, 1:4].min()) > 0.9
+
+
+def test_plain_patches_of_any_colour_are_tried() -> None:
+    """Label 0 is raised by yellow in rows 2 to 4, columns 6 to 8."""
+
+    def answers(images: Tensor) -> Tensor:
+        red, green, blue = images[:, :, 2:5, 6:9].flatten(2).unbind(dim=1)
+        least = torch.minimum(torch.minimum(red, green), 1.0 - blue).amin(dim=1)
+        return torch.stack([50.0 * (least - 0.9).relu(), 0.5 + 0.0 * least, 0.4 + 0.0 * least], dim=1)
+
+    found, draws = Patches(3, (3, 12, 12), 0.1, 0.7, (3, 5), 0), generator()
+    for step in range(300):
+        found.ascend(answers, 0.8 * torch.rand(64, 3, 12, 12, generator=draws), draws, 3 if step % 4 else 0)
+    assert found.sorest()[0].argmax() == 0
+    colours = torch.sigmoid(found.canvases.detach())[0, :, 2:5, 6:9].mean(dim=(1, 2))
+    assert [round(float(colour)) for colour in colours] == [1, 1, 0]
 
 
 def test_some_canvases_begin_anew() -> None:
