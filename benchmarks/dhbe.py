@@ -12,6 +12,7 @@ ran in circles. Every figure is of the evaluation part.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -95,7 +96,7 @@ def measure(name: str, parts: Parts, cache: Path = CACHE) -> Report:
                 curve.save(folder / "curve.json")
 
         repair_by_drawings(copied, predictor, settings, Engine(), 0, checkpoints, progress, look)
-    return Report(
+    report = Report(
         name=name,
         command=f"python -m benchmarks.dhbe measure --name {name}",
         plan=plan,
@@ -104,6 +105,8 @@ def measure(name: str, parts: Parts, cache: Path = CACHE) -> Report:
         hours=max(checkpoints.seconds, time.monotonic() - started) / 3600.0,
         libraries=versions(),
     )
+    shutil.rmtree(folder, ignore_errors=True)  # the next measurement may be of another code
+    return report
 
 
 class _Curve:

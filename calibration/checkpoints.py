@@ -154,7 +154,7 @@ class Checkpoints:
         if self.found():
             progress(f"going on from {self.folder.name}", 1, 1)
         elif self._others:
-            progress(f"beginning anew: {self.folder.name} is not of these images, options and model", 1, 1)
+            progress(f"beginning anew: {self.folder.name} is of another model, other images or other options", 1, 1)
 
     def remove(self) -> None:
         """Delete them, and the folder unless it holds anything else."""

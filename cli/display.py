@@ -49,13 +49,19 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
 
 def _plain_lines() -> Callable[[str, int, int], None]:
     shown: dict[str, float] = {}
+    last = ""
     every = os.environ.get("GUARD_PROGRESS") == "lines"  # an edge server passes them on
 
     def report(what: str, done: int, total: int) -> None:
+        nonlocal last
         now = time.monotonic()
         if every or what not in shown or now - shown[what] >= _SELDOM or done == total:
+            remark = what not in shown and done == total == 1 and not every
             shown[what] = now
-            typer.echo(f"{what} {done}/{total}", err=True)
+            line = what if remark else f"{what} {done}/{total}"
+            if line != last:
+                typer.echo(line, err=True)
+            last = line
 
     return report
 

@@ -176,4 +176,4 @@ def test_what_is_there_is_told(tmp_path: Path) -> None:
     Checkpoints(tmp_path / "c", "one").within("scan").save("a", 1, {"net": net})
     Checkpoints(tmp_path / "c", "one").tell(lambda what, *_: told.append(what))
     Checkpoints(tmp_path / "c", "two").tell(lambda what, *_: told.append(what))
-    assert told == ["going on from c", "beginning anew: c is not of these images, options and model"]
+    assert told == ["going on from c", "beginning anew: c is of another model, other images or other options"]

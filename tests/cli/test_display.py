@@ -43,3 +43,12 @@ def test_long_work_shows_progress_where_nobody_has_a_terminal(
         for done in range(1, 9):
             progress("scanning", done, 8)
     assert capsys.readouterr().err.splitlines() == [f"scanning {done}/8" for done in (1, 4, 7, 8)]
+
+
+def test_a_remark_is_no_step_and_no_line_comes_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bars() as progress:
+        progress("going on from there", 1, 1)
+        progress("looking", 0, 1)
+        for what, total in (("looking", 1), ("looking", 1), ("again", 2), ("again", 2)):
+            progress(what, total, total)
+    assert capsys.readouterr().err.splitlines() == ["going on from there", "looking 0/1", "looking 1/1", "again 2/2"]
