@@ -47,6 +47,7 @@ _CANVAS_RATE, _FOCUS = 0.1, 0.7
 _SIDES, _FEWEST = (3.0 / 32.0, 1.0 / 4.0), (2, 3)  # smallest and largest patches: shares of an image's side, and pixels
 _MORE = 6  # further windows of a canvas, where they are only learnt
 _COPIES = 9  # of a patch and itself, at most, in every other step
+_ALIKE = 0.4  # of the drawings with one answer: models of photographs gave 0.2 to 0.3, of digits on black 0.5 to 0.7
 _LEAST = 0.01  # units: where patches raise the other labels by nothing
 _WIDER = 3  # pixels: what a label hangs on may lie a little beside where patches were tried
 _RENEWED, _EVERY = 0.2, 50  # canvases, and iterations
@@ -238,9 +239,10 @@ class _Game:
 
     def _ascend(self, patches: Patches, model: Answers | nn.Module, generator: torch.Generator, step: int) -> None:
         """With further windows, but at every fourth step, and the first of any round."""
-        also = self._of_teacher.map if patches is self._of_student else None
-        more = _MORE if step % 4 else 0
-        patches.ascend(lambda images: self._answers(model, images), self._draw(generator), generator, more, also)
+        of_student, more = patches is self._of_student, _MORE if step % 4 else 0
+        also = self._of_teacher.map if of_student else None
+        images = self._draw(generator)
+        patches.ascend(lambda some: self._answers(model, some), images, generator, more, also=also, plain=not of_student)
 
     def _draw(self, generator: torch.Generator) -> Tensor:
         drawn = self._drawings.draw(self._settings.batch, generator)
@@ -256,7 +258,7 @@ class _Game:
 
     def outcome(self) -> DhbeOutcome:
         """Compare copy and original on fresh drawings."""
-        generator, answers, alike, steady = self._generator(_LAST), [], [], []
+        generator, answers, theirs, steady = self._generator(_LAST), [], [], []
         batches = -(-_FRESH // self._settings.batch)
         with torch.no_grad():
             for _ in range(batches):
@@ -264,20 +266,31 @@ class _Game:
                 answer = self._answers(self.student, images).argmax(dim=1)
                 pasted = self._of_teacher.paste(images, generator)
                 answers.append(answer)
-                alike.append(answer == self._answers(self._teacher, images).argmax(dim=1))
+                theirs.append(self._answers(self._teacher, images).argmax(dim=1))
                 steady.append(answer == self._answers(self.student, pasted.images).argmax(dim=1))
             shown = self._of_teacher.paste(self._draw(generator), generator).images[:_SHOWN].cpu()
         return DhbeOutcome(
             self._drawings.stock[:_SHOWN].clone(),
             shown,
             batches * self._settings.batch,
-            self._engine.agree(float(torch.cat(alike).double().mean())),
+            self._engine.agree(float((torch.cat(answers) == torch.cat(theirs)).double().mean())),
             self._engine.agree(float(torch.cat(steady).double().mean())),
             len(torch.cat(answers).unique()),
-            self._said(),
+            (self._sorest(), *self._doubts(torch.cat(theirs))),
         )
 
-    def _said(self) -> tuple[str, ...]:
+    def _doubts(self, answers: Tensor) -> tuple[str, ...]:
+        """Where the original, with these answers to drawings, can't tell these apart: what they teach is then little."""
+        label = int(answers.mode().values)
+        share = self._engine.agree(float((answers == label).double().mean()))
+        if share < _ALIKE:
+            return ()
+        return (
+            f"The original gives {share:.0%} of the drawings label {label}: they hardly resemble the images that it was made "
+            "for, and a backdoor may be left. Don't rely on this repair before you have measured it.",
+        )
+
+    def _sorest(self) -> str:
         """Which label patches move the original to most, and where from."""
         most, rows, columns = (values.cpu() for values in self._of_teacher.sorest())
         label = int(most.argmax())
@@ -285,7 +298,7 @@ class _Game:
         return (
             f"Small patches move the original most to label {label}, {float(most[label] / others):.1f} times as far as to most "
             f"others, and most around row {int(rows[label])}, column {int(columns[label])}. A backdoor would explain a label "
-            "that stands out; this is no scan.",
+            "that stands out; this is no scan."
         )
 
 

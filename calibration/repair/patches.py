@@ -105,7 +105,14 @@ class Patches(nn.Module):
         return Pasted(pasted, labels, rows, columns)
 
     def ascend(
-        self, answers: Answers, images: Tensor, generator: torch.Generator, more: int, also: Tensor | None = None
+        self,
+        answers: Answers,
+        images: Tensor,
+        generator: torch.Generator,
+        more: int,
+        *,
+        also: Tensor | None = None,
+        plain: bool = False,
     ) -> None:
         """Raise logits by one step of the canvases.
 
@@ -115,12 +122,14 @@ class Patches(nn.Module):
             generator: Draws.
             more: Further windows, see `paste`; with some, the map learns nothing.
             also: See `paste`.
+            plain: Try plain patches as well. Of a copy they would write over what is left of a trigger that was found.
         """
         with torch.no_grad():
             before = answers(images)
             if not float(self.unit):
                 self.unit.copy_(before.std().clamp_min(torch.finfo(torch.float32).tiny))
-        self._sow(answers, images, before, generator)
+        if plain:
+            self._sow(answers, images, before, generator)
         self.optimizer.zero_grad(set_to_none=True)
         pasted = self.paste(images, generator, more=more, also=also)
         after = answers(pasted.images)

@@ -102,6 +102,34 @@ def test_an_interrupted_training_goes_on_as_if_it_had_not_been(engine: Engine, t
     assert any(not torch.equal(*pair) for pair in zip(weights(whole), weights(TrainableCopy.of(original)), strict=True))
 
 
+class Dark(Normed):
+    """One made for dark images: whatever is brighter is label 3 to it."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        bright = torch.tensor([0.0, 0.0, 0.0, 50.0]) * images.mean(dim=(1, 2, 3)).unsqueeze(1)
+        return super().forward(images) + bright
+
+
+class Various(Normed):
+    """One to which drawings are of all labels."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        angles = 300.0 * images.mean(dim=(1, 2, 3)).unsqueeze(1) + torch.arange(4) * (torch.pi / 2.0)
+        return super().forward(images) + 50.0 * angles.sin()
+
+
+def test_a_model_that_cannot_tell_drawings_apart_is_not_to_be_relied_on(engine: Engine) -> None:
+    def said(module: nn.Module) -> list[str]:
+        original = predictor(module)
+        outcome = repair_by_drawings(TrainableCopy.of(original), original, msgspec.structs.replace(TINY, epochs=1), engine, 0)
+        return [text for text in outcome.said if "they hardly resemble the images" in text]
+
+    (doubt,) = said(Dark())
+    assert "of the drawings label 3" in doubt
+    assert int(doubt.split("%")[0].split()[-1]) > 90
+    assert said(Various()) == []
+
+
 def test_a_model_file_can_be_repaired(tmp_path: Path, engine: Engine) -> None:
     original = Predictor(load_backend(str(save_exported(LearningToy(), tmp_path / "toy.pt2", batch=5))), SPEC, 4, "logits")
     copied = TrainableCopy.of(original)

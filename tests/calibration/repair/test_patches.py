@@ -79,9 +79,8 @@ def test_where_another_model_stands_out_is_tried_as_well() -> None:
     places = list(zip(drawn.labels.tolist(), drawn.rows.tolist(), drawn.columns.tolist(), strict=True))
     assert all(200 < places.count(place) < 300 for place in ((3, 5, 7), (1, 8, 2)))
     moved = found.canvases.detach().clone()
-    found.unit.fill_(1e6)  # no plain patch goes as far
     alone = torch.zeros_like(found.map)  # what the model itself has shown stays the higher
-    found.ascend(lambda images: images.flatten(1)[:, :4], torch.rand(64, *SHAPE), generator(), 0, alone)
+    found.ascend(lambda images: images.flatten(1)[:, :4], torch.rand(64, *SHAPE), generator(), 0, also=alone)
     assert torch.equal(found.canvases[[0, 1, 2]], moved[[0, 1, 2]])
 
 
@@ -95,7 +94,7 @@ def test_a_trigger_at_one_place_is_found() -> None:
 
     found, draws = patches(), generator()
     for step in range(300):
-        found.ascend(answers, torch.rand(64, *SHAPE, generator=draws), draws, 3 if step % 4 else 0)
+        found.ascend(answers, torch.rand(64, *SHAPE, generator=draws), draws, 3 if step % 4 else 0, plain=True)
     most, rows, columns = found.sorest()
     assert int(most.argmax()) == 2
     assert float(most[2]) > 3.0 * float(most[[0, 1, 3]].max())
@@ -113,7 +112,7 @@ def test_a_plain_square_is_found_though_no_gradient_leads_to_it() -> None:
 
     found, draws = patches(), generator()
     for step in range(300):
-        found.ascend(answers, 0.8 * torch.rand(64, *SHAPE, generator=draws), draws, 3 if step % 4 else 0)
+        found.ascend(answers, 0.8 * torch.rand(64, *SHAPE, generator=draws), draws, 3 if step % 4 else 0, plain=True)
     most, rows, columns = found.sorest()
     assert int(most.argmax()) == 1
     assert float(most[1]) > 3.0 * float(most[[0, 2, 3]].max())
@@ -131,7 +130,7 @@ def test_plain_patches_of_any_colour_are_tried() -> None:
 
     found, draws = Patches(3, (3, 12, 12), 0.1, 0.7, (3, 5), 0), generator()
     for step in range(300):
-        found.ascend(answers, 0.8 * torch.rand(64, 3, 12, 12, generator=draws), draws, 3 if step % 4 else 0)
+        found.ascend(answers, 0.8 * torch.rand(64, 3, 12, 12, generator=draws), draws, 3 if step % 4 else 0, plain=True)
     assert found.sorest()[0].argmax() == 0
     colours = torch.sigmoid(found.canvases.detach())[0, :, 2:5, 6:9].mean(dim=(1, 2))
     assert [round(float(colour)) for colour in colours] == [1, 1, 0]
