@@ -37,7 +37,6 @@ def test_an_infected_model_ends_with_1(tmp_path: Path, files: Files, infected: P
     assert record["infected"] is True
     assert [item["label_index"] for item in record["labels"] if item["infected"]] == [SMALL.target_label]
     assert "looking for triggers" in run.err
-    assert "This need not be all. A scan like this one does not see" in " ".join(run.err.split())
     written = json.loads((tmp_path / "scan" / "scan.json").read_text())
     assert {**written, "out": str(tmp_path / "scan")} == record
     assert (tmp_path / "scan" / "report.html").stat().st_size > 10_000
@@ -52,6 +51,7 @@ def test_what_comes_next_is_told_what_was_told(tmp_path: Path, files: Files, inf
     assert run.code == 1, run.err
     said = f"next: guard repair {infected} --output logits --method auto --scan {out} --data {files.clean} --out {out}-repaired"
     assert said in run.out.replace("\n", "")
+    assert "This need not be all. A scan like this one does not see" in " ".join(run.err.split())
     assert "infected" in run.out
 
 
