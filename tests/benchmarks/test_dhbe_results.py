@@ -19,6 +19,6 @@ def test_nothing_is_left_of_the_attack_but_what_is_answered_anyway(report: dhbe.
     assert first.marks.attack_success.value > 0.99
     assert last.marks.attack_success.value <= min(0.016, last.marks.target_share.value + 0.003)
     assert last.amplified is not None
-    assert last.amplified[0].value <= last.marks.target_share.value + 0.005  # the paper's .0028 is missed
-    assert last.amplified[1].value <= 0.03  # and its .012, on GTSRB
+    assert last.amplified[0].value <= max(0.0028, last.marks.target_share.value)  # of the paper's mean, or what is natural
+    assert last.amplified[1].value <= 0.012
     assert first.marks.accuracy.value - last.marks.accuracy.value <= 0.01
