@@ -12,7 +12,6 @@ ran in circles. Every figure is of the evaluation part.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -105,7 +104,7 @@ def measure(name: str, parts: Parts, cache: Path = CACHE) -> Report:
         hours=max(checkpoints.seconds, time.monotonic() - started) / 3600.0,
         libraries=versions(),
     )
-    shutil.rmtree(folder, ignore_errors=True)  # the next measurement may be of another code
+    checkpoints.remove()  # the next measurement may be of another code; a curve without checkpoints is not gone on with
     return report
 
 

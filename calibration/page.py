@@ -104,7 +104,7 @@ def montage(rows: Sequence[tuple[str, Tensor]], columns_named: Sequence[str] = (
     sheet, height, width = _sheet([images for _, images in rows], columns)
     figure = Figure(figsize=(1.6 + 0.95 * columns, 0.95 * len(rows) * height / width + 0.2 * bool(columns_named)))
     figure.set_layout_engine("constrained")
-    axes = figure.subplots()  # one for all: an axes for each image would take a hundred times as long
+    axes = figure.subplots()  # one for all: an axes for each image takes ten times as long
     axes.imshow(sheet, interpolation="antialiased")
     axes.set_frame_on(False)
     axes.tick_params(length=0, labelsize=9, labeltop=True, labelbottom=False)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from calibration.fine_tuning import Answers
+from calibration.repair.dhbe_game import apart
 
 
 @final
@@ -60,7 +61,7 @@ def drawn_loss(clean: Tensor, patched: Tensor, wanted: Tensor, wanted_patched: T
         wanted_patched: (B, M), t'(x + p).
         weight: w.
     """
-    return (clean - wanted).abs().mean() + weight * (patched - wanted_patched).abs().mean()
+    return apart(clean, wanted) + weight * apart(patched, wanted_patched)
 
 
 def patched_answers(own: Tensor, wanted: Tensor, labels: Tensor, suspect: Tensor) -> Tensor:

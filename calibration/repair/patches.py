@@ -155,9 +155,10 @@ class Patches(nn.Module):
             raised = (after - known).scatter(1, known.argmax(dim=1, keepdim=True), 0.0).unflatten(0, (2, count)).amin(dim=0)
             most, labels = raised.max(dim=1)
             better = most / self.unit > self.map.flatten(1).amax(dim=1)[labels]
-            for number in most.argsort()[better[most.argsort()]].tolist():  # the best stays
-                canvas, place = self.canvases[labels[number]], mask[number].bool().expand(channels, -1, -1)
-                canvas[place] = (_PLAIN * (2.0 * bright[number] - 1.0)).expand_as(canvas)[place]
+            order = most.argsort()
+            for number in order[better[order]].tolist():  # the best stays
+                canvas = self.canvases[labels[number]]
+                canvas.copy_(torch.where(mask[number] > 0.0, _PLAIN * (2.0 * bright[number] - 1.0), canvas))
         self.note(Pasted(images[:count], labels, rows.to(labels.device), columns.to(labels.device)), labels, most)
 
     def note(self, pasted: Pasted, labels: Tensor, raised: Tensor) -> None:
