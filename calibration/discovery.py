@@ -214,7 +214,7 @@ def _try_all(backend: Backend, clean: ImageSet, hints: Hints, images: Tensor) ->
 
 def _run(backend: Backend, spec: InputSpec, images: Tensor) -> Tensor:
     with torch.inference_mode():
-        parts = [as_tensor(backend(spec.to_model(part))) for part in images.split(32)]
+        parts = [as_tensor(backend(spec.to_model(part)), len(part)) for part in images.split(32)]
     return torch.cat([part.cpu() for part in parts])
 
 

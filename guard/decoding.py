@@ -25,6 +25,8 @@ FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "PPM")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm")
 """Names by which those are found in a folder."""
 
+_BITS, _GREY, _RGB = 8, 0, 2  # of a PNG's header
+
 _NAMES = "JPEG, PNG, BMP, GIF, WebP or PPM"
 
 
@@ -73,7 +75,21 @@ def decode_image(data: bytes | bytearray | memoryview, spec: InputSpec, limits: 
         image.load()
     except Exception as error:  # Pillow's readers raise whatever they stumble over
         raise ImageError(f"expected a complete image, got one that can't be decoded ({one_line(error)})") from error
+    if "transparency" in image.info and _is_of_another_depth(bytes(data[:26])):
+        raise ImageError("expected an opaque image, got one with a transparent colour: flatten it onto a background")
     return torch.from_numpy(_to_array(image, spec)).permute(2, 0, 1).contiguous()
+
+
+def count_pixels(data: bytes | bytearray | memoryview, limits: Limits | None = None) -> int:
+    """Width times height of an image file, by its header alone.
+
+    Raises:
+        ImageError: Not an image.
+        TooLargeError: Over a limit.
+    """
+    check_header(bytes(data))
+    width, height = _open(data, limits or Limits()).size
+    return width * height
 
 
 def _open(data: bytes | bytearray | memoryview, limits: Limits) -> ImageFile.ImageFile:
@@ -89,15 +105,19 @@ def _open(data: bytes | bytearray | memoryview, limits: Limits) -> ImageFile.Ima
     return image
 
 
+def _is_of_another_depth(header: bytes) -> bool:
+    """Of a PNG whose transparent colour is told in its own depth, which Pillow compares with pixels of 8 bits."""
+    depth, colours = header[24], header[25]
+    return header.startswith(b"\x89PNG") and depth != _BITS and colours in (_GREY, _RGB)
+
+
 def _to_array(image: Image.Image, spec: InputSpec) -> NDArray[np.float32]:
     """(H, W, C) in [0, 1], at the model's size."""
     if spec.channels not in (1, 3):
         raise ImageError(
             f"expected arrays with {spec.channels} channels for this model, got an image file: call it with arrays"
         )
-    if "transparency" in image.info and (image.mode == "1" or image.mode.startswith("I;16")):
-        raise ImageError("expected an opaque image, got one with a transparent colour: flatten it onto a background")
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # which Pillow scales to 16 bits
         grey = np.asarray(image).astype(np.float32) / 65535.0
         return _fit(np.repeat(grey[:, :, None], spec.channels, axis=2), spec)
     if image.mode in ("I", "F"):

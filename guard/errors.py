@@ -25,6 +25,12 @@ readable reason that HTTP answers and logs carry.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
+
+import msgspec
+
+UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What decoding JSON of somebody else's raises: other fields, bytes that are no text, more brackets than there is stack."""
 
 
 class GuardError(Exception):

@@ -8,30 +8,29 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Concatenate, Literal, ParamSpec, TypeVar, cast, final
 
 import msgspec
-import numpy as np
 import torch
 from torch import Tensor
 
 from guard.detectors.detector import Detector, Inspection
 from guard.detectors.strip import Strip
-from guard.errors import CalibrationError, InputError, ModelError, RejectedError, one_line
+from guard.errors import CalibrationError, InputError, RejectedError, one_line
 from guard.images import Array
 from guard.predictors.predictor import DEFAULT_MEMORY_LIMIT, Predictor
-from guard.preprocessors import Gym, Preprocessor, answer_through
+from guard.preprocessors import Preprocessor, views_of
 from guard.quarantine import Quarantine
 from guard.verdict import Finding, Policy, Reason, Verdict
+from guard.wrapping import abstain, by_reason, combined, like
 
 logger = logging.getLogger("guard")
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _B = TypeVar("_B", bound=Array)
-_ROWS_SHOWN = 10  # of each reason, in an error's text
 
 
 @final
@@ -161,11 +160,8 @@ class Guard:
         Returns:
             (B, M), float32 probabilities.
         """
-        images = images.to(self.device)
-        if isinstance(self.preprocessor, Gym) and self.preprocessor.views > 1:
-            with self._generator_lock:
-                return answer_through(self.predictor, self.preprocessor, images, self._generator)
-        return self.predictor(self._preprocess(images))
+        answers = [self.predictor(view) for view in self._views(images.to(self.device))]
+        return answers[0] if len(answers) == 1 else torch.stack(answers).mean(dim=0)
 
     def wrap(
         self, predict: Callable[Concatenate[_B, _P], _R], on_reject: Literal["raise", "abstain"] = "raise"
@@ -178,8 +174,9 @@ class Guard:
                 where the function returns whole numbers.
 
         Returns:
-            The guarded function. It calls `predict` once per batch, preprocessed if the profile says so. Further
-            arguments are passed on.
+            The guarded function. It calls `predict` once per batch, preprocessed if the profile says so, or once per view
+            where GYM has several: then it answers their mean, or the most frequent of whole numbers. Further arguments are
+            passed on.
         """
         if on_reject not in ("raise", "abstain"):
             raise InputError(f"expected on_reject 'raise' or 'abstain', got {on_reject!r}")
@@ -192,18 +189,19 @@ class Guard:
                 reasons = {}
             refused = list(reasons)
             if refused and on_reject == "raise":
-                raise RejectedError(f"{len(refused)} of {len(images)} inputs rejected: {_by_reason(reasons)}", reasons)
-            if self.preprocessor is not None:
-                batch = cast(_B, _like(batch, spec.to_model(self._preprocess(images.to(self.device)))))
-            return _abstain(predict(batch, *args, **kwargs), refused, len(images))
+                raise RejectedError(f"{len(refused)} of {len(images)} inputs rejected: {by_reason(reasons)}", reasons)
+            if self.preprocessor is None:
+                answers = predict(batch, *args, **kwargs)
+            else:
+                views = [cast(_B, like(batch, spec.to_model(view))) for view in self._views(images.to(self.device))]
+                answers = combined([predict(view, *args, **kwargs) for view in views])
+            return abstain(answers, refused, len(images))
 
         return functools.update_wrapper(guarded, predict)
 
-    def _preprocess(self, images: Tensor) -> Tensor:
-        if self.preprocessor is None:
-            return images
+    def _views(self, images: Tensor) -> list[Tensor]:
         with self._generator_lock:
-            return self.preprocessor(images, self._generator)
+            return views_of(self.preprocessor, images, self._generator)
 
     def _with_room_for_the_answer(self) -> CalibratedDetector | None:
         """A STRIP over the very model that answers, without a preprocessor: its first batch may answer as well."""
@@ -312,57 +310,3 @@ def _finding(calibrated: CalibratedDetector, found: Inspection, row: int) -> Fin
         passes=int(found.passes[row]),
         late=found.late is not None and bool(found.late[row]),
     )
-
-
-def _by_reason(reasons: Mapping[int, str]) -> str:
-    """`backdoor-suspected: rows 1, 3; out-of-time: rows 5`: who is late may ask again."""
-    rows: dict[str, list[int]] = {}
-    for row, reason in reasons.items():
-        rows.setdefault(reason, []).append(row)
-    return "; ".join(
-        f"{reason}: rows {', '.join(map(str, found[:_ROWS_SHOWN]))}{' ...' if len(found) > _ROWS_SHOWN else ''}"
-        for reason, found in rows.items()
-    )
-
-
-def _like(original: Array, batch: Array) -> Array:
-    """`batch` in the array library, device and type of `original`."""
-    if isinstance(original, np.ndarray):
-        array = batch.cpu().numpy() if isinstance(batch, Tensor) else batch
-        return array.astype(original.dtype, copy=False)
-    tensor = batch if isinstance(batch, Tensor) else torch.from_numpy(batch)
-    return tensor.to(original)
-
-
-def _abstain(answers: _R, rows: Sequence[int], batch: int) -> _R:
-    """A copy of the answers with the rejected rows blanked."""
-    if not rows:
-        return answers
-    if isinstance(answers, Tensor):
-        if answers.shape[:1] != (batch,):
-            raise ModelError(f"expected one row per image ({batch}), got {tuple(answers.shape)}: can't abstain for single rows")
-        if answers.dtype == torch.bool or answers.is_complex():
-            raise ModelError(f"expected numbers that can abstain (NaN or -1), got {answers.dtype}: use on_reject='raise'")
-        blank = answers.clone() if answers.is_floating_point() or answers.is_signed() else answers.to(torch.int64)
-        blank[list(rows)] = torch.nan if blank.is_floating_point() else -1
-        return cast(_R, blank)
-    if isinstance(answers, tuple) or (
-        isinstance(answers, list) and any(isinstance(item, (np.ndarray, Tensor)) for item in answers)
-    ):
-        raise ModelError(  # maybe several outputs: blanking by the first axis would blank the wrong thing
-            f"expected one row of numbers per image ({batch}), got a {type(answers).__name__} of outputs: return one array"
-        )
-    try:
-        array = np.array(answers)
-    except Exception as error:  # ragged lists, and objects that refuse
-        raise ModelError(
-            f"expected one row of numbers per image ({batch}), got {type(answers).__name__}: use on_reject='raise'"
-        ) from error
-    if array.shape[:1] != (batch,) or array.dtype.kind not in "fiu":
-        raise ModelError(
-            f"expected one row of numbers per image ({batch}), got {type(answers).__name__}: use on_reject='raise'"
-        )
-    if array.dtype.kind == "u":
-        array = array.astype(np.int64)
-    array[list(rows)] = np.nan if array.dtype.kind == "f" else -1
-    return cast(_R, array)

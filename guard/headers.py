@@ -1,7 +1,7 @@
 """Image files whose headers would cost far more time than their pixels.
 
-Pillow reads headers in Python: ten megabytes of JPEG markers, of PNG chunks or of comments in a plain PPM keep it busy for
-seconds to minutes. No camera and no library writes such files.
+Pillow reads headers in Python: ten megabytes of JPEG markers, of PNG chunks or of comments in a GIF or a plain PPM keep it
+busy for seconds to minutes. No camera and no library writes such files.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from guard.errors import ImageError
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _PPM_HEADER = re.compile(rb"P[456](?:(?:\s|#[^\n]{0,200}\n){1,100}\d{1,5}){2,3}\s")
 _MARKERS = 5_000
-_SCANS = 100
-_EXIFS = 16
+_SCANS = 40  # several times as many as a progressive JPEG needs
+_EXIFS = 4
+_GIF_BLOCKS = 5_000
+_GIF_EXTENSION, _GIF_IMAGE, _GIF_END = 0x21, 0x2C, 0x3B
 _CHUNKS = 20_000
 
 
@@ -28,6 +30,8 @@ def check_header(data: bytes) -> None:
         costly = _is_costly_jpeg(data)
     elif data.startswith(b"\x89PNG"):
         costly = _png_chunks(data) > _CHUNKS
+    elif data.startswith(b"GIF8"):
+        costly = _is_costly_gif(data)
     elif data.startswith(b"P"):
         costly = _PPM_HEADER.match(data) is None  # plain PPM is decoded in Python too
     else:
@@ -59,6 +63,25 @@ def _is_costly_jpeg(data: bytes) -> bool:
             scans += marker == 0xDA  # each scan of a progressive JPEG costs a pass over all pixels
             exifs += marker == 0xE1 and data[position + 4 : position + 8] == b"Exif"  # their texts are joined one by one
             position += 2 + max(2, int.from_bytes(data[position + 2 : position + 4], "big"))
+    return False
+
+
+def _is_costly_gif(data: bytes) -> bool:
+    """Walk the blocks up to the first image, with the rubbish between them that Pillow takes one byte at a time."""
+    flags = data[10] if len(data) > 10 else 0
+    steps, position = 0, 13 + (3 << ((flags & 7) + 1) if flags & 0x80 else 0)
+    while position < len(data) and data[position] not in (_GIF_IMAGE, _GIF_END):
+        steps += 1
+        if data[position] != _GIF_EXTENSION:
+            position += 1
+        else:
+            position += 2
+            while position < len(data) and data[position] and steps <= _GIF_BLOCKS:
+                steps += 1
+                position += 1 + data[position]
+            position += 1
+        if steps > _GIF_BLOCKS:
+            return True
     return False
 
 

@@ -27,6 +27,7 @@ Container = Literal["numpy", "torch"]
 Array = NDArray[np.generic] | Tensor
 
 _RANGE_SLACK = 1e-4
+_WIDEST = 8  # bytes of a number that PyTorch has a type for
 
 
 class InputSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -165,6 +166,9 @@ class InputSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 images = images * images.new_tensor(self.std).view(1, -1, 1, 1)
             if self.mean:
                 images = images + images.new_tensor(self.mean).view(1, -1, 1, 1)
+        if tensor.dtype in (torch.float16, torch.bfloat16):  # which black and white need not survive
+            within, slack = images.clamp(0.0, 1.0), torch.finfo(tensor.dtype).eps
+            images = torch.where((images - within).abs() <= slack, within, images)
         return images
 
 
@@ -173,6 +177,8 @@ def _to_tensor(batch: Array) -> Tensor:
         return batch.detach()
     if batch.dtype.kind not in "fiub":
         raise InputError(f"expected an array of numbers, got {batch.dtype}: convert the batch")
+    if batch.dtype.kind == "f" and batch.dtype.itemsize > _WIDEST:
+        batch = batch.astype(np.float64)
     native = np.ascontiguousarray(batch, dtype=batch.dtype.newbyteorder("="))
     return torch.from_numpy(native if native.flags.writeable else native.copy())
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from guard.errors import GuardError, ProfileError
+from guard.errors import UNREADABLE, GuardError, ProfileError
 from guard.folders import FolderKind
 from guard.images import InputSpec
 from guard.predictors.execution import ORDINARY, Execution
@@ -216,7 +216,7 @@ def _checksum(body: object) -> str:
 def _decode(data: bytes, path: Path) -> Profile:
     try:
         body = msgspec.json.decode(data, type=dict[str, object])
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except UNREADABLE as error:
         raise ProfileError(f"{path} is truncated or not JSON ({error}): copy the folder again or calibrate again") from error
     schema = body.get("schema")
     if not isinstance(schema, int) or isinstance(schema, bool):

@@ -7,6 +7,7 @@ over its bounds. Several processes may share a folder.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
@@ -23,11 +24,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from guard.errors import QuarantineError
+from guard.errors import UNREADABLE, QuarantineError
 
 logger = logging.getLogger("guard.quarantine")
 _ID = re.compile(r"[0-9]{19}-[0-9a-f]{8}")
 _TRIES = 3
+_SPARE = 100
 
 
 class Item(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -60,7 +62,7 @@ class Quarantine:
 
     Args:
         folder: Made on the first write.
-        max_items: Items kept.
+        max_items: Items kept. Where several processes write, each may go over the bounds by a hundredth.
         max_bytes: Bytes kept, pictures and JSON together.
     """
 
@@ -71,6 +73,8 @@ class Quarantine:
         self.max_items = max_items
         self.max_bytes = max_bytes
         self.failures = 0
+        self._newest = 0  # nanoseconds, of ids
+        self._items_left, self._bytes_left = 0, 0  # until the folder is looked through again
         self._lock = threading.Lock()
 
     def add(
@@ -100,7 +104,7 @@ class Quarantine:
         for left in reversed(range(_TRIES)):
             with self._lock:
                 now = time.time_ns()
-                name = f"{now:019d}-{secrets.token_hex(4)}"
+                name = f"{self._next(now):019d}-{secrets.token_hex(4)}"
                 item = Item(
                     id=name, time=now / 1e9, image=name + suffix, detector=detector, score=score, threshold=threshold,
                     label_index=label_index, label=label,
@@ -126,7 +130,18 @@ class Quarantine:
         self.folder.mkdir(parents=True, exist_ok=True)
         _write(self.folder / item.image, data)
         _write(self._record(item.id), record)
-        self._evict()
+        self._items_left -= 1
+        self._bytes_left -= len(data) + len(record)
+        if self._items_left < 0 or self._bytes_left < 0:
+            self._evict()
+
+    def _next(self, now: int) -> int:
+        """An id's time: after all others, also where the clock was set back, for the oldest go first."""
+        if not self._newest:
+            with contextlib.suppress(OSError):  # no folder yet, or none that can be read: storing says so
+                self._newest = max((int(stem.partition("-")[0]) for stem in self._sizes()), default=0)
+        self._newest = max(now, self._newest + 1)
+        return self._newest
 
     def items(self) -> list[Item]:
         """All items, oldest first; records that can't be read are left out."""
@@ -202,7 +217,7 @@ class Quarantine:
     def _read(self, path: Path) -> Item:
         try:
             item = msgspec.json.decode(path.read_bytes(), type=Item)
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             raise QuarantineError(f"expected an item's record in {path}, got a damaged one ({error})") from error
         except OSError as error:
             raise QuarantineError(f"could not read {path}: {error.strerror or error}") from error
@@ -223,8 +238,8 @@ class Quarantine:
             except OSError:
                 continue
 
-    def _evict(self) -> None:
-        """Oldest out first, until both bounds hold; what another process removes meanwhile counts as gone."""
+    def _sizes(self) -> dict[str, int]:
+        """Bytes of each item, by its id; what another process removes meanwhile counts as gone."""
         sizes: dict[str, int] = {}
         with os.scandir(self.folder) as entries:
             for entry in entries:
@@ -234,12 +249,18 @@ class Quarantine:
                         sizes[stem] = sizes.get(stem, 0) + entry.stat().st_size
                     except FileNotFoundError:
                         continue
-        total = sum(sizes.values())
-        for count, stem in enumerate(sorted(sizes)):
-            if len(sizes) - count <= self.max_items and total <= self.max_bytes:
+        return sizes
+
+    def _evict(self) -> None:
+        """Oldest out first, until both bounds hold, and a hundredth more: so that not every item costs a look at all."""
+        sizes = self._sizes()
+        count, total = len(sizes), sum(sizes.values())
+        self._items_left, self._bytes_left = self.max_items // _SPARE, self.max_bytes // _SPARE
+        for stem in sorted(sizes):
+            if count <= self.max_items - self._items_left and total <= self.max_bytes - self._bytes_left:
                 return
             self._discard(stem)
-            total -= sizes[stem]
+            count, total = count - 1, total - sizes[stem]
 
 
 def _encode(image: Tensor) -> tuple[bytes, str]:

@@ -17,7 +17,8 @@ from typing import final
 
 import anyio
 
-from guard.errors import GuardError, InputError, MissingExtraError, one_line
+from guard.decoding import Limits, count_pixels
+from guard.errors import GuardError, InputError, MissingExtraError, TooLargeError, one_line
 from handlers.answers import Answer, error_answer
 from handlers.exchange import header_values, json_response, read_body
 from handlers.multipart import OVERHEAD_BYTES, is_multipart, split_multipart
@@ -41,6 +42,9 @@ MAX_FILES = 64
 
 BODY_SECONDS = 60.0
 """Time for a client to send its body."""
+
+MAX_TOGETHER = 4
+"""Times the limit of one image's pixels, and by default of its bytes, that one multipart request may hold."""
 
 WORKERS = 2
 """Guards that run at once: PyTorch spreads one over the cores already."""
@@ -134,7 +138,7 @@ class _Predictions:
         one = service.limits.max_bytes
         if not multipart:
             return one
-        return 4 * one + OVERHEAD_BYTES if self.max_batch_bytes is None else self.max_batch_bytes
+        return MAX_TOGETHER * one + OVERHEAD_BYTES if self.max_batch_bytes is None else self.max_batch_bytes
 
     def _judge(self, service: ImageService, body: bytes, multipart: list[bytes], request_id: str) -> list[Outcome]:
         """Runs in a worker thread. `multipart` holds the Content-Type headers of a multipart request."""
@@ -142,10 +146,23 @@ class _Predictions:
         if multipart:
             try:
                 images = [part.data for part in split_multipart(body, multipart, self.max_files)]
+                if service.guard.predictor.spec.resize and len(images) > 1:  # others are decoded at the model's size alone
+                    images = _bounded(images, service.limits)
             except InputError as problem:
                 images = [problem]
         ids = [request_id] if len(images) == 1 else [f"{request_id}-{row}" for row in range(len(images))]
         return service(images, ids)
+
+
+def _bounded(images: list[bytes | InputError], limits: Limits) -> list[bytes | InputError]:
+    """The images of one request, but for those that its pixels altogether don't leave room for."""
+    room, bounded = MAX_TOGETHER * limits.max_pixels, list[bytes | InputError]()
+    for image in images:
+        with contextlib.suppress(InputError):  # what it is instead, decoding it will say
+            room -= count_pixels(image, limits) if isinstance(image, bytes) else 0
+        full = TooLargeError(f"expected at most {MAX_TOGETHER * limits.max_pixels} pixels in one request: send fewer images")
+        bounded.append(image if room >= 0 else full)
+    return bounded
 
 
 def _combine(outcomes: list[Outcome]) -> Answer:

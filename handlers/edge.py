@@ -18,7 +18,7 @@ from typing import IO, final
 import anyio
 import msgspec
 
-from guard.errors import EdgeError, GuardError, InputError, MissingExtraError, TooLargeError, one_line
+from guard.errors import UNREADABLE, EdgeError, GuardError, InputError, MissingExtraError, TooLargeError, one_line
 from handlers.answers import Answer
 from handlers.edge_jobs import Job, JobStore
 from handlers.edge_protocol import FileInfo, JobRequest, Manifest, check_token
@@ -134,7 +134,7 @@ class _Edge:
             return _refusal(body.content, finished=body.finished)
         try:
             asked = msgspec.json.decode(body.content, type=JobRequest)
-        except (msgspec.MsgspecError, RecursionError) as error:
+        except UNREADABLE as error:
             raise InputError(f"expected a job of this version's form, got another: {one_line(error)}") from error
         if asked.factory is not None and asked.factory not in self._allowed:
             raise EdgeError(

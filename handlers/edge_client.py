@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar, final
 
 import msgspec
 
-from guard.errors import EdgeError, MissingExtraError, one_line
+from guard.errors import UNREADABLE, EdgeError, MissingExtraError, one_line
 from handlers.edge_protocol import FileInfo, JobRequest, JobStatus, Manifest, Progress, check_job_id, check_token, open_sealed
 
 try:
@@ -89,11 +89,8 @@ class EdgeClient:
         Raises:
             EdgeError: The server refuses it, or can't be reached.
         """
-        try:
-            answer = self._http.post("v1/jobs", content=msgspec.json.encode(request))
-        except httpx.TransportError as error:
-            raise EdgeError(f"can't reach the edge server at {self.url} ({one_line(error)}): is it running?") from error
-        return check_job_id(self._status(answer).id)
+        body = msgspec.json.encode(request)
+        return check_job_id(self._once(lambda: self._status(self._http.post("v1/jobs", content=body))).id)
 
     def upload(self, job_id: str, files: Mapping[str, Path], progress: ProgressReport) -> None:
         """Send a job's files; those that are there already are not sent again.
@@ -208,12 +205,13 @@ class EdgeClient:
         Raises:
             EdgeError: It refuses, or can't be reached.
         """
-        try:
+
+        def ask() -> None:
             answer = self._http.delete(f"v1/jobs/{job_id}")
-        except httpx.TransportError as error:
-            raise EdgeError(f"can't reach the edge server at {self.url} ({one_line(error)})") from error
-        if answer.status_code != 404:
-            _check(answer)
+            if answer.status_code != 404:
+                _check(answer)
+
+        self._once(ask)
 
     def _send(self, job_id: str, name: str, path: Path, before: int, total: int, progress: ProgressReport) -> None:
         if name not in self._status(self._http.get(f"v1/jobs/{job_id}")).missing:
@@ -246,10 +244,17 @@ class EdgeClient:
         _check(answer)
         try:
             return msgspec.json.decode(answer.content, type=JobStatus)
-        except (msgspec.MsgspecError, RecursionError) as error:
+        except UNREADABLE as error:
             raise EdgeError(
                 f"expected an edge server of this version at {self.url}, got another answer: check the URL"
             ) from error
+
+    def _once(self, request: Callable[[], _Value]) -> _Value:
+        """A request that may not be repeated, or need not."""
+        try:
+            return request()
+        except (httpx.RequestError, _PassingError) as error:
+            raise EdgeError(f"can't reach the edge server at {self.url} ({one_line(error)}): is it running?") from error
 
     def _patiently(self, request: Callable[[], _Value]) -> _Value:
         """A request that may be repeated, and is, while the server is away."""
@@ -264,6 +269,10 @@ class EdgeClient:
                         f"the edge server at {self.url} has not answered for {self._patience:g} s ({one_line(error)}): start "
                         "it again, and it goes on where it was"
                     ) from error
+            except httpx.RequestError as error:  # a body that can't be decoded, which is not the next time either
+                raise EdgeError(
+                    f"expected an edge server's answer from {self.url}, got another ({one_line(error)}): check the URL"
+                ) from error
             time.sleep(wait)
             wait = min(2 * wait, _LONGEST_WAIT)
 
@@ -294,7 +303,7 @@ def _reason(answer: httpx.Response) -> tuple[str, str | None]:
     try:
         body: Any = msgspec.json.decode(answer.content)
         message, code = body["message"], body["reason"]
-    except (msgspec.MsgspecError, RecursionError, KeyError, TypeError):
+    except (*UNREADABLE, KeyError, TypeError):
         return f"HTTP {answer.status_code}, which is no edge server's answer: check the URL", None
     return printable(str(message)), printable(str(code))
 
@@ -310,7 +319,8 @@ def _pieces(path: Path, before: int, total: int, progress: ProgressReport) -> It
 def _checked_url(url: str, insecure: bool) -> httpx.URL:
     try:
         parsed = httpx.URL(url)
-    except httpx.InvalidURL as error:
+        parsed.host.encode("idna")
+    except (httpx.InvalidURL, UnicodeError) as error:
         raise EdgeError(f"expected a URL like https://edge.example:8443, got {url!r}") from error
     if parsed.scheme not in ("http", "https") or not parsed.host or parsed.userinfo or parsed.query or parsed.fragment:
         raise EdgeError("expected a URL like https://edge.example:8443, without a user or a query, got another")

@@ -25,7 +25,7 @@ from typing import Any, final
 
 import msgspec
 
-from guard.errors import EdgeError, TooLargeError
+from guard.errors import UNREADABLE, EdgeError, TooLargeError
 from handlers.edge_protocol import JOB_ID, FileInfo, JobRequest, JobStatus, Progress, Sealed, State
 
 logger = logging.getLogger("guard.edge")
@@ -127,7 +127,8 @@ class JobStore:
         """
         self._check_sizes(request)
         with self.lock:
-            self.expire(room=1)
+            self.expire()
+            self._make_room()
             now = time.time()
             job = Job(id=secrets.token_hex(16), created=now, changed=now, state="receiving", request=request)
             (self.folder(job.id) / "sent").mkdir(parents=True)
@@ -140,7 +141,7 @@ class JobStore:
             return msgspec.json.decode((self.folder(job_id) / _JSON).read_bytes(), type=Job)
         except OSError:
             return None
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             logger.warning("job %s can't be read (%s) and is ignored", job_id, error)
             return None
 
@@ -220,30 +221,32 @@ class JobStore:
             if job is not None:
                 yield job
 
-    def expire(self, room: int = 0) -> None:
-        """Drop what is too old, and the oldest ended jobs until there is room.
-
-        Raises:
-            EdgeError: There is none to be had.
-        """
+    def expire(self) -> None:
+        """Drop what is too old."""
         with self.lock:
-            now, kept = time.time(), []
-            for job in sorted(self.jobs(), key=lambda item: item.changed):
+            now = time.time()
+            for job in list(self.jobs()):
                 age = now - job.changed
                 if (job.state == "receiving" and age > self.limits.receiving_seconds) or (
                     not job.active and age > self.limits.kept_seconds
                 ):
                     self.delete(job.id)
-                else:
-                    kept.append(job)
-            surplus = len(kept) + room - self.limits.max_jobs
-            ended = [job for job in kept if not job.active]
-            if surplus > len(ended):
-                raise EdgeError(
-                    f"the edge server has {len(kept)} unfinished jobs and takes no more: try again later", 429, "too-many-jobs"
-                )
-            for job in ended[: max(0, surplus)]:
-                self.delete(job.id)
+
+    def _make_room(self) -> None:
+        """For another job: the oldest ended ones go.
+
+        Raises:
+            EdgeError: There is none to be had.
+        """
+        kept = sorted(self.jobs(), key=lambda item: item.changed)
+        surplus = len(kept) + 1 - self.limits.max_jobs
+        ended = [job for job in kept if not job.active]
+        if surplus > len(ended):
+            raise EdgeError(
+                f"the edge server has {len(kept)} unfinished jobs and takes no more: try again later", 429, "too-many-jobs"
+            )
+        for job in ended[: max(0, surplus)]:
+            self.delete(job.id)
 
     def tidy(self) -> None:
         """Put right what a server left that was killed: half-made jobs, half-sent files, and jobs that run no longer."""
@@ -256,6 +259,7 @@ class JobStore:
             for job in list(self.jobs()):
                 if job.state == "running":
                     self.update(job.id, state="queued", progress=None)
+            self.expire()
 
     def folder(self, job_id: str) -> Path:
         """A job's own; the id must be one that we gave."""

@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from guard.errors import EdgeError
+from guard.errors import UNREADABLE, EdgeError
 from guard.images import Container, DType, Layout
 from guard.predictors import OutputKind
 
@@ -230,14 +230,14 @@ def open_sealed(token: str, sealed: Sealed) -> Manifest:
     Raises:
         EdgeError: The seal is another, or names in it lead elsewhere.
     """
-    if not hmac.compare_digest(seal(token, sealed.manifest), sealed.seal):
+    if not hmac.compare_digest(seal(token, sealed.manifest).encode(), sealed.seal.encode(errors="replace")):
         raise EdgeError(
             "refused the edge server's result: its manifest was changed, or sealed with another token; fetch it "
             "again, or repair again"
         )
     try:
         manifest = msgspec.json.decode(sealed.manifest, type=Manifest)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except UNREADABLE as error:
         raise EdgeError(
             f"expected a manifest of this version, got another ({error}): bring both sides to one version"
         ) from error

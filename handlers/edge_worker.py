@@ -39,6 +39,7 @@ MOST_STARTS = 5
 """After so many a job that takes the server down each time is given up."""
 
 _IDLE_SECONDS = 0.2
+_EXPIRY_SECONDS = 60.0  # between looks for jobs that are too old
 _AGAIN_SECONDS = 10.0  # after the queue itself failed
 
 Plan = Callable[[Job, JobStore], Iterator[Step]]
@@ -106,9 +107,13 @@ class EdgeWorker:
             return self._store.update(job_id, state="queued", queued=time.time())
 
     def _work(self) -> None:
+        looked = time.monotonic()
         while not self._stopping.is_set():
             try:
                 self._take()
+                if time.monotonic() - looked > _EXPIRY_SECONDS:
+                    self._store.expire()
+                    looked = time.monotonic()
             except Exception:  # a full disk, a locked database: neither is a reason to stop serving
                 logger.exception("the queue failed, trying again")
                 self._stopping.wait(_AGAIN_SECONDS)

@@ -193,11 +193,13 @@ def _try(name: str, version: str, addresses: Addresses, timeout: float) -> None:
 
 def _wait_until_idle(name: str, version: str, addresses: Addresses, timeout: float) -> None:
     """Nothing queued for a while: who asked before the change has been answered."""
-    deadline, quiet = time.monotonic() + timeout, time.monotonic()
-    while time.monotonic() < deadline and time.monotonic() - quiet < _QUIET_SECONDS:
-        queue = _describe(name, version, addresses).get("jobQueueStatus", {})
-        if int(queue.get("pendingRequests", 0)) > 0:
+    deadline, quiet = time.monotonic() + max(timeout, 2.0 * _QUIET_SECONDS), time.monotonic()
+    while time.monotonic() - quiet < _QUIET_SECONDS:
+        pending = int(_describe(name, version, addresses).get("jobQueueStatus", {}).get("pendingRequests", 0))
+        if pending > 0:
             quiet = time.monotonic()
+        if time.monotonic() > deadline:
+            raise ServingError(f"after {timeout:g} s it still had requests to answer, {pending} of them queued")
         time.sleep(_POLL_SECONDS)
 
 
@@ -216,8 +218,9 @@ def _request(url: str, token: str | None, method: str, path: str, timeout: float
         address = urlsplit(url)
         if address.scheme != "http" or address.hostname is None:
             raise ValueError(url)
+        address.hostname.encode("idna")
         connection = HTTPConnection(address.hostname, address.port, timeout=timeout)
-    except (ValueError, HTTPException) as error:
+    except (ValueError, HTTPException) as error:  # a UnicodeError is a ValueError
         raise ServingError(f"expected an address like http://127.0.0.1:8081, got {url}") from error
     try:
         connection.request(method, path, headers={} if token is None else {"Authorization": f"Bearer {token}"})

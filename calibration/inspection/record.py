@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 
 from guard import InputSpec
-from guard.errors import GuardError, InspectionError
+from guard.errors import UNREADABLE, GuardError, InspectionError
 from guard.folders import FolderKind
 
 SCHEMA = 1
@@ -202,5 +202,5 @@ def read_scan(folder: Path) -> ScanRecord:
         return msgspec.json.decode(data, type=ScanRecord)
     except InspectionError:
         raise
-    except (msgspec.MsgspecError, GuardError, RecursionError) as error:
+    except (*UNREADABLE, GuardError) as error:
         raise InspectionError(f"{path} is damaged ({error}): scan again") from error

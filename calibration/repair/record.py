@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 
 from guard import InputSpec
-from guard.errors import GuardError, RepairError
+from guard.errors import UNREADABLE, GuardError, RepairError
 from guard.folders import FolderKind
 from guard.preprocessors import AnyPreprocessor
 from guard.profile import ModelRecord
@@ -169,7 +169,7 @@ def read_record(folder: Path) -> RepairRecord:
         return msgspec.json.decode(data, type=RepairRecord)
     except RepairError:
         raise
-    except (msgspec.MsgspecError, GuardError, RecursionError) as error:
+    except (*UNREADABLE, GuardError) as error:
         raise RepairError(f"{path} is damaged ({error}): repair again") from error
 
 
@@ -184,5 +184,5 @@ def read_learnt(folder: Path) -> frozenset[str]:
         return msgspec.json.decode(path.read_bytes(), type=frozenset[str])
     except FileNotFoundError:
         return frozenset()
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, *UNREADABLE) as error:
         raise RepairError(f"{path} is damaged ({error}): repair again") from error

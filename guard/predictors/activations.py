@@ -111,7 +111,7 @@ def activations(predictor: Predictor, images: Tensor, layer: Layer) -> Tensor:
     rows = min(predictor.max_rows, _CPU_ROWS) if images.device.type == "cpu" else predictor.max_rows
     try:
         with torch.no_grad():
-            parts = [as_tensor(tapped(predictor.spec.to_model(part))).float() for part in images.split(rows)]
+            parts = [as_tensor(tapped(predictor.spec.to_model(part)), len(part)).float() for part in images.split(rows)]
     except GuardError:
         raise
     except (Exception, SystemExit) as error:  # foreign code

@@ -32,7 +32,7 @@ def run_in_chunks(run: Callable[[Array], object], batch: Array, batch_size: int 
         if rows < batch_size:
             part = _repeat_last(part, batch_size - rows)
         raw = run(part)
-        answers.append((raw if isinstance(raw, Tensor) else as_tensor(raw))[:rows])  # a tensor keeps its gradients
+        answers.append((raw if isinstance(raw, Tensor) else as_tensor(raw, batch_size))[:rows])  # a tensor keeps its gradients
     return torch.cat(answers)
 
 

@@ -46,8 +46,9 @@ class ModuleBackend:
         return self.module(tensor if state is None else tensor.to(state.device))
 
     def fingerprint(self) -> str | None:
-        """SHA-256 over the sorted state: names, types, shapes and bytes."""
-        return state_sha256(self.module.state_dict())
+        """SHA-256 over the sorted state: names, types, shapes and bytes; None where it holds more than tensors."""
+        state = self.module.state_dict()
+        return state_sha256(state) if all(isinstance(value, Tensor) for value in state.values()) else None
 
 
 def state_sha256(state: dict[str, Tensor]) -> str:

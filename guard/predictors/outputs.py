@@ -15,8 +15,12 @@ OutputKind = Literal["logits", "probabilities", "labels"]
 _SUM_TOLERANCE = 1e-3
 
 
-def as_tensor(raw: object) -> Tensor:
+def as_tensor(raw: object, batch: int) -> Tensor:
     """A model's answer as a detached CPU or GPU tensor.
+
+    Args:
+        raw: The answer; a list of a single array may be one output, or one row for the only image.
+        batch: B, the number of images asked about.
 
     Raises:
         ModelError: The answer is neither an array nor a list of numbers.
@@ -24,7 +28,8 @@ def as_tensor(raw: object) -> Tensor:
     if isinstance(raw, Tensor):
         return raw.detach()
     if isinstance(raw, (tuple, list)) and len(raw) == 1 and isinstance(raw[0], (Tensor, np.ndarray)):
-        return as_tensor(raw[0])
+        only = as_tensor(raw[0], batch)
+        return only.unsqueeze(0) if batch == 1 and only.ndim < 2 else only
     if isinstance(raw, tuple) and any(isinstance(item, (Tensor, np.ndarray)) for item in raw):
         raise ModelError(f"expected the model to return one array, got {len(raw)} of them: wrap it and return the scores")
     try:

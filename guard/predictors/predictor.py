@@ -109,7 +109,7 @@ class Predictor:
 
     def _forward(self, images: Tensor, keep: bool) -> Tensor:
         try:
-            raw = as_tensor(self.execution.run(self.backend, self.spec.to_model(images, keep=keep)))
+            raw = as_tensor(self.execution.run(self.backend, self.spec.to_model(images, keep=keep)), len(images))
             return to_probabilities(raw, self.output, self.num_classes, images.shape[0]).to(images.device)
         except GuardError:
             raise

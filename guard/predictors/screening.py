@@ -20,7 +20,7 @@ from guard.predictors.archives import read_archive, write_archive
 from guard.predictors.programs import plain_program, plain_weights
 
 _UNSAFE_SCRIPT = re.compile(
-    rb"\b(?:save|from_file|load|rpc_sync|rpc_async|rpc_remote)\b"
+    rb"\b(?:save|from_file|load|rpc_sync|rpc_async|rpc_remote|print)\b"
     rb"|(?<![\w.])ops\b(?! : |\.(?:aten|prim|prims|quantized|_quantized|quantized_decomposed|prepacked|mkldnn|torchvision)\b)"
 )
 """Whole words anywhere in the code, because TorchScript allows blanks, comments and aliases between `torch` and `save`."""
@@ -41,7 +41,7 @@ def file_sha256(path: Path) -> str:
 
 
 def screen_torchscript(path: Path) -> io.BytesIO:
-    """Refuse a `.pt` file that is not TorchScript, or whose code reads or writes files.
+    """Refuse a `.pt` file that is not TorchScript, or whose code reads or writes files, or prints: into our own output.
 
     Returns:
         The same archive, for the loader.
@@ -58,7 +58,9 @@ def screen_torchscript(path: Path) -> io.BytesIO:
         )
     for name, data in scripts.items():
         if not name.endswith(".debug_pkl") and _touches_files(data):
-            raise ModelError(f"refused {path.name}: its TorchScript code reads or writes files ({name}); don't run it")
+            raise ModelError(
+                f"refused {path.name}: its TorchScript code reads or writes files, or prints ({name}); don't run it"
+            )
     return write_archive(entries)
 
 

@@ -25,10 +25,24 @@ def answer_through(
     Returns:
         (B, M), probabilities.
     """
+    views = [predict(view) for view in views_of(preprocessor, images, generator)]
+    return views[0] if len(views) == 1 else torch.stack(views).mean(dim=0)
+
+
+def views_of(preprocessor: Preprocessor | None, images: Tensor, generator: torch.Generator) -> list[Tensor]:
+    """Images as a model is to see them: once, or as often as GYM draws.
+
+    Args:
+        preprocessor: None for none.
+        images: (B, C, H, W), in [0, 1].
+        generator: A CPU generator; the preprocessor draws from it.
+
+    Returns:
+        One or several of (B, C, H, W).
+    """
     if preprocessor is None:
-        return predict(images)
+        return [images]
     if not isinstance(preprocessor, Gym) or preprocessor.views == 1:
-        return predict(preprocessor(images, generator))
+        return [preprocessor(images, generator)]
     filtered = preprocessor.filter(images)
-    views = [predict(preprocessor.sat(filtered, generator)) for _ in range(preprocessor.views)]
-    return torch.stack(views).mean(dim=0)
+    return [preprocessor.sat(filtered, generator) for _ in range(preprocessor.views)]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from guard import Limits, decode_image
+from guard.decoding import count_pixels
 from guard.errors import ImageError, InputError, TooLargeError
 from guard.images import InputSpec
 
@@ -150,10 +151,37 @@ def pfm() -> bytes:
     return b"Pf\n8 6\n-1.0\n" + np.zeros(48, np.float32).tobytes()
 
 
-@pytest.mark.parametrize("data", [pfm(), b"P5\n8 6\n65535\n" + bytes(96)])
-def test_thirty_two_bit_pixels_are_refused(data: bytes) -> None:
+def test_thirty_two_bit_pixels_are_refused() -> None:
     with pytest.raises(ImageError):
-        decode_image(data, GREY)
+        decode_image(pfm(), GREY)
+
+
+@pytest.mark.parametrize("highest", [1023, 65535])
+def test_deep_grey_of_the_pgm_kind_is_scaled_by_its_own_highest(highest: int) -> None:
+    values = np.linspace(0, highest, 48).round().astype(">u2")
+    decoded = decode_image(b"P5\n8 6\n%d\n" % highest + values.tobytes(), GREY)
+    wanted = torch.from_numpy(values.astype(np.float32)).reshape(1, 6, 8) / highest
+    torch.testing.assert_close(decoded, wanted, atol=2e-5, rtol=0.0)
+
+
+@pytest.mark.parametrize(("depth", "colours"), [(2, 0), (4, 0), (16, 0), (16, 2)])
+def test_a_transparent_colour_of_another_depth_is_transparency(depth: int, colours: int) -> None:
+    """Pillow compares it with pixels of 8 bits, and finds none that has it."""
+    samples = 3 if colours == 2 else 1
+    header = struct.pack(">IIBBBBB", 8, 6, depth, colours, 0, 0, 0)
+    colour = (1 << depth) - 1 if depth < 16 else 0xABCD
+    row = bytes([0]) + (b"\xab\xcd" * 8 * samples if depth == 16 else b"\xff" * depth)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"tRNS", struct.pack(">H", colour) * samples)
+    with pytest.raises(ImageError, match="transparent"):
+        decode_image(data + chunk(b"IDAT", zlib.compress(row * 6)) + chunk(b"IEND", b""), RGB)
+
+
+def test_pixels_are_counted_by_the_header() -> None:
+    assert count_pixels(encode(pixels())) == 48
+    with pytest.raises(TooLargeError):
+        count_pixels(encode(pixels()), Limits(max_pixels=47))
+    with pytest.raises(ImageError):
+        count_pixels(b"nothing")
 
 
 @pytest.mark.parametrize("container", ["GIF", "PNG", "WEBP"])
@@ -240,6 +268,13 @@ def gif_with_a_larger_frame() -> bytes:
     return data[:start] + b",\0\0\0\0\xff\xff\xff\xff\0\x08\x00;"
 
 
+def gif_with(blocks: bytes) -> bytes:
+    """Behind the global colour table."""
+    data = encode(pixels(), "GIF")
+    start = 13 + (3 << ((data[10] & 7) + 1))
+    return data[:start] + blocks + data[start:]
+
+
 def webp_with_a_large_canvas(side: int) -> bytes:
     frame = encode(pixels(), "WEBP", lossless=True)[12:]
     size = struct.pack("<I", side - 1)[:3]
@@ -279,6 +314,9 @@ COSTLY = {
     "PPM blanks": b"P6" + b" " * (BIG - 200) + b"8 6\n255\n" + bytes(144),
     "plain PPM": b"P3\n8 6\n255\n" + b"#a\n" * (BIG // 3 - 1000) + b"0 " * 144,
     "GIF frame": gif_with_a_larger_frame(),
+    "GIF comments": gif_with(b"!\xfe" + b"\x01a" * (BIG // 2 - 100) + b"\0"),
+    "GIF blocks": gif_with(b"!\xfe\x01a\0" * (BIG // 5 - 100)),
+    "GIF rubbish": gif_with(bytes(BIG - 1000)),
     "WebP canvas": webp_with_a_large_canvas(16_383),
 }
 
@@ -297,6 +335,7 @@ def test_ordinary_metadata_is_no_obstacle() -> None:
     described = Image.Exif()
     described[270] = "a picture" * 1000
     assert decode_image(encode(pixels(), "JPEG", exif=described, comment="hello", progressive=True), RGB).shape == (3, 6, 8)
+    assert decode_image(gif_with(b"!\xfe" + b"\x05hello" * 100 + b"\0"), RGB).shape == (3, 6, 8)
     assert decode_image(jpeg_with_scans(20), RGB).shape == (3, 6, 8)
     assert decode_image(png_with(chunk(b"tEXt", b"Author\0me") * 100), RGB).shape == (3, 6, 8)
     assert decode_image(b"P6 # made by hand\n8\t6 # size\n255\n" + bytes(144), RGB).shape == (3, 6, 8)

@@ -379,6 +379,48 @@ def test_threads_get_their_own_verdicts(preprocessor: Preprocessor | None, tmp_p
 # --- wrap ---
 
 
+@pytest.mark.parametrize("container", [torch.from_numpy, None])
+def test_a_wrapped_function_answers_the_mean_of_its_views(container: Callable[[Any], Tensor] | None) -> None:
+    net, calls = ToyNet(), []
+
+    def predict(batch: Tensor) -> Any:
+        calls.append(batch)
+        return net(batch).detach() if container else net(batch).detach().numpy()
+
+    images, gym = mixed()[::2], Gym(views=4)
+    answer = Guard(predictor(), [detector()], preprocessor=gym, seed=3).wrap(predict)(images)
+    assert len(calls) == 4
+    assert not torch.equal(calls[0], calls[1])
+    with torch.no_grad():
+        wanted = torch.stack([net(batch) for batch in calls]).mean(dim=0)
+    torch.testing.assert_close(torch.as_tensor(answer), wanted)
+    assert isinstance(answer, Tensor) == (container is not None)
+
+
+def test_a_wrapped_function_of_labels_answers_the_most_frequent_of_its_views() -> None:
+    votes = iter([[0, 1], [2, 1], [2, 3]])
+    guard = Guard(predictor(), [detector()], preprocessor=Gym(views=3), policy=Policy(mode="monitor"))
+    assert guard.wrap(lambda batch: torch.tensor(next(votes)))(mixed(2)).tolist() == [2, 1]
+    with pytest.raises(ModelError, match="expected one array of answers to average over views"):
+        guard.wrap(lambda batch: (batch, batch))(mixed(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_black_and_white_survive_half_precision(dtype: torch.dtype) -> None:
+    spec = InputSpec(channels=3, height=4, width=4, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    images = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4), torch.full((3, 4, 4), 0.3)])
+    batch = cast(Tensor, spec.to_model(images)).to(dtype)
+    found = spec.from_model(batch)
+    spec.check(found)
+    torch.testing.assert_close(found, images, atol=torch.finfo(dtype).eps, rtol=0.0)
+    with pytest.raises(InputError, match=r"in \[0, 1\]"):
+        spec.check(spec.from_model(batch * 2.0))
+
+
+def test_extended_precision_is_taken() -> None:
+    torch.testing.assert_close(SPEC.from_model(mixed().numpy().astype(np.longdouble)), mixed())
+
+
 def wrapped(spec: InputSpec, output: OutputKind, on_reject: Any, **options: Any) -> Callable[[Array], Any]:
     predict = predict_function(spec, output)
     answers = predictor(predict, spec, output)

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,7 @@ def test_a_folder_that_is_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO, errno.EDQUOT])
 @pytest.mark.parametrize("fails_at", ["fsync", "replace", "scandir"])
 def test_a_full_or_broken_disk_never_raises(code: int, fails_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quarantine = Quarantine(tmp_path / "q")
+    quarantine = Quarantine(tmp_path / "q", max_items=50)  # so few that it looks at all each time
     kept = sure(add(quarantine))
     calls = {"count": 0}
 
@@ -266,6 +267,7 @@ def test_ids_lead_nowhere_else(name: str, tmp_path: Path) -> None:
 RECORDS = {
     "empty": b"",
     "no JSON": b"\xff\x00",
+    "no text": b'{"id": "\xff"}',
     "truncated": b'{"id": "',
     "another type": b"[1, 2]",
     "fields missing": b'{"id": "x"}',
@@ -381,3 +383,28 @@ def test_what_another_process_evicts_half_written_is_stored_again(tmp_path: Path
     assert [item.id for item in quarantine.items()] == [stored]
     assert quarantine.failures == 0
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_clock_that_was_set_back_loses_nothing_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = [sure(add(Quarantine(tmp_path, max_items=3), picture(value))) for value in range(3)]
+    hour_ago = time.time_ns() - 3_600_000_000_000
+    monkeypatch.setattr(time, "time_ns", lambda: hour_ago)
+    quarantine = Quarantine(tmp_path, max_items=3)
+    new = [sure(add(quarantine, picture(value))) for value in (3, 4)]
+    assert [item.id for item in quarantine.items()] == [old[2], *new]
+    assert quarantine.items()[-1].time == pytest.approx(hour_ago / 1e9)
+
+
+def test_not_every_item_costs_a_look_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quarantine, looks, scan = Quarantine(tmp_path, max_items=500), 0, os.scandir
+
+    def counted(folder: Path) -> Any:
+        nonlocal looks
+        looks += 1
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", counted)
+    for _ in range(30):
+        sure(add(quarantine))
+    assert looks < 10
+    assert len(quarantine.items()) == 30

@@ -13,7 +13,8 @@ import pytest
 from starlette.types import Message
 from torch import Tensor
 
-from guard import Guard, Limits, Policy
+from guard import Guard, Limits, Policy, Predictor
+from guard.predictors import wrap
 from handlers.asgi import create_app
 from handlers.prometheus import PrometheusMetrics
 from handlers.service import ImageService
@@ -32,7 +33,7 @@ from tests.handlers.toy_service import (
     toy_service,
     triggered,
 )
-from tests.toy import ToyNet
+from tests.toy import SIDE, SPEC, ToyNet
 
 LIMIT = 1000
 
@@ -87,6 +88,19 @@ def test_files_are_bounded_in_number_and_bytes() -> None:
     assert post(app, files=files(clean(), clean())).status_code == 207
     assert post(app, files=files(clean(), clean(), clean())).status_code == 413
     assert post(app, files=files(bytes(2000))).status_code == 413
+
+
+def test_files_are_bounded_in_pixels_where_all_sizes_are_decoded() -> None:
+    """Sixty-four images at the limit of one would be a minute's work, whatever the latency budget."""
+
+    def answered(resize: bool) -> list[int]:
+        spec = msgspec.structs.replace(SPEC, resize=resize)
+        service = toy_service(Guard(Predictor(wrap(ToyNet()), spec, 4, "logits"), []), Limits(max_pixels=SIDE * SIDE))
+        several = files(clean(), b"junk", *[clean()] * 4)
+        return [item["status"] for item in post(create_app({"toy": service}), files=several).json()["predictions"]]
+
+    assert answered(resize=True) == [200, 400, 200, 200, 200, 413]
+    assert answered(resize=False) == [200, 400, 200, 200, 200, 200]
 
 
 @pytest.mark.parametrize(

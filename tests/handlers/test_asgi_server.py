@@ -90,3 +90,9 @@ def test_a_signal_ends_the_server_after_the_requests_under_way(number: signal.Si
 def _slow(images: Tensor) -> Tensor:
     time.sleep(0.5)
     return torch.eye(4)[torch.zeros(len(images), dtype=torch.int64)]
+
+
+@pytest.mark.parametrize("host", ["127.0.0..1", "a" * 300])
+def test_a_host_that_is_none_is_one_line(host: str) -> None:
+    with pytest.raises(ServingError, match="expected an address of this machine"), AsgiServer(create_app({}), host, 0):
+        pass

@@ -8,6 +8,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import httpx
@@ -18,6 +19,7 @@ from persistqueue import SQLiteAckQueue
 from persistqueue.serializers import json as json_serializer
 
 from guard.errors import EdgeError
+from handlers import edge_worker
 from handlers.edge import BearerToken
 from handlers.edge_commands import MARK
 from handlers.edge_jobs import EdgeLimits, JobStore
@@ -36,7 +38,7 @@ from tests.handlers.toy_edge import (
     running,
     sent_files,
 )
-from tests.handlers.toy_service import call, chunk, drive
+from tests.handlers.toy_service import TIMEOUT, call, chunk, drive
 
 NOBODY = "0" * 32
 ROUTES = [
@@ -277,6 +279,30 @@ def test_jobs_expire(tmp_path: Path) -> None:
     assert store.get(running_one.id).state == "running"
     with pytest.raises(EdgeError):
         store.get(waiting.id)
+
+
+def test_what_is_too_old_goes_without_another_job(tmp_path: Path) -> None:
+    job = JobStore(tmp_path, EdgeLimits()).create(requested(sent_files()))
+    store = JobStore(tmp_path, EdgeLimits(receiving_seconds=0.0))
+    store.tidy()
+    assert not store.folder(job.id).exists()
+
+
+def test_a_worker_without_work_looks_for_what_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edge_worker, "_EXPIRY_SECONDS", 0.0)
+    with edge_server(tmp_path, limits=EdgeLimits(receiving_seconds=0.5)) as edge:
+        job, deadline = edge.create(requested(sent_files())), time.monotonic() + TIMEOUT
+        while edge.send("GET", f"/v1/jobs/{job}").status_code != 404:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def test_a_job_that_is_no_text_is_ignored(tmp_path: Path) -> None:
+    store = JobStore(tmp_path, EdgeLimits())
+    job = store.create(requested(sent_files()))
+    (store.folder(job.id) / "job.json").write_bytes(b'{"id": "\xff"}')
+    store.tidy()
+    assert store.find(job.id) is None
 
 
 def test_a_failing_command_is_told_in_one_line_without_our_paths(tmp_path: Path) -> None:

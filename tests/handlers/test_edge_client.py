@@ -221,6 +221,7 @@ def test_a_refused_file_is_not_sent_again(tmp_path: Path) -> None:
         ("http://user:secret@127.0.0.1", False, "without a user"),
         ("https://edge.example/?token=x", False, "without a user or a query"),
         ("http://[::1", False, "expected a URL"),
+        ("https://edge..example", False, "expected a URL"),
     ],
 )
 def test_urls_that_would_give_the_token_away_are_refused(url: str, insecure: bool, problem: str) -> None:
@@ -269,10 +270,30 @@ def test_a_servers_text_cannot_steer_a_terminal() -> None:
     assert str(caught.value) == "the edge server refuses: [31mred lines"
 
 
-@pytest.mark.parametrize("content", [b"<html>", b"[]", b'{"id":"../x","state":"done"}', b'{"id":1}', b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content", [b"<html>", b"[]", b'{"id":"../x","state":"done"}', b'{"id":1}', b'{"id":"\xff"}', b"[" * 100_000]
+)
 def test_what_is_no_edge_server_is_told(content: bytes) -> None:
     with answering(lambda _: httpx.Response(200, content=content)) as client:
         with pytest.raises(EdgeError, match="check the URL"):
             client.status("0" * 32)
         with pytest.raises(EdgeError):
             client.create(requested(sent_files()))
+
+
+@pytest.mark.parametrize("code", [502, 503, 504])
+def test_a_proxy_without_its_server_is_an_error_of_ours(code: int) -> None:
+    with answering(lambda _: httpx.Response(code)) as client:
+        for ask in (lambda: client.create(requested(sent_files())), lambda: client.delete("0" * 32)):
+            with pytest.raises(EdgeError, match=f"can't reach the edge server .*HTTP {code}"):
+                ask()
+
+
+def test_a_body_that_cannot_be_decoded_is_an_error_of_ours() -> None:
+    def broken(_: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, headers={"content-encoding": "gzip"}, stream=httpx.ByteStream(b"no gzip"))
+
+    with answering(broken) as client:
+        for ask in (lambda: client.create(requested(sent_files())), lambda: client.status("0" * 32)):
+            with pytest.raises(EdgeError, match="edge server"):
+                ask()

@@ -102,7 +102,10 @@ def test_other_servers_are_told(body: bytes, answers: dict[str, tuple[int, bytes
         roll_out("m", "m.mar", "2.0", WHERE)
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:99999", "http://[::1", "ftp://127.0.0.1", "127.0.0.1:8081", "http://a b:1"])
+@pytest.mark.parametrize(
+    "url",
+    ["http://127.0.0.1:99999", "http://[::1", "ftp://127.0.0.1", "127.0.0.1:8081", "http://a b:1", "http://127.0.0..1:8081"],
+)
 def test_addresses_that_are_none(url: str) -> None:
     with pytest.raises(ServingError, match="expected"):
         roll_out("m", "m.mar", "2.0", Addresses(management=url, inference=url))
@@ -112,3 +115,16 @@ def test_addresses_that_are_none(url: str) -> None:
 def test_tokens_that_no_header_can_hold(token: str) -> None:
     with pytest.raises(ServingError, match="expected a token of printable ASCII characters"):
         roll_out("m", "m.mar", "2.0", dataclasses.replace(WHERE, management_token=token))
+
+
+def test_an_old_version_that_still_has_requests_is_not_taken_away(
+    answers: dict[str, tuple[int, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torchserve_rollout, "_QUIET_SECONDS", 0.05)
+    monkeypatch.setattr(torchserve_rollout, "_POLL_SECONDS", 0.01)
+    busy = json.loads(described("1.0"))
+    busy[0]["jobQueueStatus"] = {"pendingRequests": 5}
+    answers["GET /models/m/1.0"] = (200, json.dumps(busy).encode())
+    with pytest.raises(ServingError, match=r"m 2\.0 serves now, but 1\.0 could not be ended .*5 of them queued"):
+        roll_out("m", "m.mar", "2.0", WHERE, timeout=0.2)
+    assert not [call for call in ASKED if call.startswith("DELETE")]

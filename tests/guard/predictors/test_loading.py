@@ -222,6 +222,18 @@ def test_fingerprints_see_every_part_of_the_state() -> None:
     assert state_sha256({"a": torch.zeros(3, 2).t(), "b": state["b"]}) == known
 
 
+class WithExtraState(ToyNet):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"scale": 3}
+
+    def set_extra_state(self, state: object) -> None:
+        """Nothing to set."""
+
+
+def test_a_state_of_more_than_tensors_has_no_fingerprint() -> None:
+    assert ModuleBackend(WithExtraState()).fingerprint() is None
+
+
 def test_an_untouched_module_keeps_its_fingerprint(clean: Tensor) -> None:
     net = ToyNet()
     before = ModuleBackend(net).fingerprint()

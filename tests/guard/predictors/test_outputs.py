@@ -161,7 +161,7 @@ class Output(dict[str, Tensor]):
 )
 def test_answers_that_are_no_numbers(raw: Any) -> None:
     with pytest.raises(ModelError):
-        as_tensor(raw)
+        as_tensor(raw, 2)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_answers_that_are_no_numbers(raw: Any) -> None:
     ],
 )  # fmt: skip
 def test_answers_in_any_container(raw: Any) -> None:
-    tensor = as_tensor(raw)
+    tensor = as_tensor(raw, len(LOGITS))
     assert not tensor.requires_grad
     torch.testing.assert_close(tensor.to(torch.float32), LOGITS)
 
@@ -202,3 +202,16 @@ def test_whatever_a_model_raises_becomes_our_error(error: type[Exception], clean
 def test_a_classifier_has_two_classes_or_more() -> None:
     with pytest.raises(ModelError, match="at least 2 classes"):
         Predictor(wrap(lambda batch: batch), SPEC, 1, "logits")
+
+
+@pytest.mark.parametrize("row", [np.arange(4.0), torch.arange(4.0)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_list_of_one_row_per_image_is_that_for_one_image_too(row: Any, batch: int) -> None:
+    assert as_tensor([row] * batch, batch).shape == (batch, 4)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_single_output_in_a_list_is_that_output(batch: int) -> None:
+    assert as_tensor([np.zeros((batch, 4))], batch).shape == (batch, 4)
+    labels = as_tensor([np.zeros(batch, np.int64)], batch)
+    torch.testing.assert_close(to_probabilities(labels, "labels", 4, batch), torch.eye(4)[:1].expand(batch, 4))

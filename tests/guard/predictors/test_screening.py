@@ -372,6 +372,7 @@ STATEMENTS = {
     "an alias": "y = torch\n    y.save(x, OWNED)",
     "another library": "_0 = ops.image.write_file(OWNED, x)",
     "an alias of the libraries": "y = ops\n    y.image.write_file(OWNED, x)",
+    "print": "print(x)",
     "another process": "_0 = ops.c10d.barrier(x)",
 }
 

@@ -1,0 +1,94 @@
+"""What a guard does with a predict function's batch and answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from guard.errors import ModelError
+from guard.images import Array
+
+_R = TypeVar("_R")
+_ROWS_SHOWN = 10  # of each reason, in an error's text
+
+
+def by_reason(reasons: Mapping[int, str]) -> str:
+    """`backdoor-suspected: rows 1, 3; out-of-time: rows 5`: who is late may ask again."""
+    rows: dict[str, list[int]] = {}
+    for row, reason in reasons.items():
+        rows.setdefault(reason, []).append(row)
+    return "; ".join(
+        f"{reason}: rows {', '.join(map(str, found[:_ROWS_SHOWN]))}{' ...' if len(found) > _ROWS_SHOWN else ''}"
+        for reason, found in rows.items()
+    )
+
+
+def like(original: Array, batch: Array) -> Array:
+    """`batch` in the array library, device and type of `original`."""
+    if isinstance(original, np.ndarray):
+        array = batch.cpu().numpy() if isinstance(batch, Tensor) else batch
+        return array.astype(original.dtype, copy=False)
+    tensor = batch if isinstance(batch, Tensor) else torch.from_numpy(batch)
+    return tensor.to(original)
+
+
+def combined(answers: Sequence[_R]) -> _R:
+    """What a predict function answers to several views of a batch: the mean, or the most frequent of whole numbers.
+
+    Raises:
+        ModelError: It does not return one array.
+    """
+    first = answers[0]
+    if len(answers) == 1:
+        return first
+    if isinstance(first, Tensor):
+        together = torch.stack(cast(list[Tensor], list(answers)))
+        return cast(_R, together.mean(dim=0) if together.is_floating_point() else together.mode(dim=0).values)
+    if isinstance(first, tuple):
+        raise ModelError(f"expected one array of answers to average over views, got {len(first)} outputs: return one array")
+    try:
+        array = np.array(answers)
+        together = torch.from_numpy(array)
+    except Exception as error:  # ragged lists, and objects that refuse
+        raise ModelError(
+            f"expected an array of answers to average over views, got {type(first).__name__}: return one"
+        ) from error
+    return cast(_R, array.mean(axis=0, dtype=array.dtype) if array.dtype.kind == "f" else together.mode(dim=0).values.numpy())
+
+
+def abstain(answers: _R, rows: Sequence[int], batch: int) -> _R:
+    """A copy of the answers with the rejected rows blanked."""
+    if not rows:
+        return answers
+    if isinstance(answers, Tensor):
+        if answers.shape[:1] != (batch,):
+            raise ModelError(f"expected one row per image ({batch}), got {tuple(answers.shape)}: can't abstain for single rows")
+        if answers.dtype == torch.bool or answers.is_complex():
+            raise ModelError(f"expected numbers that can abstain (NaN or -1), got {answers.dtype}: use on_reject='raise'")
+        blank = answers.clone() if answers.is_floating_point() or answers.is_signed() else answers.to(torch.int64)
+        blank[list(rows)] = torch.nan if blank.is_floating_point() else -1
+        return cast(_R, blank)
+    if isinstance(answers, tuple) or (
+        isinstance(answers, list) and any(isinstance(item, (np.ndarray, Tensor)) for item in answers)
+    ):
+        raise ModelError(  # maybe several outputs: blanking by the first axis would blank the wrong thing
+            f"expected one row of numbers per image ({batch}), got a {type(answers).__name__} of outputs: return one array"
+        )
+    try:
+        array = np.array(answers)
+    except Exception as error:  # ragged lists, and objects that refuse
+        raise ModelError(
+            f"expected one row of numbers per image ({batch}), got {type(answers).__name__}: use on_reject='raise'"
+        ) from error
+    if array.shape[:1] != (batch,) or array.dtype.kind not in "fiu":
+        raise ModelError(
+            f"expected one row of numbers per image ({batch}), got {type(answers).__name__}: use on_reject='raise'"
+        )
+    if array.dtype.kind == "u":
+        array = array.astype(np.int64)
+    array[list(rows)] = np.nan if array.dtype.kind == "f" else -1
+    return cast(_R, array)
