@@ -33,7 +33,7 @@ from calibration.repair.drawn import Drawn, repair_by_drawings
 from guard.errors import InputError
 from guard.predictors import wrap
 
-ERASED: Mapping[str, Plan] = {name: REPORTED[name] for name in ("cifar10-c", "gtsrb-b")}
+ERASED: Mapping[str, Plan] = {name: REPORTED[name] for name in ("cifar10-c", "gtsrb-b", "mnist-conv-badnets")}
 _EVERY = 2  # epochs
 
 

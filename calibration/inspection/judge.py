@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import msgspec
@@ -34,6 +34,7 @@ from calibration.inspection.reference import train_reference
 from calibration.inspection.search import Search
 from calibration.inspection.strengthening import strengthen
 from calibration.inspection.triggers import Goals, Triggers
+from guard.errors import InspectionError
 
 INDEX = 2.0
 """Of the paper: a label over it is infected, by the index alone."""
@@ -124,6 +125,15 @@ class Judge:
         self.few: list[str] = []
         self.reference: nn.Module | None = None
         self.agreement: float | None = None
+
+    def feasible(self, look: Look) -> tuple[Look, str]:
+        """Without pairs from labels that no image has, and what was left out, in words."""
+        there = _there(self.own_searched, look.goals.sources)
+        missing = look.goals.sources[~there].unique().tolist()
+        if not missing:
+            return look, ""
+        said = f"No pairs from {', '.join(map(str, missing))} were looked at: the model gives no clean image that label."
+        return replace(look, goals=look.goals.select(torch.nonzero(there).flatten())), said
 
     def find(self, look: Look) -> Triggers:
         """The smallest triggers, whatever is to be thought of them."""
@@ -225,7 +235,14 @@ class Judge:
         """What the reference makes of the suspects; medians are of others that were drawn."""
         seed, reference = self.seed, self._reference()
         order = torch.randperm(len(triggers), generator=torch.Generator().manual_seed(seed)).tolist()
-        drawn = [row for row in order if row not in suspects][:_COMPARED]
+        there = _there(says(reference, self.searched, self.engine.device), triggers.sources)
+        strange = [int(triggers.sources[row]) for row in suspects if not there[row]]
+        if strange:
+            raise InspectionError(
+                f"expected clean images that the clean reference gives label {strange[0]}, got none, so that pairs from there "
+                "can't be judged: add images of every class"
+            )
+        drawn = [row for row in order if row not in suspects and there[row]][:_COMPARED]
         rows = torch.tensor([*suspects, *drawn])
         goals = Goals(triggers.labels[rows], triggers.sources[rows])
 
@@ -286,6 +303,11 @@ def acquittal(opinion: SecondOpinion, limit: float = SMALL) -> str:
         return "works on a clean model, too"
     natural = opinion.size_ratio >= _SMALLER_THAN_NATURAL * min(1.0, opinion.reference_ratio)
     return "about as small in a clean model" if natural else ""
+
+
+def _there(own: Tensor, sources: Tensor) -> Tensor:
+    """(K,), bool: whether any image with these answers comes from each source, -1 for anywhere."""
+    return (sources < 0) | torch.isin(sources, own)
 
 
 def spread(mask: Tensor) -> float:

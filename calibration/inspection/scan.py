@@ -156,15 +156,16 @@ def scan(
         _not_looked_for("behind silent units", settings.silent_units, len(clean_labels)),
     ]
     for look in _further_looks(settings, classes, clean_labels):
-        more = judge.find(look)
+        look, left_out = judge.feasible(look)
+        unreached.append(left_out)
         try:
+            more = judge.find(look)
             unreached.append(_check_reached(look, more))
+            further[look.name] = judge.findings(look, more, names)
         except InspectionError as problem:
             if not infected:  # else that is known, and is not lost
                 raise
             unreached.append(f"Of these nothing is said: {problem}.")
-            continue
-        further[look.name] = judge.findings(look, more, names)
     pair_triggers, pairs = further.get("pairs", (None, ()))
     silent_triggers, silent = further.get("silent-units", (None, ()))
     everything: tuple[LabelFinding | PatchFinding, ...] = (*labels, *silent, *patches, *pairs)

@@ -36,6 +36,7 @@ class DhbeOutcome:
         steadiness: Share of them whose label from the student a patch does not change.
         labels: Different ones that the student gives them; a single one is what a student gives that has collapsed.
         said: What else must be told.
+        foremost: Share of them to which the teacher gives its most frequent label; None where the samples were learnt.
     """
 
     samples: Tensor
@@ -45,6 +46,7 @@ class DhbeOutcome:
     steadiness: float
     labels: int
     said: tuple[str, ...] = ()
+    foremost: float | None = None
 
 
 def student_loss(student: Tensor, teacher: Tensor, patched: Tensor, weight: float) -> Tensor:

@@ -12,6 +12,10 @@ from calibration.repair.epochs import share_of_rates
 from guard.errors import RepairError
 from guard.images import InputSpec
 
+ALIKE = 0.4
+"""Share of drawings with one answer from which on they can't stand for a model's images. Of scenes, models of photographs gave
+0.2 to 0.3 one label (one model, 0.5), those of digits 0.5 to 0.8; of figures 0.2 (one, 0.45)."""
+
 _USUAL_MEAN, _USUAL_STD = (0.5,), (0.25,)  # of images in [0, 1], where the model does not say
 _SMALLEST, _LARGEST = 28, 64  # pixels a side, of the images that the authors' code has generators for
 _MORE_DOUBLINGS, _FROM = 3, 48  # pixels

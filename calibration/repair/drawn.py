@@ -29,7 +29,7 @@ from calibration.engine import Engine
 from calibration.fine_tuning import Answers, TrainableCopy
 from calibration.frozen import frozen
 from calibration.repair.dhbe_game import DhbeOutcome
-from calibration.repair.dhbe_settings import check_counts, check_size
+from calibration.repair.dhbe_settings import ALIKE, check_counts, check_size
 from calibration.repair.drawings import Drawings
 from calibration.repair.drawn_loss import Batch, Loss, patched_answers
 from calibration.repair.epochs import check_gradients, play_epochs, share_of_rates
@@ -47,7 +47,6 @@ _CANVAS_RATE, _FOCUS = 0.1, 0.7
 _SIDES, _FEWEST = (3.0 / 32.0, 1.0 / 4.0), (2, 3)  # smallest and largest patches: shares of an image's side, and pixels
 _MORE = 6  # further windows of a canvas, where they are only learnt
 _COPIES = 9  # of a patch and itself, at most, in every other step
-_ALIKE = 0.4  # of the drawings with one answer: models of photographs gave 0.2 to 0.3 (one, 0.5), of digits on black 0.5 to 0.7
 _LEAST = 0.01  # units: where patches raise the other labels by nothing
 _WIDER = 3  # pixels: what a label hangs on may lie a little beside where patches were tried
 _RENEWED, _EVERY = 0.2, 50  # canvases, and iterations
@@ -142,8 +141,8 @@ class _Game:
         spec = original.spec
         self._settings, self._engine, self._seed = settings, engine, seed
         probe = torch.rand(2, *spec.shape, generator=torch.Generator().manual_seed(seed))
-        self._drawings = Drawings(spec.shape, settings.drawings, seed)
         self._teacher = engine.place(frozen(original, probe))
+        self._drawings = Drawings.suited(self._alike, spec.shape, settings.drawings, seed)
         self.student = copied.faster(probe).answers()
         side = min(spec.height, spec.width)
         sides = [min(side, max(fewest, round(share * side))) for share, fewest in zip(_SIDES, _FEWEST, strict=True)]
@@ -276,19 +275,31 @@ class _Game:
             self._engine.agree(float((torch.cat(answers) == torch.cat(theirs)).double().mean())),
             self._engine.agree(float(torch.cat(steady).double().mean())),
             len(torch.cat(answers).unique()),
-            (self._sorest(), *self._doubts(torch.cat(theirs))),
+            (self._sorest(), *self._of_drawings(torch.cat(theirs))),
+            self._foremost(torch.cat(theirs))[1],
         )
 
-    def _doubts(self, answers: Tensor) -> tuple[str, ...]:
-        """Where the original, with these answers to drawings, can't tell these apart: what they teach is then little."""
-        label = int(answers.mode().values)
-        share = self._engine.agree(float((answers == label).double().mean()))
-        if share < _ALIKE:
-            return ()
-        return (
-            f"The original gives {share:.0%} of the drawings label {label}: they hardly resemble the images that it was made "
-            "for, and a backdoor may be left. Don't rely on this repair before you have measured it.",
-        )
+    def _alike(self, images: Tensor) -> float:
+        with torch.no_grad():
+            return self._foremost(self._answers(self._teacher, images.to(self._engine.device)).argmax(dim=1))[1]
+
+    def _foremost(self, labels: Tensor) -> tuple[int, float]:
+        """The most frequent of some labels, and its share of them."""
+        label = int(labels.mode().values)
+        return label, self._engine.agree(float((labels == label).double().mean()))
+
+    def _of_drawings(self, labels: Tensor) -> list[str]:
+        """What they were, and where the original, with these labels for them, can't tell them apart: they then teach little."""
+        said = []
+        if self._drawings.kind == "figures":
+            said.append("Drawings are figures on black: among scenes the original gives most the same label.")
+        label, share = self._foremost(labels)
+        if share >= ALIKE:
+            said.append(
+                f"The original gives {share:.0%} of the drawings label {label}: they hardly resemble the images that it was "
+                "made for, and a backdoor may be left. Don't rely on this repair before you have measured it."
+            )
+        return said
 
     def _sorest(self) -> str:
         """Which label patches move the original to most, and where from."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from calibration.repair.dhbe_settings import ALIKE
 from calibration.repair.record import RepairFigures
 from guard.preprocessors import AnyPreprocessor, Gym
 
@@ -21,6 +22,8 @@ def figure_rows(figures: RepairFigures) -> list[tuple[str, ...]]:
         rows.append(("agreement on generated samples", f"{figures.generated_agreement:.2%}"))
     if figures.generated_steadiness is not None:
         rows.append(("generated samples that no patch changes", f"{figures.generated_steadiness:.2%}"))
+    if figures.generated_foremost is not None:
+        rows.append(("generated samples with the original's foremost label", f"{figures.generated_foremost:.2%}"))
     if figures.attack_success_seen_after is not None:
         rows.append(("quarantined images that keep their old answer", f"{figures.attack_success_seen_after:.2%}"))
     if figures.generated_triggers_work is not None:
@@ -94,7 +97,7 @@ def remarks(figures: RepairFigures, preprocessor: AnyPreprocessor | None) -> lis
         )
     elif recovered is not None and recovered > _KEPT:
         said.append("A recovered trigger still works on too many held-out images. Don't rely on this repair.")
-    elif not is_reliable(figures):
+    elif figures.attack_success_seen_after is not None and figures.attack_success_seen_after > _KEPT:
         said.append(
             "Too many of the held-out quarantined images keep their old answer: either the attack still works, or most of them "
             "are false alarms. Don't rely on this repair."
@@ -105,7 +108,8 @@ def remarks(figures: RepairFigures, preprocessor: AnyPreprocessor | None) -> lis
 def is_reliable(figures: RepairFigures) -> bool:
     """Whether the figures give no reason to doubt that the attack is gone."""
     left = (figures.attack_success_seen_after, figures.recovered_success_after)
-    return not _learnt_none(figures) and all(share is None or share <= _KEPT for share in left)
+    said_little = figures.generated_foremost is not None and figures.generated_foremost >= ALIKE
+    return not _learnt_none(figures) and not said_little and all(share is None or share <= _KEPT for share in left)
 
 
 def _learnt_none(figures: RepairFigures) -> bool:

@@ -258,6 +258,7 @@ def _figures(task: Task, outcome: Outcome, labelled: bool) -> RepairFigures:
         generated_agreement=None if erased is None else erased.agreement,
         generated_steadiness=None if erased is None else erased.steadiness,
         generated_labels=0 if erased is None else erased.labels,
+        generated_foremost=None if erased is None else erased.foremost,
         said=(*outcome.said, *_missing(task)),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -378,6 +379,53 @@ def test_pairs_must_be_smaller_still_than_labels(
     assert opinion.success >= 0.9
     assert (opinion.reference_ratio is not None) is suspected
     assert not any(item.infected for item in pairs[1:])
+
+
+def pair_search(found: Scan) -> Callable[..., Triggers]:
+    """One pair to the target has its trigger, others large masks; labels are as they were found."""
+    search, one = recover_triggers, found.triggers.select([TARGET])
+
+    def known(answers: nn.Module, images: Tensor, goals: Goals, how: Search, *rest: Any, **named: Any) -> Triggers:
+        if len(goals) == 10:
+            return found.triggers
+        if len(goals) < 10:
+            return search(answers, images, goals, Search(steps=16, draws=0), *rest)
+        pairs = one.select([0] * len(goals))
+        small = torch.arange(len(goals)) == int(torch.nonzero(goals.labels == TARGET)[0])
+        masks = torch.where(small.view(-1, 1, 1), pairs.masks, torch.full_like(pairs.masks, 0.9))
+        return replace(pairs, labels=goals.labels, sources=goals.sources, masks=masks)
+
+    return known
+
+
+@pytest.mark.usefixtures("known_reference")
+def test_pairs_from_a_label_that_no_image_has_are_left_out(
+    digits: Digits, suspect: Predictor, found: Scan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge, "recover_triggers", pair_search(found))
+    known = digits.clean.select(torch.nonzero(suspect(digits.clean.images(slice(None))).argmax(dim=1) != 3).flatten())
+    figures = scan(suspect, known, ScanSettings(pairs=True)).figures
+    assert len(figures.pairs) == 81
+    assert 3 not in {item.source_index for item in figures.pairs}
+    assert any(line.startswith("No pairs from 3 were looked at") for line in figures.said)
+
+
+@pytest.mark.usefixtures("known_reference")
+def test_a_reference_that_gives_no_image_a_source_loses_no_verdict_on_labels(
+    digits: Digits, suspect: Predictor, found: Scan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Tensor] = []
+
+    def there(own: Tensor, sources: Tensor) -> Tensor:
+        asked.extend([sources] if int(sources.max()) >= 0 else [])
+        return (sources < 0) | (len(asked) == 1)  # by the model itself there were some
+
+    monkeypatch.setattr(judge, "recover_triggers", pair_search(found))
+    monkeypatch.setattr(judge, "_there", there)
+    figures = scan(suspect, digits.clean, ScanSettings(pairs=True)).figures
+    assert [item.label_index for item in figures.labels if item.infected] == [TARGET]
+    assert len(asked) == 2
+    assert any("clean images that the clean reference gives label" in line for line in figures.said)
 
 
 @pytest.mark.parametrize("infected", [True, False])

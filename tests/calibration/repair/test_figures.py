@@ -47,6 +47,15 @@ def test_one_that_left_the_attack_is_not(changes: dict[str, float], why: str) ->
     assert "and should" not in said(attack_success_seen_after=0.8)
 
 
+def test_one_by_drawings_that_say_little_is_not() -> None:
+    free = msgspec.structs.replace(
+        GOOD, attack_success_seen_after=None, generated_triggers_work=None, rounds=0, held_out_clean=0, generated_foremost=0.39
+    )
+    assert is_reliable(free)
+    assert ("generated samples with the original's foremost label", "39.00%") in figure_rows(free)
+    assert not is_reliable(msgspec.structs.replace(free, generated_foremost=0.4))
+
+
 def test_what_was_not_measured_is_no_reason_to_doubt() -> None:
     assert is_reliable(msgspec.structs.replace(GOOD, attack_success_seen_after=None, generated_triggers_work=None, rounds=0))
 
