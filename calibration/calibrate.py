@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import final
 
 import msgspec
+import torch
 from torch import Tensor
 
-from calibration.accuracy import accuracies, check_drop, least_sure
+from calibration.accuracy import accuracies, answers, check_drop, least_sure, near_chance
 from calibration.data import ImageSet, Progress, no_progress
 from calibration.detectors import DetectorCalibration, calibrate_detector, compose, recorded, refuse_blind
 from calibration.discovery import Hints, discover
@@ -34,6 +35,8 @@ from guard.predictors.execution import ORDINARY
 from guard.preprocessors import AnyPreprocessor, Flip, Gym, GymIntensive, ShrinkPad
 from guard.profile import SCHEMA, ModelRecord, Profile, TripwireRecord, overlays_to_array, save_profile
 from guard.records import ThresholdRecord
+
+_COMPARED = 500  # images, on which a tripwire must be like the model
 
 
 @final
@@ -151,7 +154,7 @@ def calibrate(
 
     Args:
         model: An `nn.Module` in eval mode, a predict function, or a loaded backend.
-        clean: Clean images; labels are optional, and allow accuracy to be checked.
+        clean: Clean images, of which equal ones count once; labels are optional, and allow accuracy to be checked.
         settings: What to calibrate; the defaults when None.
         hints: What is known of the model's conventions.
         record: Where the model comes from, for profiles that carry it; its `output` and `num_classes` are filled in.
@@ -171,6 +174,7 @@ def calibrate(
         ModelError: The model's answers can't be used, its activations not be looked at, or it does not run in bfloat16.
     """
     settings = msgspec.structs.replace(settings or Settings(), triggers=len(triggers))
+    clean = clean.distinct()
     given = len(clean)
     clean = clean if tripwire is not None else without(clean, learnt, settings)
     check_settings(settings, len(clean))
@@ -183,6 +187,8 @@ def calibrate(
         raise CalibrationError(
             f"expected a tripwire of {predictor.num_classes} classes, got {watched.num_classes}: pass the model's original"
         )
+    if tripwire is not None:
+        _check_tripwire(predictor, watched, clean)
     timed = clean.images(slice(0, TIMED))
     watched = fastest(watched, timed, settings.precision)
     predictor = watched.in_full_precision() if tripwire is None else fastest(predictor, timed)
@@ -228,6 +234,16 @@ def calibrate(
     if tripwire is not None:
         arrays[TRIPWIRE_PROBE] = watched.in_full_precision()(probes).cpu()
     return Calibration(profile, arrays, predictor, parts, len(measuring), given - len(clean) + int(seen.sum()), turned, left)
+
+
+def _check_tripwire(predictor: Predictor, watched: Predictor, clean: ImageSet) -> None:
+    some = clean.select(torch.arange(min(len(clean), _COMPARED)))
+    alike = float((answers(predictor, some) == answers(watched, some)).double().mean())
+    if near_chance(alike, predictor.num_classes):
+        raise CalibrationError(
+            f"expected a tripwire that answers clean images mostly as the model does, got one that does for {alike:.0%}: is it "
+            "another model, or does it take other images (--mean, --std, --dtype, --layout)?"
+        )
 
 
 def _calibrated(

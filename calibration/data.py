@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
 
@@ -21,6 +21,7 @@ from guard.errors import CalibrationError, InputError
 from guard.images import InputSpec
 
 _MOST_LABELS = 2**31
+_AT_ONCE = 256  # images
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much is done, and of how much."""
@@ -84,13 +85,18 @@ class ImageSet:
 
     def distinct(self) -> ImageSet:
         """The set, with equal images once."""
-        return self.select(torch.tensor(distinct_rows(digests(self.images(slice(None)))), dtype=torch.int64))
+        rows = distinct_rows(self._digests())
+        return self if len(rows) == len(self) else replace(self.select(torch.tensor(rows)), skipped=self.skipped)
 
     def among(self, known: Collection[str]) -> Tensor:
         """(N,), bool: which images have one of these `digests`."""
         if not known:
             return torch.zeros(len(self), dtype=torch.bool)
-        return torch.tensor([item in known for item in digests(self.images(slice(None)))], dtype=torch.bool)
+        return torch.tensor([item in known for item in self._digests()], dtype=torch.bool)
+
+    def _digests(self) -> list[str]:
+        parts = torch.arange(len(self)).split(_AT_ONCE)
+        return [item for part in parts for item in digests(self.images(part))]
 
 
 def distinct_rows(known: Sequence[str]) -> list[int]:
@@ -152,6 +158,8 @@ def load_npz(path: Path) -> ImageSet:
     names = tuple(str(name) for name in arrays["class_names"].reshape(-1)) if "class_names" in arrays else ()
     pixels = _to_pixels(arrays["x"], path.name)
     labels = _to_labels(arrays["y"], len(pixels), path.name) if "y" in arrays else None
+    if names and labels is not None and int(labels.max()) >= len(names):
+        raise InputError(f"expected class_names for all labels up to {int(labels.max())}, got {len(names)} in {path.name}")
     return ImageSet(pixels, labels, names)
 
 
@@ -162,8 +170,8 @@ def _to_pixels(x: NDArray[np.generic], name: str) -> Tensor:
         x = np.moveaxis(x, 3, 1)
     elif x.ndim != 4 or x.shape[1] not in (1, 3):
         raise InputError(f"expected x of shape (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3, got {x.shape} in {name}")
-    if x.shape[0] == 0:
-        raise CalibrationError(f"expected images, got an empty x in {name}")
+    if x.size == 0:
+        raise CalibrationError(f"expected images, got an empty x, {x.shape}, in {name}")
     if x.dtype == np.uint8:
         return torch.from_numpy(np.array(x, dtype=np.uint8, order="C"))
     if x.dtype.kind != "f":

@@ -77,10 +77,11 @@ class RedTeam(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def split(clean: ImageSet, seed: int, frr: float = 0.01, overlays: int = 100) -> tuple[ImageSet, ImageSet]:
-    """Cut clean images at random: one part for the red team, the other for overlays and threshold.
+    """Cut clean images at random: one part for the red team, the other for overlays and threshold; equal images count once.
 
     The red team gets half, and no more than it has use for at this rate with so many overlays.
     """
+    clean = clean.distinct()
     order = torch.randperm(len(clean), generator=torch.Generator().manual_seed(seed ^ 0x5ED))
     useful = overlays + _MOST["tuning"] + max(_MOST["choosing"], _fewest_choosing(frr))
     count = min(len(clean) // 2, useful)
@@ -100,7 +101,8 @@ def red_team(
 
     Args:
         predictor: The model; it is never changed.
-        clean: Clean images, of which none may set the threshold later; unlabelled ones get the model's own answers.
+        clean: Clean images, of which none may set the threshold later, and equal ones count once; unlabelled ones get the
+            model's own answers.
         frr: False rejection rate at which settings are compared.
         overlays: N, at most.
         seed: Of triggers, targets and the split.
@@ -112,6 +114,7 @@ def red_team(
         ModelError: The model can't be fine-tuned.
         CalibrationError: No planted trigger took, labels that are not the model's or all the same, or images too small.
     """
+    clean = clean.distinct()
     check_images(len(clean), frr, overlays)
     check_labels(clean, predictor)
     started = time.monotonic()

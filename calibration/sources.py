@@ -124,7 +124,7 @@ def open_tripwire(
         name: As MODEL.
         weights: As there.
         scratch: As there.
-        hints: What is known of the repaired model's input: the original's own, unless it is of another kind.
+        hints: What is known of the repaired model's input: the original's own, unless one of the two is an ONNX file.
         repaired: The model that answers; where it is a repaired one, its original is known and nothing else is taken.
 
     Returns:
@@ -138,7 +138,10 @@ def open_tripwire(
     folder = scratch / "tripwire"
     folder.mkdir(exist_ok=True)
     source = open_model(name, weights, folder)
-    known = Hints(mean=hints.mean, std=hints.std, class_names=hints.class_names, resize=hints.resize)
+    kinds = {source.backend.kind} if repaired is None else {source.backend.kind, repaired.backend.kind}
+    known = hints
+    if "onnx" in kinds and len(kinds) > 1:  # of PyTorch's, all take the same
+        known = Hints(mean=hints.mean, std=hints.std, class_names=hints.class_names, resize=hints.resize)
     if source.file is None:
         raise ModelError(f"expected a model in a file or a factory of a module for a tripwire, got {name}: save it first")
     if repaired is not None and repaired.repair is not None:

@@ -129,9 +129,8 @@ def check_rate(frr: float) -> None:
 
 def needed_images(frr: float, confidence: float | None = None) -> int:
     """The fewest clean images from which a conformal threshold for this rate can be set."""
-    if confidence is None:
-        return max(1, math.ceil(1.0 / frr - 1e-9) - 1)
-    return math.ceil(math.log1p(-confidence) / math.log1p(-frr))
+    fewest = max(1, math.ceil(1.0 / frr - 1e-9) - 1)
+    return fewest if confidence is None else max(fewest, math.ceil(math.log1p(-confidence) / math.log1p(-frr)))
 
 
 def rank(n: int, frr: float, confidence: float | None = None) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
+import torch
 import typer
 
 from cli import options
@@ -24,6 +25,7 @@ from guard.profile import check_target
 if TYPE_CHECKING:
     from calibration import BlendChoice, Hints, ImageSet, RedTeam, Settings
     from calibration.data import Progress
+    from calibration.sources import ModelSource
 
 _RATES = "Setting the threshold"
 _REPAIR = "Repairing first"
@@ -201,6 +203,10 @@ def calibrate_command(
             "expected --repair without --red-team, --tripwire and --preprocess: it brings the last two along itself"
         )
     check_repair(repair, quarantine)
+    if tripwire_weights is not None and tripwire is None:
+        raise InputError("expected --tripwire with --tripwire-weights, got it without: name the original, or drop the weights")
+    if max_accuracy_drop is not None and repair is None and preprocess in (None, "none"):
+        raise InputError("expected --preprocess or --repair with --max-accuracy-drop, got neither: drop it, or name one")
     settings = Settings(
         detectors=detectors,
         frr=frr,
@@ -227,7 +233,9 @@ def calibrate_command(
         triggers = () if scan is None else infected_triggers(scan, looked_at)
         settings = msgspec.structs.replace(settings, triggers=len(triggers))
         size = options.shape(shape) or (source.image_shape if data.is_dir() else None)
-        clean = load_images(data, size, skip_unreadable=skip_unreadable, progress=progress)
+        loaded = load_images(data, size, skip_unreadable=skip_unreadable, progress=progress)
+        clean = loaded.distinct()
+        equal = len(loaded) - len(clean)
         skipped = clean.skipped
         if red_team:
             trainable(looked_at)
@@ -237,7 +245,7 @@ def calibrate_command(
         check_settings(settings, len(clean))
         if red_team:
             known = hints if watched is None else watched[0].hints
-            clean, settings, found = _red_team(looked_at, known, clean, settings, progress)
+            clean, settings, found = _red_team((looked_at, known), (source, hints), clean, settings, progress)
             extra, sections = {"red_team.json": msgspec.json.encode(found)}, red_team_sections(found)
         elif repair is not None:
             asked = Repairing(repair, quarantine, max_accuracy_drop, seed % 2**31, skip_unreadable)
@@ -261,6 +269,8 @@ def calibrate_command(
         )
         pages = {"report.html": calibration_report(calibration, sections), **extra}
         calibration.save(out, source.file, pages, None if watched is None else watched[1])
+    if equal:
+        typer.echo(f"{equal} of {len(loaded)} clean images equal others, and were left out", err=True)
     if first is not None:
         shutil.rmtree(first.work, ignore_errors=True)
     show_calibrated(
@@ -269,9 +279,21 @@ def calibrate_command(
 
 
 def _red_team(
-    backend: Backend, hints: Hints, clean: ImageSet, settings: Settings, progress: Progress
+    watched: tuple[Backend, Hints],
+    answering: tuple[ModelSource, Hints],
+    clean: ImageSet,
+    settings: Settings,
+    progress: Progress,
 ) -> tuple[ImageSet, Settings, RedTeam]:
-    """Let one part of the clean images choose the setting; returns the other part, which no choice has seen."""
+    """Let one part of the clean images choose the setting; returns the other part, which no choice has seen.
+
+    Args:
+        watched: What the detectors look at, and what is known of its input.
+        answering: What answers, likewise: the same but for a tripwire.
+        clean: See `calibrate`.
+        settings: Likewise.
+        progress: Likewise.
+    """
     from calibration import red_team, split
     from calibration.accuracy import accuracies, check_drop
     from calibration.calibrate import chosen_preprocessor
@@ -287,11 +309,14 @@ def _red_team(
     except CalibrationError as error:
         shares = f"{len(first)} of {len(clean)} clean images for itself and leaves {len(rest)}"
         raise CalibrationError(f"--red-team takes {shares}, which is too few: {error}") from error
-    predictor = discover(backend, first, hints)
+    predictor = discover(watched[0], first, watched[1])
     divide(rest, predictor, settings)  # what would stop calibration stops here, before the long work
     before = chosen_preprocessor(settings)
     if before is not None:
-        check_drop(*accuracies(predictor, rest, settings.seed, progress, before), settings.max_accuracy_drop)
+        source, known = answering
+        answers = discover(source.backend, first, known)
+        unseen = rest.select(torch.nonzero(~rest.among(source.learnt)).flatten())
+        check_drop(*accuracies(answers, unseen, settings.seed, progress, before), settings.max_accuracy_drop)
     settle_threads(predictor)
     able = [item for item in CANDIDATES if _can_calibrate(_with(settings, *item), len(rest))]
     found = red_team(predictor, first, settings.frr, settings.overlays, settings.seed, candidates=able, progress=progress)

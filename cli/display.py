@@ -7,12 +7,15 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from guard.errors import InputError
 
 _FILE_WIDTH = 200  # where nobody looks at a terminal, nothing need be folded
 _SELDOM = 30.0  # seconds between lines of a step
@@ -82,3 +85,18 @@ def show_rows(title: str, rows: Sequence[tuple[str, ...]], header: tuple[str, ..
         table.add_row(*map(Text, row))  # class names and paths are no markup
     console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else _FILE_WIDTH)
     Console(width=max(console.width, narrowest)).print(table)
+
+
+def make_room(report: Path) -> None:
+    """Refuse before the long work what could not be written, or would overwrite what is no page."""
+    if report.suffix.lower() not in (".html", ".htm") or report.is_dir():
+        raise InputError(f"expected --report as a file whose name ends in .html, got {report}")
+    try:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not report.exists()
+        with report.open("ab"):
+            pass
+        if is_new:
+            report.unlink()
+    except OSError as error:
+        raise InputError(f"can't write --report {report}: {error.strerror or error}; name another place") from error

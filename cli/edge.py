@@ -107,7 +107,7 @@ def edge_steps(job: Job, store: JobStore) -> Iterator[Step]:
         command = [*_GUARD, "repair", model, "--data", clean, "--out", str(result), *_told(job)]
         command += [] if weights is None else ["--weights", weights]
         command += [] if request.file(QUARANTINE) is None else ["--quarantine", str(sent / QUARANTINE)]
-        yield Step("repair", command)
+        yield Step("repair", command, succeeds=frozenset({0, 1}))  # 1: it was written, and says itself what is wrong with it
     record = read_record(result)
     command = [*_GUARD, "calibrate", str(result), "--data", clean, "--out", str(result / PROFILE), "--allow-missing-classes"]
     command += ["--tripwire", model, *([] if weights is None else ["--tripwire-weights", weights])]
@@ -134,7 +134,8 @@ def _told(job: Job) -> list[str]:
         "container": options.container,
     }
     wanted = {f"--{name}": value for name, value in given.items() if value not in (None, "")}
-    return [f"{option}={value}" for option, value in wanted.items() if looks_at(options.method, option)]
+    told = [f"{option}={value}" for option, value in wanted.items() if looks_at(options.method, option)]
+    return told + ["--allow-missing-classes"] * options.allow_missing_classes
 
 
 def _overlays(images: int) -> int:

@@ -9,10 +9,11 @@ import msgspec
 import typer
 
 from cli import options
-from cli.display import progress_bars, show_rows
+from cli.display import make_room, progress_bars, show_rows
 from cli.extras import needs
 from cli.threads import settle_threads
 from guard import Guard
+from guard.errors import InputError
 
 if TYPE_CHECKING:
     from calibration import Evaluation
@@ -27,6 +28,7 @@ def evaluate_command(
     speed: Annotated[
         bool, typer.Option("--speed", help="Also time the guard against the model alone, on an idle machine.")
     ] = False,
+    skip_unreadable: options.SkipOption = False,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of a preprocessor that draws.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: options.JsonOption = False,
@@ -41,26 +43,34 @@ def evaluate_command(
         from calibration.report import evaluation_report
         from calibration.speed import measure_speed
 
+    if triggered is None and target is not None:
+        raise InputError("expected --triggered with --target, got it without: add the triggered images, or drop --target")
+    if report is not None:
+        make_room(report)
     guard = Guard.load(profile, seed=seed, device=device)
     settle_threads(guard.predictor)
     with progress_bars() as progress:
         shape = guard.predictor.spec.shape
-        clean = load_images(data, shape if data.is_dir() else None, progress=progress)
+        clean = load_images(data, shape if data.is_dir() else None, skip_unreadable=skip_unreadable, progress=progress)
         attacked = None
         if triggered is not None:
-            attacked = load_images(triggered, shape if triggered.is_dir() else None, progress=progress)
+            attacked = load_images(
+                triggered, shape if triggered.is_dir() else None, skip_unreadable=skip_unreadable, progress=progress
+            )
+        skipped = (*clean.skipped, *(() if attacked is None else attacked.skipped))
         clean, attacked = align_sets(guard, clean, attacked, target)
         clean_judged = judge(guard, clean, "clean images", progress)
         attacked_judged = None if attacked is None else judge(guard, attacked, "triggered images", progress)
         costs = measure_speed(guard, clean, progress) if speed else ()
     result = summarise(clean_judged, clean.labels, attacked_judged, None if attacked is None else attacked.labels, target)
     result = msgspec.structs.replace(result, speed=costs)
+    for name, reason in skipped:
+        typer.echo(f"skipped {name}: {reason}", err=True)
     if as_json:
         typer.echo(msgspec.json.encode(result).decode())
     else:
         _show(result, profile)
     if report is not None:
-        report.parent.mkdir(parents=True, exist_ok=True)
         report.write_bytes(evaluation_report(result, guard, clean_judged, attacked_judged))
         typer.echo(f"report: {report}", err=True)
 

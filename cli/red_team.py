@@ -12,10 +12,9 @@ import msgspec
 import typer
 
 from cli import options
-from cli.display import progress_bars, show_rows
+from cli.display import make_room, progress_bars, show_rows
 from cli.extras import needs
 from cli.threads import settle_threads
-from guard.errors import InputError
 
 if TYPE_CHECKING:
     from calibration import RedTeam
@@ -65,7 +64,7 @@ def red_team_command(
 
     hints = options.hints(mean, std, output, layout, dtype, container)
     if report is not None:
-        _make_room(report)
+        make_room(report)
     with tempfile.TemporaryDirectory(prefix="guard-") as scratch, progress_bars() as progress:
         source = open_model(model, weights, Path(scratch))
         trainable(source.backend)
@@ -88,21 +87,6 @@ def red_team_command(
     if report is not None:
         report.write_bytes(red_team_report(found))
         typer.echo(f"report: {report}", err=True)
-
-
-def _make_room(report: Path) -> None:
-    """Refuse before the long work what could not be written, or would overwrite what is no page."""
-    if report.suffix.lower() not in (".html", ".htm") or report.is_dir():
-        raise InputError(f"expected --report as a file whose name ends in .html, got {report}")
-    try:
-        report.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not report.exists()
-        with report.open("ab"):
-            pass
-        if is_new:
-            report.unlink()
-    except OSError as error:
-        raise InputError(f"can't write --report {report}: {error.strerror or error}; name another place") from error
 
 
 def show_red_team(found: RedTeam) -> None:

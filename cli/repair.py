@@ -171,6 +171,7 @@ def repair_command(
                 epochs=epochs,
                 gan_epochs=gan_epochs,
                 max_accuracy_drop=max_accuracy_drop,
+                allow_missing_classes=allow_missing_classes,
                 seed=seed,
             ),
             weights=weights,

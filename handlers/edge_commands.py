@@ -53,11 +53,13 @@ class Step:
         what: For messages.
         command: Program and arguments.
         required: Whether the job fails when the command does; otherwise the result says so.
+        succeeds: Exit codes that are no failure.
     """
 
     what: str
     command: list[str]
     required: bool = True
+    succeeds: frozenset[int] = frozenset({0})
 
 
 def run_step(step: Step, folder: Path, report: Callable[[Progress], None], stopped: Callable[[], bool]) -> str | None:
@@ -92,7 +94,7 @@ def run_step(step: Step, folder: Path, report: Callable[[Progress], None], stopp
         if process.poll() is None:
             _end_child(process)
             end_processes(folder)
-    if code == 0:
+    if code in step.succeeds:
         return None
     text = _last_words(log, start)
     logger.warning("job %s: %s ended with code %d: %s", folder.name, step.what, code, text or "nothing said")

@@ -65,6 +65,7 @@ class RepairOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         epochs: Of fine-tuning.
         gan_epochs: Of codefend's CycleGAN.
         max_accuracy_drop: Points of clean accuracy.
+        allow_missing_classes: Go on when a class has no clean image.
         seed: Of all draws.
         mean: Of the model's input, per channel.
         std: Likewise.
@@ -80,6 +81,7 @@ class RepairOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     epochs: _Epochs | None = None
     gan_epochs: _Epochs | None = None
     max_accuracy_drop: Annotated[float, msgspec.Meta(ge=0.0, le=100.0)] | None = None
+    allow_missing_classes: bool = False
     seed: Annotated[int, msgspec.Meta(ge=0, lt=2**31)] = 0
     mean: _Numbers = ()
     std: _Numbers = ()

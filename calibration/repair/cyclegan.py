@@ -126,8 +126,13 @@ def train(
         turned = int(facts["turned"])
         step.history = {name: list(images) for name, images in arrays.items()}
     half = (training.epochs + 1) // 2
-    while epoch < (2 * turned or training.epochs):
-        rate = training.rate * (1.0 if not turned else 1.0 - (epoch - turned) / turned)
+
+    def last() -> int:
+        """The rate falls for as long as it stayed, but not for longer than was asked for."""
+        return min(2 * turned, training.epochs) if turned else training.epochs
+
+    while epoch < last():
+        rate = training.rate * (1.0 if not turned else 1.0 - (epoch - turned) / (last() - turned))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch + 1)
         for x, y in _batches(clean, quarantined, training.batch, generator):
             step(x, y, rate, generator)
@@ -137,7 +142,7 @@ def train(
         if checkpoints is not None:
             arrays = {name: torch.stack(images) for name, images in step.history.items() if images}
             checkpoints.save(name, epoch, modules, optimizers, arrays, {"turned": turned})
-        progress("learning the trigger", epoch, 2 * turned or training.epochs)
+        progress("learning the trigger", epoch, last())
     cycles.eval().requires_grad_(False)
     return gan
 

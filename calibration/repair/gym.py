@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from calibration.checkpoints import Checkpoints
 from calibration.data import Progress, no_progress
@@ -82,7 +83,7 @@ def fine_tune_gym(
         return likeness(copied.predictor, shown, clean.stopping.answers, clean.stopping.labels, tuning)
 
     flips = recipe == "distilled" and bears_flips(original, clean.tuning)
-    steps = -(-len(clean.tuning) // tuning.batch)
+    steps = len(_batches(torch.arange(len(clean.tuning)), tuning.batch))
     tune(
         copied,
         lambda epoch: _lessons(clean.tuning, change, tuning, flips, seed * 1_000_003 + epoch + 1),
@@ -99,14 +100,17 @@ def fine_tune_gym(
 
 def _lessons(part: Part, change: Preprocessor, tuning: Tuning, flips: bool, seed: int) -> Iterator[Lesson]:
     generator = torch.Generator().manual_seed(seed)
-    for rows in torch.randperm(len(part), generator=generator).split(tuning.batch):
-        if len(rows) == 1 and len(part) > 1:  # batch norm can't take statistics from one
-            continue
+    for rows in _batches(torch.randperm(len(part), generator=generator), tuning.batch):
         images = part.images[rows]
         if flips:
             chosen = torch.rand(len(rows), generator=generator) < 0.5
             images = torch.where(chosen.view(-1, 1, 1, 1), images.flip(-1), images)
         yield Lesson(change(images, generator), part.answers[rows], part.labels[rows])
+
+
+def _batches(order: Tensor, size: int) -> list[Tensor]:
+    """Without a last one of a single image, from which batch norm can't take statistics."""
+    return [rows for rows in order.split(size) if len(rows) > 1 or len(order) == 1]
 
 
 def bears_flips(original: Predictor, part: Part) -> bool:

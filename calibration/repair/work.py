@@ -109,6 +109,7 @@ def _key(
         clean = quarantined = None
     return [
         source.backend.fingerprint(),
+        source.record.factory,  # whose model is not its weights alone
         msgspec.to_builtins(msgspec.structs.replace(predictor.spec, class_names=())),
         predictor.output,
         predictor.num_classes,

@@ -108,6 +108,8 @@ def test_bad_npz_are_refused_in_one_line(tmp_path: Path) -> None:
         ({"x": x, "y": np.array([0.5, 1, 2, 3])}, "whole numbers"),
         ({"x": np.zeros((4, 7, 5, 6), np.uint8)}, r"\(N, H, W\)"),
         ({"x": np.zeros((0, 5, 6), np.uint8)}, "empty x"),
+        ({"x": np.zeros((4, 5, 0), np.float32)}, r"empty x, \(4, 1, 5, 0\)"),
+        ({"x": x, "y": np.arange(4), "class_names": np.array(["a", "b", "c"])}, "class_names for all labels up to 3, got 3"),
         ({"x": np.array([{"a": 1}], dtype=object)}, "does not load"),
     ]
     for arrays, message in cases:

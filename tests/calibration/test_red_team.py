@@ -64,8 +64,17 @@ def test_the_two_parts_share_no_image(seed: int) -> None:
 
 
 def test_a_large_clean_set_keeps_most_for_the_threshold() -> None:
-    first, rest = split(ImageSet(torch.zeros(10_000, 1, 1, 1, dtype=torch.uint8)), 0)
+    numbers = torch.arange(10_000)
+    images = torch.stack([numbers // 256, numbers % 256], dim=1).to(torch.uint8).view(-1, 1, 1, 2)
+    first, rest = split(ImageSet(images), 0)
     assert (len(first), len(rest)) == (1_700, 8_300)
+
+
+def test_copies_of_an_image_are_not_on_both_sides() -> None:
+    images = torch.arange(200, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(3, 1, 1, 1)
+    first, rest = split(ImageSet(images), 0)
+    assert len(first) + len(rest) == 200
+    assert not contents(first.pixels) & contents(rest.pixels)
 
 
 def test_a_setting_that_hardly_superimposes_is_not_chosen(found: RedTeam) -> None:

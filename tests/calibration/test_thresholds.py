@@ -47,7 +47,7 @@ def test_confidence_holds_as_often_as_asked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("frr", "confidence", "needed"), [(0.01, None, 99), (0.05, None, 19), (0.01, 0.95, 299), (0.07, None, 14)]
+    ("frr", "confidence", "needed"), [(0.01, None, 99), (0.05, None, 19), (0.01, 0.95, 299), (0.01, 0.5, 99), (0.07, None, 14)]
 )
 def test_needed_images_are_enough_and_one_less_is_not(frr: float, confidence: float | None, needed: int) -> None:
     assert needed_images(frr, confidence) == needed

@@ -19,6 +19,7 @@ from guard.errors import CalibrationError, ProfileError
 from guard.predictors import wrap
 from guard.preprocessors import Gym
 from guard.profile import ModelRecord
+from tests.guard.models import save_torchscript
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +150,32 @@ def test_a_preprocessor_that_the_model_was_tuned_for_needs_no_labels(digits: Dig
     assert made.profile.clean_accuracy is None
     with pytest.raises(CalibrationError, match="expected labels with the clean images"):
         calibrate(backdoored, unlabelled, Settings(preprocess="gym"))
+
+
+class Shifted(nn.Module):
+    """The same net, whose answers are all off by one."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.eval()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        answers: torch.Tensor = self.net(images).roll(1, dims=1)
+        return answers
+
+
+def test_a_tripwire_that_answers_otherwise_is_refused(digits: Digits, backdoored: nn.Module, repaired: nn.Module) -> None:
+    record = ModelRecord(kind="module", output="logits", num_classes=10)
+    with pytest.raises(CalibrationError, match=r"answers clean images mostly as the model does, got one that does for \d+%"):
+        calibrate(repaired, digits.clean, Settings(), tripwire=Tripwire(wrap(Shifted(backdoored)), record, Hints()))
+
+
+def test_a_tripwire_is_fed_as_the_repaired_model_is(tmp_path: Path, digits: Digits, backdoored: nn.Module) -> None:
+    example = digits.train.images(slice(0, 2))
+    save_exported(backdoored, example, tmp_path / "original.pt2")
+    save_torchscript(backdoored, tmp_path / "repaired.pt")
+    given = Hints(mean=(0.1,), std=(0.3,), dtype="uint8", layout="NHWC", output="logits", container="torch")
+    answering = open_model(str(tmp_path / "repaired.pt"), None, tmp_path)
+    known = open_tripwire(str(tmp_path / "original.pt2"), None, tmp_path, given, answering)[0].hints
+    assert (known.dtype, known.layout, known.output, known.mean) == ("uint8", "NHWC", "logits", (0.1,))

@@ -267,6 +267,8 @@ PROBLEMS: list[tuple[list[str], str]] = [
     (["--mean", "0.5"], "expected --std with --mean, got --mean alone"),
     (["--std", "0.5"], "expected --mean with --std, got --std alone"),
     (["--preprocess", "gym"], "--max-accuracy-drop"),
+    (["--tripwire-weights", "w.safetensors"], "expected --tripwire with --tripwire-weights"),
+    (["--max-accuracy-drop", "1"], "expected --preprocess or --repair with --max-accuracy-drop"),
     (["--confidence", "1.5"], "expected a confidence between 0 and 1"),
     (["--method", "normal", "--confidence", "0.9"], "conformal method only"),
     (["--blend", "mix", "--alpha", "2"], "alpha in (0, 1] for mix"),
@@ -282,6 +284,22 @@ def test_bad_options_are_one_line(tmp_path: Path, guard: Command, files: Files, 
     run = guard("calibrate", files.model, "--data", files.clean, "--out", tmp_path / "p", *options)
     assert message in run.problem
     assert not (tmp_path / "p").exists()
+
+
+def test_equal_images_count_once(tmp_path: Path, guard: Command, digits: Digits, files: Files) -> None:
+    """Or a rate would be set by fewer images than it says."""
+    clean = digits.clean.select(torch.arange(300))
+    twice, once = (tmp_path / name for name in ("twice.npz", "once.npz"))
+    np.savez(once, x=clean.pixels.numpy(), y=clean.known_labels.numpy())
+    np.savez(twice, x=clean.pixels.repeat(2, 1, 1, 1).numpy(), y=clean.known_labels.repeat(2).numpy())
+    options = ("--overlays", 20, "--json")
+    first, second = (
+        guard("calibrate", files.model, "--data", data, "--out", tmp_path / data.stem, *options) for data in (once, twice)
+    )
+    assert first.lines[0]["images"] == second.lines[0]["images"] == 280
+    assert "300 of 600 clean images equal others" in second.err
+    few = guard("calibrate", files.model, "--data", twice, "--out", tmp_path / "p", "--frr", 0.003, "--overlays", 20)
+    assert "needs at least 333 clean images besides the overlays, got 280" in few.problem
 
 
 def test_what_would_stop_calibration_stops_it_before_the_red_team(tmp_path: Path, guard: Command, files: Files) -> None:

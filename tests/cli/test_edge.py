@@ -121,6 +121,7 @@ def test_the_commands_of_a_job_are_its_options_and_our_paths(tmp_path: Path) -> 
     job = store.create(request)
     step: Step = next(edge_steps(job, store))
     assert step.required
+    assert step.succeeds == {0, 1}
     assert step.command[3:6] == ["cli.main", "repair", "mine:net"]
     assert step.command[-4:] == [
         "--weights", str(store.sent(job.id) / names[0]), "--quarantine", str(store.sent(job.id) / names[2]),
@@ -129,9 +130,12 @@ def test_the_commands_of_a_job_are_its_options_and_our_paths(tmp_path: Path) -> 
         assert given in step.command
     assert not any(text.startswith(("--epochs", "--recipe", "--views", "--layout")) for text in step.command)
     assert not is_repaired(store.result(job.id))
-    options = RepairOptions(method="gym", recipe="distilled", views=1, epochs=2, gan_epochs=200)  # as a device sends them
+    assert "--allow-missing-classes" not in step.command
+    options = RepairOptions(  # as a device sends them
+        method="gym", recipe="distilled", views=1, epochs=2, gan_epochs=200, allow_missing_classes=True
+    )
     step = next(edge_steps(store.create(msgspec.structs.replace(request, options=options)), store))
-    for given in ("--method=gym", "--recipe=distilled", "--views=1", "--epochs=2"):
+    for given in ("--method=gym", "--recipe=distilled", "--views=1", "--epochs=2", "--allow-missing-classes"):
         assert given in step.command
     assert not any(text.startswith("--gan-epochs") for text in step.command)  # which guard repair refuses with gym
 

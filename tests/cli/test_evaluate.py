@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
+from cli.demonstration.digits import Digits
 from tests.cli.conftest import Command, Files
 
 FIGURES = (
@@ -86,3 +88,27 @@ def test_target_and_labels_are_asked_for(guard: Command, profile: Path, files: F
     np.savez(tmp_path / "t.npz", x=np.load(files.triggered)["x"])
     run = guard("evaluate", profile, "--data", files.test, "--triggered", tmp_path / "t.npz", "--target", 7)
     assert "true labels" in run.problem
+
+
+def test_what_would_be_lost_or_ignored_is_refused_first(guard: Command, profile: Path, files: Files, tmp_path: Path) -> None:
+    given = ("evaluate", profile, "--data", files.test)
+    before = files.test.read_bytes()
+    assert "--report as a file whose name ends in .html" in guard(*given, "--report", files.test).problem
+    assert files.test.read_bytes() == before
+    assert "expected --triggered with --target" in guard(*given, "--target", 3).problem
+
+
+def test_files_that_cannot_be_read_are_left_out_where_that_is_asked(
+    guard: Command, profile: Path, digits: Digits, tmp_path: Path
+) -> None:
+    for row, pixels in enumerate(digits.test.pixels[:30]):
+        folder = tmp_path / "set" / str(int(digits.test.known_labels[row]))
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[0].numpy()).save(folder / f"{row}.png")
+    for label in range(10):
+        (tmp_path / "set" / str(label)).mkdir(exist_ok=True)
+    (tmp_path / "set" / "3" / "broken.png").write_bytes(b"nothing")
+    assert "pass --skip-unreadable" in guard("evaluate", profile, "--data", tmp_path / "set").problem
+    run = guard("evaluate", profile, "--data", tmp_path / "set", "--skip-unreadable", "--json")
+    assert run.lines[0]["counts"]["clean"] == 30
+    assert "skipped 3/broken.png" in run.err

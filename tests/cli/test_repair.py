@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+from calibration import Hints
 from calibration.repair.gdm import Gdm
 from calibration.repair.mesa import Mesa
+from calibration.sources import ModelSource
 from cli.demonstration.digits import ATTACK, Digits, digit_net, save_exported
 from guard import Guard, Quarantine
 from guard.errors import RepairError
@@ -288,8 +290,8 @@ def test_with_a_tripwire_the_red_team_attacks_what_the_detectors_look_at(
     save_exported(digit_net().eval(), digits.train.images(slice(0, 2)), tmp_path / "repaired.pt2")
     seen: list[str | None] = []
 
-    def red_teamed(backend: Backend, *_: object) -> None:
-        seen.append(backend.fingerprint())
+    def red_teamed(watched: tuple[Backend, Hints], answering: tuple[ModelSource, Hints], *_: object) -> None:
+        seen.extend([watched[0].fingerprint(), answering[0].backend.fingerprint()])
         raise RepairError("far enough")
 
     monkeypatch.setattr("cli.calibrate._red_team", red_teamed)
@@ -298,7 +300,7 @@ def test_with_a_tripwire_the_red_team_attacks_what_the_detectors_look_at(
         "--out", tmp_path / "profile",
     )  # fmt: skip
     assert "far enough" in run.problem
-    assert seen == [file_sha256(files.model)]
+    assert seen == [file_sha256(files.model), file_sha256(tmp_path / "repaired.pt2")]  # a preprocessor stands before the latter
 
 
 @pytest.mark.parametrize(

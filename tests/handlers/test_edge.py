@@ -21,7 +21,7 @@ from persistqueue.serializers import json as json_serializer
 from guard.errors import EdgeError
 from handlers import edge_worker
 from handlers.edge import BearerToken
-from handlers.edge_commands import MARK
+from handlers.edge_commands import MARK, Step, run_step
 from handlers.edge_jobs import EdgeLimits, JobStore
 from handlers.edge_protocol import Manifest, open_sealed
 from handlers.edge_worker import MOST_STARTS
@@ -303,6 +303,16 @@ def test_a_job_that_is_no_text_is_ignored(tmp_path: Path) -> None:
     (store.folder(job.id) / "job.json").write_bytes(b'{"id": "\xff"}')
     store.tidy()
     assert store.find(job.id) is None
+
+
+def test_a_command_may_succeed_by_other_codes_than_0(tmp_path: Path) -> None:
+    command = [sys.executable, "-S", "-c", "import sys; sys.exit(1)"]
+    told = [
+        run_step(Step("the step", command, succeeds=codes), tmp_path, lambda _: None, lambda: False)
+        for codes in (frozenset({0, 1}), frozenset({0}))
+    ]
+    assert told[0] is None
+    assert told[1] is not None
 
 
 def test_a_failing_command_is_told_in_one_line_without_our_paths(tmp_path: Path) -> None:

@@ -105,3 +105,11 @@ def test_generators_answer_alike_alone_and_in_a_batch() -> None:
     torch.testing.assert_close(
         torch.cat([apply(generator, image[None]) for image in images]), apply(generator, images), atol=1e-4, rtol=0
     )
+
+
+@pytest.mark.parametrize("epochs", [1, 3, 4])
+def test_no_more_epochs_are_learnt_than_were_asked_for(engine: Engine, epochs: int) -> None:
+    shown: list[tuple[int, int]] = []
+    training = Training(epochs=epochs, width=4, blocks=1, batch=10)
+    train(grey(10, 0), stamped(grey(10, 1)), training, engine, 0, progress=lambda _, *step: shown.append(step))
+    assert shown[-1] == (epochs, epochs)

@@ -384,7 +384,7 @@ def test_checkpoints_are_of_the_triggers_that_are_repaired_by(
         checkpoints.save("unlearning", 1, arrays={"some": torch.zeros(1)})
         raise RepairError("interrupted")
 
-    def attempt(triggers: Triggers) -> bool:
+    def attempt(triggers: Triggers, source: ModelSource = source) -> bool:
         """Whether it goes on from the last attempt."""
 
         def show(what: str, done: int, total: int) -> None:
@@ -401,3 +401,5 @@ def test_checkpoints_are_of_the_triggers_that_are_repaired_by(
     for other in (replace(first, labels=first.labels + 1), replace(first, sources=first.sources + 1)):
         assert not attempt(other)
         assert attempt(other)
+    twin = replace(source, record=msgspec.structs.replace(source.record, factory="tests.toy:another"))  # of the same weights
+    assert not attempt(first, twin)

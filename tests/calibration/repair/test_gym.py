@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ from torch import nn
 from calibration.checkpoints import Checkpoints
 from calibration.data import ImageSet
 from calibration.engine import Engine
+from calibration.fine_tuning import TrainableCopy
 from calibration.repair.cases import clean_parts
-from calibration.repair.gym import Recipe, bears_flips, lightweight
+from calibration.repair.gym import Recipe, bears_flips, fine_tune_gym, lightweight
 from calibration.repair.repair import repair
 from calibration.repair.settings import RepairSettings
+from calibration.repair.tuning import Tuning
 from cli.demonstration.digits import ATTACK, Digits
 from guard import Predictor
 from guard.predictors import wrap
@@ -87,3 +90,27 @@ def test_what_another_method_has_kept_is_not_gone_on_with(case: Case, engine: En
     repair(case.original, case.clean, RepairSettings(method="fine-tune", epochs=1), engine=engine, checkpoints=kept)
     after, alone = (repair(case.original, case.clean, settings, engine=engine, checkpoints=place) for place in (kept, None))
     assert after.predictor.backend.fingerprint() == alone.predictor.backend.fingerprint()
+
+
+@pytest.mark.parametrize("count", [32, 33, 34])
+def test_an_interrupted_tuning_goes_on_as_if_it_had_not_been_whatever_the_last_batch(
+    case: Case, engine: Engine, tmp_path: Path, count: int
+) -> None:
+    parts = clean_parts(case.clean, case.original, 0)
+    few = replace(parts.tuning, **{name: getattr(parts.tuning, name)[:count] for name in ("images", "labels", "answers")})
+
+    def tuned(checkpoints: Checkpoints | None, stop: int = 0) -> list[torch.Tensor]:
+        def show(_: str, done: int, __: int) -> None:
+            if done == stop:
+                raise KeyboardInterrupt
+
+        copied = TrainableCopy.of(case.original)
+        how = Tuning(epochs=4, batch=16)
+        fine_tune_gym(copied, case.original, replace(parts, tuning=few), "distilled", how, engine, 0, checkpoints, show)
+        return [value.detach().clone() for value in copied.parameters]
+
+    kept = Checkpoints(tmp_path / "work", [])
+    with pytest.raises(KeyboardInterrupt):
+        tuned(kept, stop=2)
+    for resumed, whole in zip(tuned(kept), tuned(None), strict=True):
+        torch.testing.assert_close(resumed, whole, atol=1e-6, rtol=1e-5)
