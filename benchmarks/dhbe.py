@@ -4,10 +4,10 @@
     python -m benchmarks.dhbe measure --all
     python -m benchmarks.dhbe table                       # the committed results as docs/repair.md holds them
 
-By drawings, which is what `guard repair --method dhbe` does; settings were chosen on `cifar10-dev` and `gtsrb-dev`, the weight
-and which patches are overlooked on `cifar10-dev` alone, figures on black on other victims of MNIST. The published game was tried with batches of 64 instead of 256, which
-is what two cores allow: at its rate of 0.1 it wrecked the copy of `cifar10-c` within 10 epochs, and at 0.03 copy and generators
-ran in circles. Every figure is of the evaluation part.
+By drawings, which is what `guard repair --method dhbe` does; settings were chosen on `cifar10-dev` and `gtsrb-dev`, the
+weight and which patches are overlooked on `cifar10-dev` alone, figures on black on other victims of MNIST. The published game
+was tried with batches of 64 instead of 256, which is what two cores allow: at its rate of 0.1 it wrecked the copy of
+`cifar10-c` within 10 epochs, and at 0.03 copy and generators ran in circles. Every figure is of the evaluation part.
 """
 
 from __future__ import annotations

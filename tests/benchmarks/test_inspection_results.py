@@ -41,7 +41,7 @@ def test_a_scan_misses_nothing_and_accuses_nobody(report: inspection.Report) -> 
 
 @pytest.mark.parametrize("report", PATCHES, ids=lambda report: report.name)
 def test_patches_accuse_no_clean_model_and_find_what_masks_miss(report: patches.Report) -> None:
-    """A trigger that is no square, or larger, may be missed; masks find those. One model's labels come too near its target's."""
+    """A trigger that is no square, or larger, may be missed; masks find those. In one, others come too near the target's."""
     assert report.found - set(report.targets) == ({0, 2} if report.name == "cifar10-two-triggers" else set())
     if report.name in MISSED:
         assert report.right
