@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 from itertools import product
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import pytest
@@ -207,3 +207,21 @@ def test_contradictory_specs(fields: dict[str, Any], message: str) -> None:
 def test_labels_have_names_or_numbers() -> None:
     spec = InputSpec(channels=1, height=1, width=1, class_names=("cat", "dog"))
     assert [spec.label_name(index) for index in (-1, 0, 1, 2)] == ["-1", "cat", "dog", "2"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_black_and_white_survive_half_precision(dtype: torch.dtype) -> None:
+    spec = InputSpec(channels=3, height=4, width=4, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    images = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4), torch.full((3, 4, 4), 0.3)])
+    batch = cast(Tensor, spec.to_model(images)).to(dtype)
+    found = spec.from_model(batch)
+    spec.check(found)
+    torch.testing.assert_close(found, images, atol=torch.finfo(dtype).eps, rtol=0.0)
+    with pytest.raises(InputError, match=r"in \[0, 1\]"):
+        spec.check(spec.from_model(batch * 2.0))
+
+
+def test_extended_precision_is_taken() -> None:
+    images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    spec = InputSpec(channels=1, height=8, width=8)
+    torch.testing.assert_close(spec.from_model(images.numpy().astype(np.longdouble)), images)
