@@ -20,9 +20,11 @@ from guard.loading import check_memory_limit
 from guard.predictors.predictor import DEFAULT_MEMORY_LIMIT
 
 _MIB = 1024**2
+_OF_TORCHSERVE = ("--workers", "--batch-size", "--batch-delay", "--updates")
 
 
 def serve(
+    context: typer.Context,
     profile: options.ProfileArgument,
     engine: Annotated[Literal["asgi", "torchserve"], typer.Option(help="torchserve needs Java.")] = "asgi",
     host: Annotated[str, typer.Option(help="Address to bind; TorchServe binds 127.0.0.1 only.")] = "127.0.0.1",
@@ -80,6 +82,10 @@ def serve(
     Example: guard serve profile, then
     curl -H 'content-type: image/png' --data-binary @photo.png http://127.0.0.1:8080/predictions/profile
     """
+    of_torchserve = [name for name in _OF_TORCHSERVE if name in options.given(context)]
+    if engine == "asgi" and of_torchserve:
+        named = " and ".join(of_torchserve)
+        raise InputError(f"expected {named} with --engine torchserve, got it without: add that engine, or drop {named}")
     model = name or profile.absolute().name
     limits = Limits(max_bytes=max_bytes, max_pixels=max_pixels)
     settings, _ = load_profile(profile)

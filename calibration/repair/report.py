@@ -43,7 +43,7 @@ def repair_report(repaired: Repaired) -> bytes:
         Section(item.heading, item.texts, picture=montage(item.rows), caption=item.caption) for item in repaired.exhibits
     ]
     if not figures.measured:
-        return render(f"Repaired by {method}", "No accuracy was measured: there were no clean images.", sections)
+        return render(f"Repaired by {method}", "Without any clean image; what that leaves open is said below.", sections)
     change = round(-figures.drop, 1)
     lost = f"{change:+.1f} points of" if change else "No change of"
     return render(f"Repaired by {method}", f"{lost} clean accuracy on held-out images.", sections)

@@ -131,3 +131,11 @@ def test_a_reader_that_leaves_is_no_verdict() -> None:
 def test_a_server_without_any_time_is_not_started(tmp_path: Path, guard: Command) -> None:
     run = guard("serve", save_toy_profile(tmp_path / "toy"), "--latency-budget", 0)
     assert run.problem == "guard: expected a latency budget of more than 0 seconds, got 0: leave it out for none"
+
+
+@pytest.mark.parametrize(
+    ("given", "named"), [(["--workers", 4], "--workers"), (["--batch-size", 8, "--updates"], "--batch-size and --updates")]
+)
+def test_options_of_torchserve_are_refused_without_it(tmp_path: Path, guard: Command, given: list[object], named: str) -> None:
+    problem = guard("serve", save_toy_profile(tmp_path / "toy"), *given).problem
+    assert f"expected {named} with --engine torchserve, got it without" in problem
