@@ -201,7 +201,7 @@ def scan_command(
     else:
         _show(record, out)
         same = {"--weights": weights, "--mean": mean, "--std": std, "--output": output, "--layout": layout}
-        same |= {"--dtype": dtype, "--container": container, "--shape": shape if clean is not None else None}
+        same |= {"--dtype": dtype, "--container": container, "--shape": shape if clean is not None or record.infected else None}
         typer.echo(f"next: {shlex.join(_next_command(record, [model, *options.again(same)], data, out))}")
     return 1 if record.infected else 0
 
@@ -245,8 +245,11 @@ def _next_command(record: ScanRecord, model: list[str], data: Path | None, out: 
     """Repair what is infected, by what was found; of what seems clean, make a profile that guards it all the same."""
     known = ["--scan", str(out)] if record.method == "neural-cleanse" else []
     command = ["repair", *model, "--method", "auto", *known] if record.infected else ["calibrate", *model]
+    if record.infected and data is None:
+        command = ["repair", *model, "--method", "dhbe"]
     folder = out.parent / f"{out.absolute().name}-{'repaired' if record.infected else 'profile'}"
-    return ["guard", *command, "--data", "CLEAN" if data is None else str(data), "--out", str(folder)]
+    images = [] if record.infected and data is None else ["--data", "CLEAN" if data is None else str(data)]
+    return ["guard", *command, *images, "--out", str(folder)]
 
 
 def _show(record: ScanRecord, out: Path) -> None:

@@ -10,8 +10,8 @@ from calibration.inspection.judge import SMALL, SMALL_PAIR, acquittal
 from calibration.inspection.patch_verdicts import patch_acquittal
 from calibration.inspection.record import LabelFinding, PatchFinding, ScanFigures, SecondOpinion
 
-LIMITS_WITHOUT_DATA = (
-    "This is no proof that a model is clean. The triggers were looked for on images that were recovered from the model: they "
+_LIMITS_WITHOUT_DATA = (
+    "The triggers were looked for on images that were recovered from the model: they "
     "say which labels are easy to reach, and need not work on real images. Triggers that cover the image or change with it, "
     "backdoors that move every label to the next, and those that work for a few source labels alone leave no label whose "
     "trigger is unusually small. With clean images, --method neural-cleanse sees more."
@@ -31,8 +31,11 @@ def limits(figures: ScanFigures) -> str:
     if not figures.patches or _undecided(figures.patches):
         unseen.append("patches of which no smaller part works (--patches looks for squares)")
     what = f"{', '.join(unseen[:-1])}, and {unseen[-1]}"
-    limit = "This need not be all" if figures.all_infected else "This is no proof that a model is clean"
-    return f"{limit}. A scan like this one does not see {what}."
+    return f"{_proof(figures)}. A scan like this one does not see {what}."
+
+
+def _proof(figures: ScanFigures) -> str:
+    return "This need not be all" if figures.all_infected else "This is no proof that a model is clean"
 
 
 def verdict(figures: ScanFigures) -> str:
@@ -185,7 +188,7 @@ def remarks(figures: ScanFigures) -> list[str]:
             said.append(f"The deviation factor alone would accuse {titles(by_index)}; beside the median, the size does not.")
         if missed:
             said.append(f"The deviation factor alone would miss {titles(missed)}.")
-        return [*said, LIMITS_WITHOUT_DATA]
+        return [*said, f"{_proof(figures)}. {_LIMITS_WITHOUT_DATA}"]
     if by_index:
         said.append(f"The anomaly index alone would accuse {titles(by_index)}; the second opinion does not.")
     if missed:

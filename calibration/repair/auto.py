@@ -2,14 +2,14 @@
 
 | known | methods, in this order |
 |---|---|
-| a scan finds infected labels | unlearn, gdm; then codefend, with a quarantine; then gym |
+| a scan finds infected labels | unlearn, gdm, prune; then codefend, with a quarantine; then gym |
 | it finds none, but a guard rejected inputs | codefend, gym |
 | nothing | gym |
 | there are no clean images | dhbe |
 
-The first one is taken that keeps to the allowed loss of accuracy, whose rescan finds no label infected, and on which no
-recovered trigger works any more. A scan that finds nothing is no proof that there
-is nothing: it is blind to triggers that cover the image. So `gym`, which needs to know no trigger, is the last resort.
+The first one is taken that keeps to the allowed loss of accuracy, forgets no label, whose rescan finds no label infected, and
+on which no recovered trigger works any more. A scan that finds nothing is no proof that there is nothing: it is blind to
+triggers that cover the image. So `gym`, which needs to know no trigger, is the last resort.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ def choices(infected: Sequence[str], quarantined: bool) -> list[Choice]:
     found = [
         Choice("unlearn", f"a scan finds {labels} infected; unlearn removes the triggers that it recovered"),
         Choice("gdm", "gdm unlearns all triggers that work at the place of the recovered ones"),
+        Choice("prune", "prune silences the neurons that the recovered triggers excite"),
     ]
     return [*found, codefend, gym] if quarantined else [*found, gym]
 
@@ -134,6 +135,10 @@ def repair_automatically(
         except RepairError as reason:
             tried.append(f"{choice.method} gave up: {reason}")
             continue
+        if repaired.figures.forgotten_labels:
+            lost = ", ".join(_named(repaired.figures.forgotten_labels, predictor.spec.class_names))
+            tried.append(f"{choice.method} did not do: the copy hardly gives label {lost} any more")
+            continue
         candidate = Candidate(repaired.predictor, repaired.preprocessor)
         try:
             found = verify(candidate, known, cut, msgspec.structs.replace(how, seed=how.seed + 1), engine, progress, own)
@@ -149,7 +154,7 @@ def repair_automatically(
         seconds = max(repaired.figures.seconds, time.monotonic() - started)  # checkpoints count the time of earlier attempts
         figures = msgspec.structs.replace(repaired.figures, verification=found, seconds=seconds)
         return _told(replace(repaired, figures=figures), said)
-    raise RepairError(f"no method repairs this model: {'; '.join(tried)}")
+    raise RepairError(f"no method that was tried repairs this model: {'; '.join(tried)}; or name one of the others, as dhbe")
 
 
 def _by(settings: RepairSettings, method: Method) -> RepairSettings:

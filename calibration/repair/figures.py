@@ -18,6 +18,8 @@ def figure_rows(figures: RepairFigures) -> list[tuple[str, ...]]:
         rows.append(("clean accuracy after", f"{figures.clean_accuracy_after:.2%}"))
     if figures.measured:
         rows.append(("agreement with the original", f"{figures.agreement:.2%}"))
+    if figures.forgotten_labels:
+        rows.append(("labels that the copy hardly gives any more", ", ".join(map(str, figures.forgotten_labels))))
     if figures.generated_agreement is not None:
         rows.append(("agreement on generated samples", f"{figures.generated_agreement:.2%}"))
     if figures.generated_steadiness is not None:
@@ -85,6 +87,12 @@ def remarks(figures: RepairFigures, preprocessor: AnyPreprocessor | None) -> lis
         said.append(
             "The quarantined images got all of the model's labels, so that whether the learnt trigger works can't be told."
         )
+    if figures.forgotten_labels:
+        labels = ", ".join(map(str, figures.forgotten_labels))
+        said.append(
+            f"The copy hardly gives label {labels} any more, on clean images of it either: that a trigger to it fails proves "
+            "nothing. Don't rely on this repair."
+        )
     if _learnt_none(figures) and not figures.rounds:
         said.append(
             "The triggers that were modelled hardly work on the original, so that hardly any was unlearnt. Don't rely on this "
@@ -109,7 +117,8 @@ def is_reliable(figures: RepairFigures) -> bool:
     """Whether the figures give no reason to doubt that the attack is gone."""
     left = (figures.attack_success_seen_after, figures.recovered_success_after)
     said_little = figures.generated_foremost is not None and figures.generated_foremost >= ALIKE
-    return not _learnt_none(figures) and not said_little and all(share is None or share <= _KEPT for share in left)
+    doubted = _learnt_none(figures) or said_little or bool(figures.forgotten_labels)
+    return not doubted and all(share is None or share <= _KEPT for share in left)
 
 
 def _learnt_none(figures: RepairFigures) -> bool:

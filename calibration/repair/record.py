@@ -58,6 +58,8 @@ class RepairFigures(msgspec.Struct, frozen=True, kw_only=True):
         clean_accuracy_after: Of the repaired model, through its preprocessor; None without labels.
         agreement: Held-out clean images that the repaired model answers as the original does; where there were no clean images,
             `generated_agreement`.
+        forgotten_labels: That the copy hardly gives any more: of the held-out clean images that the original answers rightly
+            with one, it does so with fewer than half, and chance doesn't explain it. That a trigger to it fails proves nothing.
         attack_success_seen_before: Held-out quarantined images that get the original's answer from the original: 1, to be
             compared with; None without a quarantine.
         attack_success_seen_after: Of these, how many still get that answer. False alarms among them should.
@@ -103,6 +105,7 @@ class RepairFigures(msgspec.Struct, frozen=True, kw_only=True):
     generated_steadiness: float | None = None
     generated_labels: int = 0
     generated_foremost: float | None = None
+    forgotten_labels: tuple[int, ...] = ()
     verification: Verification | None = None
     said: tuple[str, ...] = ()
 

@@ -13,6 +13,7 @@ from typing import final
 
 import msgspec
 import torch
+from scipy import stats
 from torch import Tensor
 
 from calibration.accuracy import NEAR_CHANCE, near_chance
@@ -37,6 +38,7 @@ _ROUNDING = 1e-9  # of points: 0.97 - 0.94 is more than 0.03 in floating point
 _EXAMPLES = 10
 _USABLE = 25.0  # points: nobody wants a model that loses more
 _DRAWS = 4  # of a preprocessor that draws, to measure accuracy through it
+_KEPT, _BY_CHANCE = 0.5, 0.01  # of a label's images, that a copy must keep; and how likely fewer may be, for any label
 
 
 @final
@@ -240,6 +242,7 @@ def _figures(task: Task, outcome: Outcome, labelled: bool) -> RepairFigures:
         clean_accuracy_before=_share(clean.answers, clean.labels) if labelled else None,
         clean_accuracy_after=shares.right if labelled else None,
         agreement=agreement,
+        forgotten_labels=shares.forgotten,
         attack_success_seen_before=None if suspects is None else 1.0,
         attack_success_seen_after=shares.still,
         generated_triggers_work=min(
@@ -280,6 +283,7 @@ class _Shares:
     right: float
     agreement: float
     still: float | None
+    forgotten: tuple[int, ...]
 
 
 def _measure(predictor: Predictor, preprocessor: Preprocessor | None, clean: Part, suspects: Part | None, seed: int) -> _Shares:
@@ -302,7 +306,34 @@ def _measure(predictor: Predictor, preprocessor: Preprocessor | None, clean: Par
         right=mean(on_clean, clean.labels),
         agreement=mean(on_clean, clean.answers.argmax(dim=1)),
         still=None if suspects is None else mean(answered(suspects.images), suspects.labels),
+        forgotten=forgotten(clean.labels, clean.answers.argmax(dim=1), on_clean),
     )
+
+
+def forgotten(labels: Tensor, before: Tensor, after: Sequence[Tensor]) -> tuple[int, ...]:
+    """Labels that a copy hardly gives any more.
+
+    Where the original was right with one, the copy is less than half the time, and so much less often than with others that
+    chance doesn't explain it.
+
+    Args:
+        labels: (N,), int64, of clean images.
+        before: (N,), int64, what the original answers.
+        after: (N,), int64, each, what the copy does.
+
+    Returns:
+        Those, in order.
+    """
+    known, every = labels == before, labels.unique().tolist()
+    kept = torch.stack([answer == labels for answer in after]).double().mean(dim=0)
+    usual = float(kept[known].mean())
+    lost = []
+    for label in every:
+        own = kept[known & (labels == label)]
+        by_chance = stats.binom.cdf(round(float(own.sum())), len(own), usual) * len(every)
+        if len(own) and float(own.mean()) < _KEPT and by_chance < _BY_CHANCE:
+            lost.append(int(label))
+    return tuple(lost)
 
 
 def _share(answers: Tensor, labels: Tensor) -> float:

@@ -181,9 +181,10 @@ def test_after_a_repair_that_left_the_attack_nothing_is_recommended(
         "repair", files.model, "--method", "gym", "--data", files.clean, "--quarantine", rejected, "--epochs", 1,
         "--max-accuracy-drop", 100, "--out", tmp_path / "out",
     )  # fmt: skip
-    kept = json.loads((tmp_path / "out" / "repair.json").read_text())["attack_success_seen_after"]
-    assert ("next:" in run.out) == (kept <= 0.25) == ("Don't rely on this repair" not in run.err)
-    assert run.code == (0 if kept <= 0.25 else 1), run.err
+    record = json.loads((tmp_path / "out" / "repair.json").read_text())
+    good = record["attack_success_seen_after"] <= 0.25 and not record["forgotten_labels"]
+    assert ("next:" in run.out) == good == ("Don't rely on this repair" not in run.err)
+    assert run.code == (0 if good else 1), run.err
 
 
 def test_in_one_go_no_clean_image_of_either_half_is_learnt_from_the_quarantine(

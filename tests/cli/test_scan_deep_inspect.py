@@ -36,8 +36,9 @@ def test_an_infected_model_and_what_others_say_to_its_scan(tmp_path: Path, files
     assert run.code == 1, run.err
     assert f"The model is backdoored: label {ATTACK.target_label}." in run.out
     assert "deviation factor" in run.out
-    for said in ("recovering images", "looking for triggers", "believed to normalise for itself", "no proof that a model"):
+    for said in ("recovering images", "looking for triggers", "believed to normalise for itself", "This need not be all"):
         assert said in run.err
+    assert f"next: guard repair {files.model} --method dhbe --out {out}-repaired" in run.out  # who has no data gets no --data
     record = json.loads((out / "scan.json").read_text())
     assert [item["label_index"] for item in record["labels"] if item["infected"]] == [ATTACK.target_label]
     assert (record["method"], record["clean_images"], record["reference_agreement"]) == ("deep-inspect", 0, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor, nn
@@ -64,8 +65,8 @@ def attack_success(predictor: Predictor, digits: Digits) -> float:
 @pytest.mark.parametrize(
     ("infected", "quarantined", "methods"),
     [
-        (["3"], False, ["unlearn", "gdm", "gym"]),
-        (["3"], True, ["unlearn", "gdm", "codefend", "gym"]),
+        (["3"], False, ["unlearn", "gdm", "prune", "gym"]),
+        (["3"], True, ["unlearn", "gdm", "prune", "codefend", "gym"]),
         ([], True, ["codefend", "gym"]),
         ([], False, ["gym"]),
     ],
@@ -129,7 +130,8 @@ def test_what_did_not_do_is_said_and_the_next_is_tried(
 
     monkeypatch.setattr(auto, "verify", never)
     with pytest.raises(
-        RepairError, match="no method repairs this model: unlearn did not do: a recovered trigger still works on 50%"
+        RepairError,
+        match="no method that was tried repairs this model: unlearn did not do: a recovered trigger still works on 50%",
     ):
         repair_automatically(original, digits.clean, settings, triggers=recovered)
 
@@ -244,3 +246,18 @@ def test_without_images_there_is_dhbe_alone(original: Predictor, monkeypatch: py
     with pytest.raises(RepairError, match="enough"):
         repair_automatically(original, None, RepairSettings(method="gym"), suspects)
     assert asked == ["dhbe"]
+
+
+def test_a_repair_that_forgets_a_label_did_not_do(
+    digits: Digits, original: Predictor, recovered: Triggers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(predictor: Predictor, clean: ImageSet, settings: RepairSettings, *_: object, **__: object) -> Repaired:
+        lost = (3,) if settings.method in ("unlearn", "gdm") else ()
+        return Repaired(predictor, None, msgspec.structs.replace(GOOD, forgotten_labels=lost), settings)
+
+    monkeypatch.setattr(auto, "repair", made)
+    monkeypatch.setattr(auto, "verify", lambda *_: Verification(rescan_infected=(), recovered_success=(0.0, 0.0, 0.0)))
+    monkeypatch.setattr(auto, "_with_red_team", lambda found, *_: (found, []))
+    found = repair_automatically(original, digits.clean, RepairSettings(method="gym"), triggers=recovered)
+    assert found.settings.method == "prune"
+    assert "Before, unlearn did not do: the copy hardly gives label 3 any more" in found.figures.said

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+import torch
 
 from calibration.repair.figures import figure_rows, is_reliable, preprocessor_words, remarks
 from calibration.repair.record import RepairFigures
+from calibration.repair.repair import forgotten
 from guard.preprocessors import Flip, Gym
 
 GOOD = RepairFigures(
@@ -47,6 +49,13 @@ def test_one_that_left_the_attack_is_not(changes: dict[str, float], why: str) ->
     assert "and should" not in said(attack_success_seen_after=0.8)
 
 
+def test_one_that_forgot_a_label_is_not() -> None:
+    lost = msgspec.structs.replace(GOOD, forgotten_labels=(3, 7))
+    assert not is_reliable(lost)
+    assert ("labels that the copy hardly gives any more", "3, 7") in figure_rows(lost)
+    assert "The copy hardly gives label 3, 7 any more" in " ".join(remarks(lost, None))
+
+
 def test_one_by_drawings_that_say_little_is_not() -> None:
     free = msgspec.structs.replace(
         GOOD, attack_success_seen_after=None, generated_triggers_work=None, rounds=0, held_out_clean=0, generated_foremost=0.39
@@ -71,3 +80,29 @@ def test_preprocessors_in_words() -> None:
     assert preprocessor_words(Flip()) == "flip"
     assert preprocessor_words(Gym(kernel=1, views=4)) == "gym, no median, 4 views"
     assert preprocessor_words(Gym()) == "gym, medians 5x5"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "lost"),
+    [
+        ({3: 8}, (3,)),  # all of a label
+        ({3: 5}, (3,)),
+        ({3: 3}, ()),  # more than half are left
+        (dict.fromkeys(range(10), 5), ()),  # a copy that is bad at everything has forgotten nothing
+        ({}, ()),
+    ],
+)
+def test_a_label_is_forgotten_where_the_copy_hardly_gives_it(wrong: dict[int, int], lost: tuple[int, ...]) -> None:
+    labels = torch.arange(10).repeat_interleave(8)
+    after = labels.clone()
+    for label, count in wrong.items():
+        after[8 * label : 8 * label + count] = (label + 1) % 10
+    assert forgotten(labels, labels, [after, after]) == lost
+    before = torch.where(labels == 3, 5, labels)  # the original does not give it either
+    assert 3 not in forgotten(labels, before, [after])
+
+
+def test_two_images_tell_nothing_of_a_label() -> None:
+    labels = torch.tensor([0] * 40 + [1] * 40 + [2] * 2)
+    after = torch.where((labels == 2) | (torch.arange(82) % 7 == 0), 0, labels)
+    assert forgotten(labels, labels, [after]) == ()
