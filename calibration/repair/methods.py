@@ -41,6 +41,7 @@ from guard import Predictor
 from guard.errors import RepairError
 from guard.preprocessors import Gym
 
+_FEWEST_UNLEARNING, _FEWEST_MODELLED = 200, 300  # steps of a turn, and of a tuning
 _BELIEVED = "The model is believed to normalise images for itself, as neither --mean nor --std was given"
 
 
@@ -184,7 +185,7 @@ def _unlearn(task: Task) -> Outcome:
         task.original,
         task.clean,
         _given(task),
-        _with_epochs(UNLEARNING, how),
+        _with_steps(UNLEARNING, how, task.clean, _FEWEST_UNLEARNING),
         task.engine,
         how.seed,
         again,
@@ -203,7 +204,7 @@ def _unlearn(task: Task) -> Outcome:
 def _unlearn_modelled(task: Task) -> Outcome:
     how, triggers = task.settings, _given(task)
     settings = how.gdm or Gdm()
-    settings = msgspec.structs.replace(settings, tuning=_with_epochs(settings.tuning, how))
+    settings = msgspec.structs.replace(settings, tuning=_with_steps(settings.tuning, how, task.clean, _FEWEST_MODELLED))
     backdoors = backdoors_of(triggers, settings.margin)
     found = repair_by_gdm(
         task.copied, task.original, task.clean, backdoors, settings, task.engine, how.seed, task.checkpoints, task.progress
@@ -276,6 +277,12 @@ def _given(task: Task) -> Triggers:
 
 def _with_epochs(tuning: Tuning, how: RepairSettings) -> Tuning:
     return tuning if how.epochs is None else msgspec.structs.replace(tuning, epochs=how.epochs)
+
+
+def _with_steps(tuning: Tuning, how: RepairSettings, clean: Parts, fewest: int) -> Tuning:
+    """With few images more epochs: a trigger is soon forgotten, and its label with it, which takes longer to learn again."""
+    steps = -(-len(clean.tuning) // tuning.batch)
+    return _with_epochs(msgspec.structs.replace(tuning, epochs=max(tuning.epochs, -(-fewest // steps))), how)
 
 
 def _fine_tuning(how: RepairSettings) -> FineTuning:

@@ -180,3 +180,17 @@ def test_too_few_images_for_its_scans_are_refused_before_any_work(
     settings = RepairSettings(method=method, allow_missing_classes=True)
     with pytest.raises(RepairError, match=f"at least 72 different clean images for {method}, .*, got 60: add images"):
         repair(original, some, settings, triggers=recovered if known else None)
+
+
+@pytest.mark.parametrize("method", ["unlearn", pytest.param("gdm", marks=pytest.mark.slow)])
+def test_few_images_get_more_epochs_and_the_target_is_not_forgotten(
+    original: Predictor, recovered: Triggers, digits: Digits, method: Method
+) -> None:
+    shown: list[tuple[str, int]] = []
+    few = digits.clean.select(torch.arange(150))
+    settings = RepairSettings(method=method, rounds=1, max_accuracy_drop=100.0)
+    made = repair(original, few, settings, triggers=recovered, progress=lambda what, _, total: shown.append((what, total)))
+    assert max(total for what, total in shown if "unlearning" in what or "tuning" in what) >= 50  # 4 steps an epoch
+    targets = digits.test.select(torch.nonzero(digits.test.known_labels == TARGET).flatten()).images(slice(None))
+    assert float((made.predictor(targets).argmax(dim=1) == TARGET).double().mean()) >= 0.7
+    assert made.figures.forgotten_labels == ()
