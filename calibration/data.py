@@ -183,7 +183,7 @@ def _to_pixels(x: NDArray[np.generic], name: str) -> Tensor:
         raise InputError(f"expected finite pixels, got NaN or Inf in {len(bad)} images of {name} (rows {shown}): drop them")
     if values.min() < 0.0 or values.max() > 1.0:
         got = f"{values.min():.4g} to {values.max():.4g}"
-        raise InputError(f"expected float pixels in [0, 1], got {got} in {name}: divide by 255, or save as uint8")
+        raise InputError(f"expected float pixels in [0, 1], got {got} in {name}: divide by what white is, 255 of bytes")
     return torch.from_numpy(values)
 
 

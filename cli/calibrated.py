@@ -141,6 +141,10 @@ def _show_remarks(made: Calibrated) -> None:
         typer.echo(f"warning: clean accuracy is near chance: {NEAR_CHANCE}", err=True)
         return
     typer.echo(f"next: guard check {made.out} IMAGE, guard serve {made.out}")
+    if made.red_team is None and not any(isinstance(part.detector, ActivationFilter) for part in made.calibration.parts):
+        typer.echo(
+            "Which triggers it finds, clean images don't tell: guard red-team estimates it, guard scan looks for one.", err=True
+        )
 
 
 def _summary(made: Calibrated) -> dict[str, object]:

@@ -18,6 +18,8 @@ from guard.errors import InputError
 if TYPE_CHECKING:
     from calibration import Evaluation
 
+_MANY = 0.1  # of the triggered inputs, that are accepted
+
 
 def evaluate_command(
     profile: options.ProfileArgument,
@@ -84,5 +86,11 @@ def _show(result: Evaluation, profile: Path) -> None:
         if estimate is not None:
             rows.append((title, f"{estimate.value:.4f}", f"{estimate.low:.4f} to {estimate.high:.4f}"))
     show_rows(f"Guard {profile}", rows, ("", "value", "95% interval"))
+    if result.far is not None and result.far.value > _MANY:
+        typer.echo(
+            "Many triggered inputs pass. guard red-team looks for a better setting; calibrate --scan, after guard scan, adds a "
+            "filter for the trigger that it finds.",
+            err=True,
+        )
     if result.speed:
         show_rows("Speed, on this machine", speed_rows(result), SPEED)

@@ -56,6 +56,7 @@ def test_the_report_shows_the_distribution(tmp_path: Path, guard: Command, files
     run = guard("calibrate", files.model, "--data", files.clean, "--out", tmp_path / "p")
     assert run.code == 0
     assert "next: guard check" in run.out
+    assert "guard red-team estimates it" in run.err
     page = (tmp_path / "p" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     for said in ("bits", "superimposed by logit", "logit, alpha 3.5", "1.00%"):

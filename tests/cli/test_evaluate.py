@@ -112,3 +112,10 @@ def test_files_that_cannot_be_read_are_left_out_where_that_is_asked(
     run = guard("evaluate", profile, "--data", tmp_path / "set", "--skip-unreadable", "--json")
     assert run.lines[0]["counts"]["clean"] == 30
     assert "skipped 3/broken.png" in run.err
+
+
+def test_a_guard_that_lets_many_in_says_what_may_help(guard: Command, files: Files, profile: Path) -> None:
+    """Clean images in the place of triggered ones: hardly any is rejected."""
+    for triggered, many in ((files.test, True), (files.triggered, False)):
+        run = guard("evaluate", profile, "--data", files.test, "--triggered", triggered, "--target", 7)
+        assert ("adds a filter" in run.err) == many

@@ -92,7 +92,7 @@ def test_the_words(scanned: DeepScan, suspect: Predictor) -> None:
     assert ("recovered images, with the label they are for", agreed) in figure_rows(scanned.figures)
     said = " ".join(remarks(scanned.figures))
     assert "the model is believed to normalise for itself" in said
-    assert "no proof that a model is clean" in said
+    assert "This need not be all. The triggers were looked for on images that were recovered" in said
     assert "--pairs" not in said
     accused = [item.label_index for item in scanned.figures.labels if item.infected_by_index and not item.infected]
     assert ("deviation factor alone would accuse" in said) == bool(accused)
