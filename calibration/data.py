@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -85,15 +86,16 @@ class ImageSet:
 
     def distinct(self) -> ImageSet:
         """The set, with equal images once."""
-        rows = distinct_rows(self._digests())
+        rows = distinct_rows(self._digests)
         return self if len(rows) == len(self) else replace(self.select(torch.tensor(rows)), skipped=self.skipped)
 
     def among(self, known: Collection[str]) -> Tensor:
         """(N,), bool: which images have one of these `digests`."""
         if not known:
             return torch.zeros(len(self), dtype=torch.bool)
-        return torch.tensor([item in known for item in self._digests()], dtype=torch.bool)
+        return torch.tensor([item in known for item in self._digests], dtype=torch.bool)
 
+    @functools.cached_property
     def _digests(self) -> list[str]:
         parts = torch.arange(len(self)).split(_AT_ONCE)
         return [item for part in parts for item in digests(self.images(part))]

@@ -316,7 +316,8 @@ def _red_team(
         source, known = answering
         answers = discover(source.backend, first, known)
         unseen = rest.select(torch.nonzero(~rest.among(source.learnt)).flatten())
-        check_drop(*accuracies(answers, unseen, settings.seed, progress, before), settings.max_accuracy_drop)
+        if len(unseen):  # else calibration says what is missing
+            check_drop(*accuracies(answers, unseen, settings.seed, progress, before), settings.max_accuracy_drop)
     settle_threads(predictor)
     able = [item for item in CANDIDATES if _can_calibrate(_with(settings, *item), len(rest))]
     found = red_team(predictor, first, settings.frr, settings.overlays, settings.seed, candidates=able, progress=progress)

@@ -22,7 +22,7 @@ from guard.detectors.strip import Strip
 from guard.errors import CalibrationError, InputError, RejectedError, one_line
 from guard.images import Array
 from guard.predictors.predictor import DEFAULT_MEMORY_LIMIT, Predictor
-from guard.preprocessors import Preprocessor, views_of
+from guard.preprocessors import Preprocessor, answer_views, views_of
 from guard.quarantine import Quarantine
 from guard.verdict import Finding, Policy, Reason, Verdict
 from guard.wrapping import abstain, by_reason, combined, like
@@ -160,8 +160,7 @@ class Guard:
         Returns:
             (B, M), float32 probabilities.
         """
-        answers = [self.predictor(view) for view in self._views(images.to(self.device))]
-        return answers[0] if len(answers) == 1 else torch.stack(answers).mean(dim=0)
+        return answer_views(self.predictor, self._views(images.to(self.device)))
 
     def wrap(
         self, predict: Callable[Concatenate[_B, _P], _R], on_reject: Literal["raise", "abstain"] = "raise"

@@ -29,7 +29,7 @@ from guard.errors import UNREADABLE, QuarantineError
 logger = logging.getLogger("guard.quarantine")
 _ID = re.compile(r"[0-9]{19}-[0-9a-f]{8}")
 _TRIES = 3
-_SPARE = 100
+_SPARE = 100  # a hundredth of the bounds is made free at once
 
 
 class Item(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

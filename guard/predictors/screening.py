@@ -57,14 +57,14 @@ def screen_torchscript(path: Path) -> io.BytesIO:
             "you trust it and save the model with torch.jit.trace(...).save, torch.onnx.export or torch.export.save"
         )
     for name, data in scripts.items():
-        if not name.endswith(".debug_pkl") and _touches_files(data):
+        if not name.endswith(".debug_pkl") and _is_unsafe(data):
             raise ModelError(
                 f"refused {path.name}: its TorchScript code reads or writes files, or prints ({name}); don't run it"
             )
     return write_archive(entries)
 
 
-def _touches_files(code: bytes) -> bool:
+def _is_unsafe(code: bytes) -> bool:
     if _UNSAFE_SCRIPT.search(code):
         return True
     plain, nested = code, 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from guard.preprocessors.answering import answer_through, views_of
+from guard.preprocessors.answering import answer_through, answer_views, views_of
 from guard.preprocessors.flip import Flip
 from guard.preprocessors.gym import Gym
 from guard.preprocessors.gym_intensive import GymIntensive
@@ -24,6 +24,7 @@ __all__ = [
     "ShrinkPad",
     "ThreeMedians",
     "answer_through",
+    "answer_views",
     "views_of",
 ]
 

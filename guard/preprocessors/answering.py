@@ -25,8 +25,13 @@ def answer_through(
     Returns:
         (B, M), probabilities.
     """
-    views = [predict(view) for view in views_of(preprocessor, images, generator)]
-    return views[0] if len(views) == 1 else torch.stack(views).mean(dim=0)
+    return answer_views(predict, views_of(preprocessor, images, generator))
+
+
+def answer_views(predict: Callable[[Tensor], Tensor], views: list[Tensor]) -> Tensor:
+    """The mean of the answers, (B, M), to what `views_of` has drawn."""
+    answers = [predict(view) for view in views]
+    return answers[0] if len(answers) == 1 else torch.stack(answers).mean(dim=0)
 
 
 def views_of(preprocessor: Preprocessor | None, images: Tensor, generator: torch.Generator) -> list[Tensor]:

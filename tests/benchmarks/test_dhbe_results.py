@@ -20,6 +20,5 @@ def test_nothing_is_left_of_the_attack_but_what_is_answered_anyway(report: dhbe.
     assert last.marks.attack_success.value <= min(0.016, last.marks.target_share.value + 0.003)
     assert last.amplified is not None
     assert last.amplified[0].value <= max(0.0028, last.marks.target_share.value)  # of the paper's mean, or what is natural
-    if report.plan.images != "mnist":  # nine white squares are much of a digit: clean models, too, give them a label
-        assert last.amplified[1].value <= 0.012
+    assert last.amplified[1].value <= (0.19 if report.plan.images == "mnist" else 0.012)  # MNIST's is a failure, and told so
     assert first.marks.accuracy.value - last.marks.accuracy.value <= 0.01

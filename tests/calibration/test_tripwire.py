@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -95,23 +96,27 @@ def test_a_profile_holds_both_models(
         Guard.load(tmp_path / "profile")
 
 
-class Fewer(nn.Module):
-    """A classifier of nine digits."""
+class Otherwise(nn.Module):
+    """The same net, with something done to its answers."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.change = net, change
         self.eval()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        answers: torch.Tensor = self.net(images)[:, :9]
-        return answers
+        return self.change(self.net(images))
 
 
 def test_a_tripwire_of_other_classes_is_refused(digits: Digits, backdoored: nn.Module, repaired: nn.Module) -> None:
     record = ModelRecord(kind="module", output="logits", num_classes=9)
     with pytest.raises(CalibrationError, match="expected a tripwire of 10 classes, got 9"):
-        calibrate(repaired, digits.clean, Settings(), tripwire=Tripwire(wrap(Fewer(backdoored)), record, Hints()))
+        calibrate(
+            repaired,
+            digits.clean,
+            Settings(),
+            tripwire=Tripwire(wrap(Otherwise(backdoored, lambda answers: answers[:, :9])), record, Hints()),
+        )
 
 
 def test_images_that_a_repair_learnt_from_set_no_threshold_of_its_own_and_measure_nothing(
@@ -152,23 +157,15 @@ def test_a_preprocessor_that_the_model_was_tuned_for_needs_no_labels(digits: Dig
         calibrate(backdoored, unlabelled, Settings(preprocess="gym"))
 
 
-class Shifted(nn.Module):
-    """The same net, whose answers are all off by one."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-        self.eval()
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        answers: torch.Tensor = self.net(images).roll(1, dims=1)
-        return answers
-
-
 def test_a_tripwire_that_answers_otherwise_is_refused(digits: Digits, backdoored: nn.Module, repaired: nn.Module) -> None:
     record = ModelRecord(kind="module", output="logits", num_classes=10)
     with pytest.raises(CalibrationError, match=r"answers clean images mostly as the model does, got one that does for \d+%"):
-        calibrate(repaired, digits.clean, Settings(), tripwire=Tripwire(wrap(Shifted(backdoored)), record, Hints()))
+        calibrate(
+            repaired,
+            digits.clean,
+            Settings(),
+            tripwire=Tripwire(wrap(Otherwise(backdoored, lambda answers: answers.roll(1, dims=1))), record, Hints()),
+        )
 
 
 def test_a_tripwire_is_fed_as_the_repaired_model_is(tmp_path: Path, digits: Digits, backdoored: nn.Module) -> None:
