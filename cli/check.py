@@ -143,7 +143,7 @@ def _print(lines: list[Line], as_json: bool) -> None:
 
 def _for_people(line: Line) -> str:
     if line.message is not None:
-        return f"{line.image}: {line.verdict}, {line.message}"
+        return f"{line.image}: {line.verdict} as unreadable, {line.message}"
     sure = "" if line.probability is None else f" ({line.probability:.3f})"
     says = f"{line.label}{sure}" if line.reason not in FAILURES else f"{line.reason}"
     found = "".join(f", {_in_words(item, len(line.findings) > 1)}" for item in line.findings if _known(item))

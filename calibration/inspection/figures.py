@@ -47,9 +47,25 @@ def verdict(figures: ScanFigures) -> str:
 
 def title(finding: LabelFinding | PatchFinding) -> str:
     """`3`, `3 (cat)`, or `5 to 3`."""
-    number = str(finding.label_index)
-    name = number if finding.label in (None, number) else f"{number} ({finding.label})"
-    return name if finding.source_index is None else f"{finding.source_index} to {name}"
+    return goal_name(finding.label_index, finding.label, finding.source_index)
+
+
+def goal_name(label: int, name: str | None, source: int | None = None) -> str:
+    """`3`, `3 (cat)`, or `5 to 3`.
+
+    Args:
+        label: Where a trigger sends images.
+        name: Of that label, if it has any.
+        source: The label that these images have; None for any.
+    """
+    number = str(label)
+    named = number if name in (None, number) else f"{number} ({name})"
+    return named if source is None else f"{source} to {named}"
+
+
+def label_names(labels: Sequence[int], classes: Sequence[str]) -> list[str]:
+    """Each as `3`, or `3 (cat)`, by the names of all classes, as far as they are known."""
+    return [goal_name(label, classes[label] if label < len(classes) else None) for label in labels]
 
 
 def titles(findings: Sequence[LabelFinding | PatchFinding]) -> str:

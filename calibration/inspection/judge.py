@@ -53,6 +53,7 @@ _SMALLEST = 3  # and so do the smallest
 _WORKS = 0.9
 _SMALLER_THAN_NATURAL = 0.6  # of the ratio in the reference
 _FEWEST_JUDGED = 10  # images
+_COMPARING = "a label stands out: a clean model of the task is searched, too"
 _COMPARED = 12  # other labels that the reference is searched for, to know what is usual for it
 
 
@@ -270,7 +271,10 @@ class Judge:
     def _reference(self) -> nn.Module:
         """Trained when it is first asked for."""
         if self.reference is None:
-            self.reference = train_reference(self.searched, self.known, self.classes, self.seed, self.engine, self.progress)
+            self.progress(_COMPARING, 1, 1)
+            self.reference = train_reference(
+                self.searched, self.known, self.classes, self.seed, self.engine, self.progress, self.checkpoints
+            )
             answers = says(self.reference, self.held_out, self.engine.device)
             self.agreement = float((answers == self.own).double().mean())
         return self.reference

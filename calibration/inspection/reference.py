@@ -17,6 +17,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from calibration.checkpoints import Checkpoints
 from calibration.data import Progress, no_progress
 from calibration.engine import Engine
 from calibration.fine_tuning import arrange
@@ -24,6 +25,7 @@ from calibration.fine_tuning import arrange
 _LARGEST = 32  # pixels: larger images are halved first, until they fit
 _WIDTHS = (24, 48, 96)
 _BATCH, _STEPS = 64, 640
+_NAME = "reference-net"  # of its checkpoint
 _RATE, _WARM_UP = 3e-3, 0.1
 _MIXED = 0.5  # share of the images that are mixtures of two
 _SHIFT = 1.0 / 14.0  # of the image's size
@@ -60,7 +62,13 @@ class ReferenceNet(nn.Module):
 
 
 def train_reference(
-    images: Tensor, labels: Tensor, classes: int, seed: int, engine: Engine, progress: Progress = no_progress
+    images: Tensor,
+    labels: Tensor,
+    classes: int,
+    seed: int,
+    engine: Engine,
+    progress: Progress = no_progress,
+    checkpoints: Checkpoints | None = None,
 ) -> nn.Module:
     """Train one.
 
@@ -71,6 +79,7 @@ def train_reference(
         seed: Of its first weights and of what is drawn.
         engine: Where.
         progress: Told how far it is.
+        checkpoints: Where it is kept once it is trained, and taken from.
 
     Returns:
         The net, in eval mode, without gradients to its weights.
@@ -79,6 +88,18 @@ def train_reference(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = ReferenceNet((channels, height, width), classes)
+    if checkpoints is None or checkpoints.load(_NAME, {"net": net}) is None:
+        _train(net, images, labels, classes, seed, engine, progress)
+        if checkpoints is not None:
+            checkpoints.save(_NAME, _STEPS, {"net": net})
+    net = engine.place(net).eval()
+    arrange(net, torch.channels_last)
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+    return net
+
+
+def _train(net: nn.Module, images: Tensor, labels: Tensor, classes: int, seed: int, engine: Engine, progress: Progress) -> None:
     arrange(net, torch.channels_last)
     optimizer = torch.optim.AdamW(net.parameters(), lr=_RATE)
     module, optimizer_there = engine.setup(net, optimizer)
@@ -97,10 +118,6 @@ def train_reference(
         optimizer_there.step()
         schedule.step()
         progress("training a clean reference", step + 1, _STEPS)
-    net.eval()
-    for parameter in net.parameters():
-        parameter.requires_grad_(False)
-    return net
 
 
 def _mixed(images: Tensor, answers: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -194,11 +194,13 @@ def _bars(findings: Sequence[LabelFinding | PatchFinding], heights: Sequence[flo
 
 def triggers_figure(findings: Sequence[LabelFinding | PatchFinding], triggers: Triggers, clean: Tensor) -> bytes:
     """Rows of pictures, as PNG; a column for each trigger."""
-    count = len(findings)
+    return named_triggers_figure([title(item) for item in findings], triggers, clean)
+
+
+def named_triggers_figure(names: Sequence[str], triggers: Triggers, clean: Tensor) -> bytes:
+    """The same, with these names."""
+    count = len(names)
     images = clean[[number % len(clean) for number in range(count)]]
     masks = triggers.masks.unsqueeze(1)
     on_image = torch.stack([triggers.put_on(row, images[row : row + 1])[0] for row in range(count)])
-    return montage(
-        [("mask", masks), ("pattern", masks * triggers.patterns), ("clean", images), ("with it", on_image)],
-        [title(item) for item in findings],
-    )
+    return montage([("mask", masks), ("pattern", masks * triggers.patterns), ("clean", images), ("with it", on_image)], names)

@@ -26,6 +26,7 @@ from calibration.checkpoints import Checkpoints
 from calibration.data import ImageSet, Progress, no_progress
 from calibration.engine import Engine
 from calibration.fine_tuning import weights_sha256
+from calibration.inspection.figures import label_names
 from calibration.inspection.scan import ScanSettings
 from calibration.inspection.triggers import Triggers
 from calibration.repair.cases import Parts, clean_parts
@@ -115,7 +116,7 @@ def repair_automatically(
     how = ScanSettings(search=settings.search, seed=settings.seed)
     if triggers is None:
         triggers = infected_by_scan(predictor, cut, how, engine, checkpoints, progress)
-    labels = _named(sorted(set(triggers.labels.tolist())), predictor.spec.class_names)
+    labels = label_names(sorted(set(triggers.labels.tolist())), predictor.spec.class_names)
     known = triggers if labels else None
     tried: list[str] = []
     for choice in choices(labels, quarantined is not None):
@@ -136,7 +137,7 @@ def repair_automatically(
             tried.append(f"{choice.method} gave up: {reason}")
             continue
         if repaired.figures.forgotten_labels:
-            lost = ", ".join(_named(repaired.figures.forgotten_labels, predictor.spec.class_names))
+            lost = ", ".join(label_names(repaired.figures.forgotten_labels, predictor.spec.class_names))
             tried.append(f"{choice.method} did not do: the copy hardly gives label {lost} any more")
             continue
         candidate = Candidate(repaired.predictor, repaired.preprocessor)
@@ -166,16 +167,10 @@ def _told(repaired: Repaired, said: Sequence[str]) -> Repaired:
     return replace(repaired, figures=msgspec.structs.replace(figures, said=(*said, *figures.said)))
 
 
-def _named(labels: Sequence[int], names: Sequence[str]) -> list[str]:
-    return [
-        f"{label} ({names[label]})" if label < len(names) and names[label] != str(label) else str(label) for label in labels
-    ]
-
-
 def _wrong(found: Verification, names: Sequence[str]) -> str:
     """What speaks against a repair, in words; empty for nothing."""
     if found.rescan_infected:
-        return f"a scan of the copy finds infected {', '.join(_named(found.rescan_infected, names))}"
+        return f"a scan of the copy finds infected {', '.join(label_names(found.rescan_infected, names))}"
     if found.recovered_success is not None and found.recovered_success[0] > LEFT:
         return f"a recovered trigger still works on {found.recovered_success[0]:.0%} of held-out images"
     return ""
@@ -205,6 +200,7 @@ def _with_red_team(
             return Candidate(planted, None)
         return Candidate(repaired.predictor, repaired.preprocessor)
 
+    progress("red team: does the same repair remove a known trigger?", 1, 1)
     try:
         name, before, after = red_team(predictor, cut, again, settings.seed, progress)
     except GuardError as reason:

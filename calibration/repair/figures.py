@@ -15,7 +15,11 @@ def figure_rows(figures: RepairFigures) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     if figures.clean_accuracy_before is not None and figures.clean_accuracy_after is not None:
         rows.append(("clean accuracy before", f"{figures.clean_accuracy_before:.2%}"))
-        rows.append(("clean accuracy after", f"{figures.clean_accuracy_after:.2%}"))
+        after = f"{figures.clean_accuracy_after:.2%}"
+        if figures.clean_accuracy_interval is not None:
+            low, high = figures.clean_accuracy_interval
+            after += f" ({100.0 * low:.1f} to {100.0 * high:.1f})"
+        rows.append(("clean accuracy after", after))
     if figures.measured:
         rows.append(("agreement with the original", f"{figures.agreement:.2%}"))
     if figures.forgotten_labels:

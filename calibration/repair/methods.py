@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
 import msgspec
-import torch
-from torch import Tensor
 
 from calibration.checkpoints import Checkpoints
 from calibration.data import ImageSet, Progress, no_progress
@@ -249,24 +247,6 @@ def _erase_as_published(task: Task) -> Outcome:
             f"{_BELIEVED}; samples had a mean of {float(mean.mean()):g} and a standard deviation of {float(std.mean()):g}."
         )
     return Outcome(erased=erased, exhibits=(generated(erased),), said=tuple(said))
-
-
-def success_on(says: Callable[[Tensor], Tensor], triggers: Triggers, images: Tensor, answers: Tensor) -> float | None:
-    """The most that one of the triggers sends to its label, of the images that get another one without.
-
-    Args:
-        says: The model: (B, C, H, W), in [0, 1], to what it makes of each label, (B, M).
-        triggers: Recovered; of pairs, those that are for one source count images of that source alone.
-        images: (N, C, H, W), in [0, 1].
-        answers: (N,), int64: labels without a trigger.
-    """
-    shares = []
-    for row, (label, source) in enumerate(zip(triggers.labels.tolist(), triggers.sources.tolist(), strict=True)):
-        others = images[(answers != label) & ((answers == source) if source >= 0 else (answers >= 0))]
-        if len(others):
-            got = torch.cat([says(triggers.put_on(row, part)).argmax(dim=1).cpu() for part in others.split(256)])
-            shares.append(float((got == label).double().mean()))
-    return max(shares, default=None)
 
 
 def _given(task: Task) -> Triggers:

@@ -56,6 +56,7 @@ class RepairFigures(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         clean_accuracy_before: Of the original; None without labels.
         clean_accuracy_after: Of the repaired model, through its preprocessor; None without labels.
+        clean_accuracy_interval: Of that after, 95%: what so few held-out images leave open; None without labels, or images.
         agreement: Held-out clean images that the repaired model answers as the original does; where there were no clean images,
             `generated_agreement`.
         forgotten_labels: That the copy hardly gives any more: of the held-out clean images that the original answers rightly
@@ -106,6 +107,7 @@ class RepairFigures(msgspec.Struct, frozen=True, kw_only=True):
     generated_labels: int = 0
     generated_foremost: float | None = None
     forgotten_labels: tuple[int, ...] = ()
+    clean_accuracy_interval: tuple[float, float] | None = None
     verification: Verification | None = None
     said: tuple[str, ...] = ()
 

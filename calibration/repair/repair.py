@@ -27,9 +27,11 @@ from calibration.inspection.triggers import Triggers
 from calibration.repair.cases import Part, Parts, clean_parts, quarantined_parts
 from calibration.repair.codefend import Learnt
 from calibration.repair.exhibits import Exhibit
-from calibration.repair.methods import Outcome, Task, apply, find_triggers, success_on
+from calibration.repair.methods import Outcome, Task, apply, find_triggers
 from calibration.repair.record import RepairFigures
+from calibration.repair.recovered import Recovered, successes_on
 from calibration.repair.settings import DATA_FREE, NEEDS_TRIGGERS, RepairSettings
+from calibration.statistics import proportion
 from guard import Predictor
 from guard.errors import RepairError
 from guard.preprocessors import Gym, Preprocessor, answer_through
@@ -55,6 +57,7 @@ class Repaired:
         images: Digests of the images that taught it or told it when to stop.
         examples: Names, and a few held-out images of each kind.
         triggers: Recovered ones that it was repaired by.
+        recovered: Those that are known, whether it was repaired by them or not; None for none.
         exhibits: What else is to be shown of it.
     """
 
@@ -66,6 +69,7 @@ class Repaired:
     images: frozenset[str] = frozenset()
     examples: Sequence[tuple[str, Tensor]] = ()
     triggers: Triggers | None = None
+    recovered: Recovered | None = None
     exhibits: Sequence[Exhibit] = ()
 
     def check(self) -> None:
@@ -143,7 +147,8 @@ def repair(
         task = replace(task, triggers=find_triggers(task))
     outcome = apply(task)
     copied.settle()
-    figures = _figures(task, outcome, clean is not None and clean.labels is not None)
+    recovered = _recovered(task, outcome.preprocessor)
+    figures = _figures(task, outcome, recovered, clean is not None and clean.labels is not None)
     seconds = time.monotonic() - started if checkpoints is None else checkpoints.seconds
     seen = _learnt_from(cases, suspects if outcome.learnt else None)
     return Repaired(
@@ -159,6 +164,7 @@ def repair(
             if item is not None
         ],
         outcome.triggers,
+        recovered,
         outcome.exhibits,
     )
 
@@ -221,26 +227,18 @@ def check_classes(clean: ImageSet, predictor: Predictor, settings: RepairSetting
         )
 
 
-def _figures(task: Task, outcome: Outcome, labelled: bool) -> RepairFigures:
+def _figures(task: Task, outcome: Outcome, recovered: Recovered | None, labelled: bool) -> RepairFigures:
     """What the copy came to; the time is not known yet."""
-    original, repaired, erased = task.original, task.copied.predictor, outcome.erased
-    clean, suspects, triggers = task.clean.held_out, task.quarantined, task.triggers
+    clean, suspects, erased = task.clean.held_out, task.quarantined, outcome.erased
+    works = (None, None) if recovered is None else recovered.best
     shares = _measure(
-        repaired, outcome.preprocessor, clean, None if suspects is None else suspects.held_out, task.settings.seed
+        task.copied.predictor, outcome.preprocessor, clean, None if suspects is None else suspects.held_out, task.settings.seed
     )
     agreement = shares.agreement if erased is None or len(clean) else erased.agreement
-
-    def success(of: Predictor, preprocessor: Preprocessor | None = None) -> float | None:
-        generator = torch.Generator().manual_seed(task.settings.seed)
-
-        def says(images: Tensor) -> Tensor:
-            return of(images) if preprocessor is None else answer_through(of, preprocessor, images, generator)
-
-        return None if triggers is None else success_on(says, triggers, clean.images, clean.answers.argmax(dim=1))
-
     return RepairFigures(
         clean_accuracy_before=_share(clean.answers, clean.labels) if labelled else None,
         clean_accuracy_after=shares.right if labelled else None,
+        clean_accuracy_interval=_interval(shares.right, len(clean)) if labelled and len(clean) else None,
         agreement=agreement,
         forgotten_labels=shares.forgotten,
         attack_success_seen_before=None if suspects is None else 1.0,
@@ -255,8 +253,8 @@ def _figures(task: Task, outcome: Outcome, labelled: bool) -> RepairFigures:
         held_out_quarantined=0 if suspects is None else len(suspects.held_out),
         seconds=0.0,
         recovered_triggers=0 if outcome.triggers is None else len(outcome.triggers),
-        recovered_success_before=success(original),
-        recovered_success_after=success(repaired, outcome.preprocessor),
+        recovered_success_before=works[0],
+        recovered_success_after=works[1],
         generated_samples=0 if erased is None else erased.compared,
         generated_agreement=None if erased is None else erased.agreement,
         generated_steadiness=None if erased is None else erased.steadiness,
@@ -264,6 +262,20 @@ def _figures(task: Task, outcome: Outcome, labelled: bool) -> RepairFigures:
         generated_foremost=None if erased is None else erased.foremost,
         said=(*outcome.said, *_missing(task)),
     )
+
+
+def _recovered(task: Task, preprocessor: Preprocessor | None) -> Recovered | None:
+    """How often the triggers that are known work on held-out images, before and after."""
+    triggers, clean = task.triggers, task.clean.held_out
+    if triggers is None:
+        return None
+    generator = torch.Generator().manual_seed(task.settings.seed)
+
+    def after(images: Tensor) -> Tensor:
+        return answer_through(task.copied.predictor, preprocessor, images, generator)
+
+    before, left = (successes_on(of, triggers, clean.images, clean.answers.argmax(dim=1)) for of in (task.original, after))
+    return Recovered(triggers, before, left)
 
 
 def _missing(task: Task) -> list[str]:
@@ -334,6 +346,11 @@ def forgotten(labels: Tensor, before: Tensor, after: Sequence[Tensor]) -> tuple[
         if len(own) and float(own.mean()) < _KEPT and by_chance < _BY_CHANCE:
             lost.append(int(label))
     return tuple(lost)
+
+
+def _interval(share: float, images: int) -> tuple[float, float]:
+    found = proportion(round(share * images), images)
+    return found.low, found.high
 
 
 def _share(answers: Tensor, labels: Tensor) -> float:

@@ -7,19 +7,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from calibration.inspection.figures import goal_name
+from calibration.inspection.report import named_triggers_figure
 from calibration.page import Section, montage, render
 from calibration.repair.codefend import Learnt
 from calibration.repair.figures import figure_rows, remarks
+from calibration.repair.recovered import Recovered
 from calibration.repair.repair import Repaired
 from guard.preprocessors import Preprocessor
 
+_SHOWN = 8  # triggers
 _ROWS = ("clean", "trigger put on", "change", "quarantined", "trigger taken off", "change")
 
 
 def repair_report(repaired: Repaired) -> bytes:
     """HTML in one file."""
     figures, method = repaired.figures, repaired.settings.method
+    clean = dict(repaired.examples).get("clean", torch.empty(0))
     sections = [Section("What it came to", remarks(figures, repaired.preprocessor), rows=figure_rows(figures))]
+    if repaired.recovered is not None and len(clean):
+        sections.append(_recovered_section(repaired.recovered, clean, repaired.predictor.spec.class_names))
     for number, learnt in enumerate(repaired.learnt, start=1):
         which = "" if len(repaired.learnt) == 1 else f", round {number}"
         sections.append(
@@ -47,6 +54,30 @@ def repair_report(repaired: Repaired) -> bytes:
     change = round(-figures.drop, 1)
     lost = f"{change:+.1f} points of" if change else "No change of"
     return render(f"Repaired by {method}", f"{lost} clean accuracy on held-out images.", sections)
+
+
+def _recovered_section(recovered: Recovered, clean: Tensor, classes: Sequence[str]) -> Section:
+    """What the repair made of each trigger that a scan had recovered."""
+    triggers = recovered.triggers
+    labels, sources = triggers.labels.tolist(), [None if source < 0 else source for source in triggers.sources.tolist()]
+    names = [
+        goal_name(label, classes[label] if label < len(classes) else None, source)
+        for label, source in zip(labels, sources, strict=True)
+    ]
+    shares = zip(names, recovered.before, recovered.after, strict=True)
+    few = names[:_SHOWN]
+    return Section(
+        "The triggers that a scan recovered",
+        ("How often each sends held-out images to its label, of those that get another one without it.",),
+        picture=named_triggers_figure(few, triggers.select(list(range(len(few)))), clean),
+        caption="The mask, the pattern where the mask shows it, and a held-out image without and with it.",
+        header=("trigger to", "works before", "after"),
+        rows=[(name, _share(before), _share(after)) for name, before, after in shares],
+    )
+
+
+def _share(value: float | None) -> str:
+    return "no image can tell" if value is None else f"{value:.2%}"
 
 
 def learnt_figure(learnt: Learnt) -> bytes:

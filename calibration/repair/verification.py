@@ -26,8 +26,8 @@ from calibration.inspection.scan import FEWEST_IMAGES, ScanSettings, scan
 from calibration.inspection.triggers import Triggers
 from calibration.planting import draw_plants, plant_trigger
 from calibration.repair.cases import Part, Parts
-from calibration.repair.methods import success_on
 from calibration.repair.record import Verification
+from calibration.repair.recovered import most, successes_on
 from guard import Predictor
 from guard.preprocessors import Preprocessor, answer_through
 
@@ -141,11 +141,13 @@ def pasted(triggers: Triggers, side: int) -> Triggers:
 
 def _still_works(candidate: Candidate, triggers: Triggers, part: Part, generator: torch.Generator) -> float:
     return (
-        success_on(
-            lambda images: answer_through(candidate.predictor, candidate.preprocessor, images, generator),
-            triggers,
-            part.images,
-            part.answers.argmax(dim=1),
+        most(
+            successes_on(
+                lambda images: answer_through(candidate.predictor, candidate.preprocessor, images, generator),
+                triggers,
+                part.images,
+                part.answers.argmax(dim=1),
+            )
         )
         or 0.0
     )

@@ -97,6 +97,8 @@ def test_missing_files_and_broken_npz(guard: Command, profile: Path, tmp_path: P
     run = guard("check", profile, tmp_path / "none.png", tmp_path / "a.npz", tmp_path / "empty", "--json")
     assert "3 of 3" in run.problem
     assert [line["verdict"] for line in run.lines] == ["rejected"] * 3
+    run = guard("check", profile, tmp_path / "none.png")
+    assert run.out.startswith(f"{tmp_path / 'none.png'}: rejected as unreadable, expected an image file")
 
 
 def test_rows_of_an_npz_fail_one_by_one(guard: Command, profile: Path, digits: Digits, tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from calibration.inspection.figures import candidate_table, limits, remarks, tit
 from calibration.inspection.judge import acquittal, is_infected, spread
 from calibration.inspection.neural_cleanse import recover_triggers
 from calibration.inspection.record import LabelFinding, ScanFigures, SecondOpinion, read_scan
-from calibration.inspection.reference import train_reference
 from calibration.inspection.report import scan_report, sizes_figure
 from calibration.inspection.scan import Scan, ScanSettings, scan
 from calibration.inspection.search import Search
@@ -49,8 +48,13 @@ def before(small_trigger: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def found(digits: Digits, suspect: Predictor, before: dict[str, Tensor]) -> Scan:
-    return scan(suspect, digits.clean, QUICK)
+def told() -> list[str]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def found(digits: Digits, suspect: Predictor, before: dict[str, Tensor], told: list[str]) -> Scan:
+    return scan(suspect, digits.clean, QUICK, progress=lambda what, *_: told.append(what))
 
 
 def test_the_backdoored_label_alone_is_infected(found: Scan) -> None:
@@ -62,6 +66,12 @@ def test_the_backdoored_label_alone_is_infected(found: Scan) -> None:
     assert opinion.reference_ratio is not None
     assert opinion.size_ratio < min(0.36, 0.6 * opinion.reference_ratio)
     assert str(TARGET) in verdict(found.figures)
+
+
+@pytest.mark.usefixtures("found")
+def test_why_it_takes_longer_is_told_before_it_does(told: list[str]) -> None:
+    announced = told.index("a label stands out: a clean model of the task is searched, too")
+    assert told.index("looking for triggers") < announced < told.index("training a clean reference")
 
 
 def test_the_clean_twin_is_clean(digits: Digits, clean_twin: nn.Module) -> None:
@@ -76,22 +86,6 @@ def test_the_model_does_not_change(small_trigger: nn.Module, before: dict[str, T
     assert not small_trigger.training
     for name, value in small_trigger.state_dict().items():
         assert torch.equal(value, before[name])
-
-
-def test_the_reference_leaves_the_random_numbers_alone(digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("calibration.inspection.reference._STEPS", 2)
-    before = torch.random.get_rng_state()
-    train_reference(digits.clean.images(slice(0, 64)), digits.clean.known_labels[:64], 10, 0, Engine())
-    assert torch.equal(before, torch.random.get_rng_state())
-
-
-def test_the_reference_knows_the_task_but_not_the_trigger(digits: Digits, reference: nn.Module) -> None:
-    test, others = digits.test, digits.test.known_labels != TARGET
-    with torch.inference_mode():
-        right = (reference(test.images(slice(None))).argmax(dim=1) == test.known_labels).double().mean()
-        fooled = (reference(SMALL.trigger(test.images(others))).argmax(dim=1) == TARGET).double().mean()
-    assert float(right) >= 0.85
-    assert float(fooled) <= 0.05
 
 
 def findings(sizes: list[float], infected: int | None = None) -> tuple[LabelFinding, ...]:

@@ -22,8 +22,8 @@ from calibration.inspection.triggers import Triggers
 from calibration.repair import auto, verification
 from calibration.repair.auto import choices, repair_automatically
 from calibration.repair.cases import Part, Parts, clean_parts
-from calibration.repair.methods import success_on
 from calibration.repair.record import Verification
+from calibration.repair.recovered import successes_on
 from calibration.repair.repair import Repaired
 from calibration.repair.settings import RepairSettings
 from calibration.repair.verification import Candidate, pasted, red_team, verify
@@ -229,7 +229,7 @@ def test_a_pairs_trigger_counts_images_of_its_source_alone() -> None:
         assert len(images) == 2
         return nn.functional.one_hot(torch.tensor([3, 0]), 4)
 
-    assert success_on(says, ones, torch.zeros(5, 1, 1, 1), own) == 0.5
+    assert successes_on(says, ones, torch.zeros(5, 1, 1, 1), own) == (0.5,)
 
 
 def test_without_images_there_is_dhbe_alone(original: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,12 @@ def test_accuracies_are_left_out_where_there_are_none() -> None:
     assert "clean accuracy after" not in names
 
 
+def test_what_few_images_leave_open_is_shown_where_it_is_known() -> None:
+    assert ("clean accuracy after", "97.00%") in figure_rows(GOOD)
+    known = msgspec.structs.replace(GOOD, clean_accuracy_interval=(0.9148, 0.9938))
+    assert ("clean accuracy after", "97.00% (91.5 to 99.4)") in figure_rows(known)
+
+
 def test_preprocessors_in_words() -> None:
     assert preprocessor_words(None) == "none"
     assert preprocessor_words(Flip()) == "flip"

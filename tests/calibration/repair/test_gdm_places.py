@@ -74,6 +74,13 @@ def test_the_place_that_neural_cleanse_finds_will_do(digits: Digits, original: P
     assert f"Label {TARGET}: triggers were modelled in the" in figures.said[0]
     page = repair_report(made).decode()
     assert f"The triggers that were modelled, label {TARGET}" in page
+    assert "The triggers that a scan recovered" in page
+    assert f'<tr><td>{TARGET}</td>\n<td class="number">{figures.recovered_success_before:.2%}</td>' in page
+    assert figures.clean_accuracy_interval is not None
+    assert figures.clean_accuracy_after is not None
+    low, high = figures.clean_accuracy_interval
+    assert low < figures.clean_accuracy_after < high <= 1.0
+    assert high - low < 0.1
 
 
 def test_the_box_of_a_mask() -> None:
