@@ -115,7 +115,7 @@ def test_overlays_and_rate_are_shared_and_passes_are_no_more(pair: Calibration) 
 @pytest.mark.parametrize("blend", ["logit", "logit+demeaned"])
 def test_curtailed_verdicts_are_those_of_all_passes(digits: Digits, backdoored: nn.Module, blend: BlendChoice) -> None:
     guard = calibrate(backdoored, digits.clean, Settings(blend=blend)).guard()
-    for images in (digits.test, digits.triggered):
+    for images in (digits.test.select(torch.arange(150)), digits.triggered.select(torch.arange(100))):
         seen = judge(guard, images, "")
         verdicts = guard(images.images(slice(None)))
         assert seen.rejected.tolist() == [not verdict.accepted for verdict in verdicts]

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from calibration.inspection.record import read_scan
 from cli.demonstration.digits import Digits, save_exported
 from tests.cli.conftest import Command, Files
 from tests.guard.models import save_onnx
@@ -30,29 +31,29 @@ def infected(tmp_path_factory: pytest.TempPathFactory, digits: Digits, small_tri
 
 
 @pytest.mark.usefixtures("known_reference")
-def test_an_infected_model_ends_with_1(tmp_path: Path, files: Files, infected: Path, guard: Command) -> None:
-    run = guard("scan", infected, "--data", files.clean, "--plain", "--steps", 128, "--out", tmp_path / "scan", "--json")
-    assert run.code == 1, run.err
-    record = run.lines[0]
-    assert record["infected"] is True
-    assert [item["label_index"] for item in record["labels"] if item["infected"]] == [SMALL.target_label]
-    assert "looking for triggers" in run.err
-    written = json.loads((tmp_path / "scan" / "scan.json").read_text())
-    assert {**written, "out": str(tmp_path / "scan")} == record
-    assert (tmp_path / "scan" / "report.html").stat().st_size > 10_000
-    assert [path.name for path in tmp_path.iterdir()] == ["scan"]  # no checkpoint is left
-    assert "next:" not in run.out
-
-
-@pytest.mark.usefixtures("known_reference")
-def test_what_comes_next_is_told_what_was_told(tmp_path: Path, files: Files, infected: Path, guard: Command) -> None:
+def test_an_infected_model_ends_with_1(
+    tmp_path: Path, files: Files, infected: Path, guard: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "scan"
-    run = guard("scan", infected, "--data", files.clean, "--plain", "--steps", 128, "--output", "logits", "--out", out)
+    given = ("scan", infected, "--data", files.clean, "--plain", "--steps", 128, "--output", "logits", "--out", out)
+    run = guard(*given)
     assert run.code == 1, run.err
+    assert "looking for triggers" in run.err
+    written = json.loads((out / "scan.json").read_text())
+    assert written["infected"] is True
+    assert [item["label_index"] for item in written["labels"] if item["infected"]] == [SMALL.target_label]
+    assert (out / "report.html").stat().st_size > 10_000
+    assert [path.name for path in tmp_path.iterdir()] == ["scan"]  # no checkpoint is left
     said = f"next: guard repair {infected} --output logits --method auto --scan {out} --data {files.clean} --out {out}-repaired"
     assert said in run.out.replace("\n", "")
     assert "This need not be all. A scan like this one does not see" in " ".join(run.err.split())
     assert "infected" in run.out
+
+    record = read_scan(out)
+    monkeypatch.setattr("calibration.inspection.work.scan_into", lambda *_: record)
+    run = guard(*given, "--json")
+    assert run.code == 1, run.err
+    assert run.lines == [{**written, "out": str(out)}]  # and no next command
 
 
 def test_a_clean_model_ends_with_0(tmp_path: Path, files: Files, digits: Digits, clean_twin: nn.Module, guard: Command) -> None:

@@ -99,7 +99,7 @@ def test_the_loop(tmp_path: Path, digits: Digits, backdoored: nn.Module, files: 
         out, few_images = tmp_path / "repaired", tmp_path / "few.npz"
         run = guard(
             "repair", files.model, "--method", "codefend", "--data", few_images, "--quarantine", kept, "--out", out,
-            "--epochs", 25,
+            "--epochs", 25, "--gan-epochs", 80,
         )  # fmt: skip
         assert run.code == 0, run.err
         assert "learning the trigger" in run.err

@@ -263,11 +263,13 @@ def test_a_search_that_reaches_no_label_says_nothing(digits: Digits, small_trigg
 
 
 @pytest.mark.usefixtures("known_reference")
+@pytest.mark.usefixtures("known_reference")
 def test_what_few_unseen_images_can_tell_is_asked_of_the_others_too(digits: Digits, suspect: Predictor) -> None:
     """Nearly all images are of the target: hardly any is left to judge its trigger by, and it is found all the same."""
     labels = digits.clean.known_labels
     target, others = (torch.nonzero(which).squeeze(1) for which in (labels == TARGET, labels != TARGET))
-    found = scan(suspect, digits.clean.select(torch.cat([target, others[:18]])), QUICK).figures
+    quicker = ScanSettings(search=Search(steps=128, draws=0))
+    found = scan(suspect, digits.clean.select(torch.cat([target, others[:18]])), quicker).figures
     assert found.labels[TARGET].infected
     assert any(f"whether the triggers of {TARGET} work" in line for line in found.said)
 
@@ -422,6 +424,7 @@ def test_a_reference_that_gives_no_image_a_source_loses_no_verdict_on_labels(
     assert any("clean images that the clean reference gives label" in line for line in figures.said)
 
 
+@pytest.mark.usefixtures("known_reference")
 @pytest.mark.parametrize("infected", [True, False])
 def test_pairs_that_can_not_be_reached_lose_no_verdict_on_labels(
     digits: Digits, suspect: Predictor, found: Scan, monkeypatch: pytest.MonkeyPatch, infected: bool
