@@ -268,7 +268,7 @@ def test_what_few_unseen_images_can_tell_is_asked_of_the_others_too(digits: Digi
     """Nearly all images are of the target: hardly any is left to judge its trigger by, and it is found all the same."""
     labels = digits.clean.known_labels
     target, others = (torch.nonzero(which).squeeze(1) for which in (labels == TARGET, labels != TARGET))
-    quicker = ScanSettings(search=Search(steps=128, draws=0))
+    quicker = ScanSettings(search=Search(steps=256, draws=0))
     found = scan(suspect, digits.clean.select(torch.cat([target, others[:18]])), quicker).figures
     assert found.labels[TARGET].infected
     assert any(f"whether the triggers of {TARGET} work" in line for line in found.said)
