@@ -22,7 +22,8 @@ from calibration.engine import Engine
 from calibration.fine_tuning import TrainableCopy
 from calibration.repair.cases import Parts
 from calibration.repair.plain_fine_tuning import FineTuning, repair_by_fine_tuning
-from calibration.repair.pruning import Prunable, Pruned, accuracy_of, fewest
+from calibration.repair.prunable import Prunable, accuracy_of
+from calibration.repair.pruning import Pruned, fewest
 from guard import Predictor
 from guard.errors import RepairError
 

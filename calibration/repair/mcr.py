@@ -35,7 +35,7 @@ from calibration.engine import Engine
 from calibration.fine_tuning import TrainableCopy, trainable
 from calibration.repair.cases import Parts
 from calibration.repair.plain_fine_tuning import FineTuning, Moves, batches, repair_by_fine_tuning
-from calibration.repair.pruning import accuracy_of
+from calibration.repair.prunable import accuracy_of
 from calibration.repair.tuning import Lesson, Tuning, likeness, tune
 from guard import Predictor
 from guard.errors import RepairError

@@ -15,7 +15,7 @@ from calibration.fine_tuning import TrainableCopy
 from calibration.repair.cases import clean_parts
 from calibration.repair.fine_pruning import FinePruning, repair_by_fine_pruning
 from calibration.repair.plain_fine_tuning import OURS, FineTuning
-from calibration.repair.pruning import Prunable, accuracy_of
+from calibration.repair.prunable import Prunable, accuracy_of
 from cli.demonstration.digits import Digits
 from guard.errors import ModelError, RepairError
 from guard.predictors.activations import activations

@@ -12,7 +12,8 @@ from calibration.inspection.neural_cleanse import recover_triggers
 from calibration.inspection.search import Search
 from calibration.inspection.triggers import Goals, Triggers
 from calibration.repair.cases import Parts, clean_parts
-from calibration.repair.pruning import Prunable, Pruning, cheaper, fewest, repair_by_pruning
+from calibration.repair.prunable import Prunable
+from calibration.repair.pruning import Pruning, cheaper, fewest, repair_by_pruning
 from cli.demonstration.digits import ATTACK, Digits
 from guard.errors import RepairError
 from guard.predictors.activations import Layer
