@@ -4,13 +4,12 @@
     python -m benchmarks.neural_cleanse measure --all
     python -m benchmarks.neural_cleanse table     # the committed results as docs/inspection-figures.md holds them
 
-The plain schedule, 1,000 steps for every label, and the verdict by the anomaly index alone, for three seeds. All labels of a
-model are optimised together, as in a scan, so that the seconds say what leaving labels save and not what batching does.
+The plain schedule, 1,000 steps for every label, and the verdict by the anomaly index alone, for three seeds; all labels of a
+model are optimised together. What an interrupted run has done is kept beside the victims, and gone on from.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from benchmarks.reports import load_results, markdown, run, versions
 from benchmarks.roster import SCANNED
 from benchmarks.scans import defenders_images
 from benchmarks.victims import CACHE, bars, victim
+from calibration.checkpoints import Checkpoints
 from calibration.data import ImageSet, Progress
 from calibration.discovery import discover
 from calibration.engine import Engine
@@ -48,14 +48,12 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         indices: Of each label, positive below the median.
         sizes: L1, in pixels, of each label.
         passes: Images that went through the model.
-        seconds: That it took.
     """
 
     seed: int
     indices: tuple[float, ...]
     sizes: tuple[float, ...]
     passes: int
-    seconds: float
 
     @property
     def accused(self) -> list[int]:
@@ -90,7 +88,9 @@ def measure(name: str, parts: Parts, cache: Path = CACHE) -> Report:
         found = victim(plan, parts, cache, progress)
         clean = defenders_images(parts)
         predictor = discover(wrap(found.model), clean)
-        runs = [_run(predictor, clean, seed, progress) for seed in _SEEDS]
+        checkpoints = Checkpoints(cache.parent / "neural_cleanse" / name, [name, predictor.backend.fingerprint()])
+        runs = [_run(predictor, clean, seed, checkpoints.within(f"seed-{seed}"), progress) for seed in _SEEDS]
+        checkpoints.remove()
     return Report(
         name=name,
         command=f"python -m benchmarks.neural_cleanse measure --name {name}",
@@ -101,18 +101,16 @@ def measure(name: str, parts: Parts, cache: Path = CACHE) -> Report:
     )
 
 
-def _run(predictor: Predictor, clean: ImageSet, seed: int, progress: Progress) -> Run:
+def _run(predictor: Predictor, clean: ImageSet, seed: int, checkpoints: Checkpoints, progress: Progress) -> Run:
     engine, images = Engine(), clean.images(slice(0, 1000))
     answers = frozen(predictor, images[:2])
-    started = time.monotonic()
     goals = Goals.all_labels(predictor.num_classes)
-    found = recover_triggers(answers, images, goals, _PLAIN, seed, engine, progress=progress)
+    found = recover_triggers(answers, images, goals, _PLAIN, seed, engine, checkpoints, progress=progress)
     return Run(
         seed=seed,
         indices=tuple(anomaly_indices(found.sizes).tolist()),
         sizes=tuple(found.sizes.tolist()),
         passes=int(found.passes.sum()),
-        seconds=time.monotonic() - started,
     )
 
 
