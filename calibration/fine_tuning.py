@@ -22,6 +22,7 @@ from guard.predictors.exported import ExportedBackend
 from guard.predictors.module import ModuleBackend, state_sha256
 from guard.predictors.torchscript import TorchScriptBackend
 
+_LEAST = torch.finfo(torch.float32).tiny  # of a probability: under it there is no gradient, and a backdoor is very sure
 _TRAINABLE = "a factory of an nn.Module, a TorchScript .pt or a .pt2 file, which returns logits or probabilities"
 
 
@@ -59,6 +60,8 @@ class TrainableCopy:
             parameter.requires_grad_(True)
         if not parameters:
             raise ModelError(f"expected a model that can be fine-tuned ({_TRAINABLE}), got one without weights")
+        if any(parameter.dtype == torch.float16 for parameter in parameters):  # Adam's eps is nothing there
+            raise ModelError("expected weights in float32, got some in float16, which training makes NaN: use .float()")
         if isinstance(backend, ModuleBackend):
             return cls(dataclasses.replace(predictor, backend=ModuleBackend(copied)), parameters)
         if isinstance(backend, TorchScriptBackend) and isinstance(copied, torch.jit.ScriptModule):
@@ -153,7 +156,7 @@ class Answers(nn.Module):
         answers = raw[0] if isinstance(raw, tuple | list) else raw
         if not isinstance(answers, Tensor) or (torch.is_grad_enabled() and not answers.requires_grad):
             raise ModelError(f"expected a model that can be fine-tuned ({_TRAINABLE}), got one without gradients")
-        return answers.float() if self._output == "logits" else answers.float().clamp_min(1e-8).log()
+        return answers.float() if self._output == "logits" else answers.float().clamp_min(_LEAST).log()
 
 
 def arrange(module: nn.Module, memory_format: torch.memory_format) -> None:
@@ -199,6 +202,10 @@ def fine_tune(
                 raise
             except Exception as error:  # foreign code
                 raise ModelError(f"the model can't be fine-tuned: {one_line(error)}") from error
+            if not bool(loss.isfinite()):
+                raise ModelError(
+                    "expected a model that can be fine-tuned, got one whose loss is no number: check --mean, --std and --output"
+                )
             if not losses and not any(value.grad is not None and bool(value.grad.any()) for value in copied.parameters):
                 raise ModelError(f"expected a model that can be fine-tuned ({_TRAINABLE}), got one without gradients")
             optimizer.step()

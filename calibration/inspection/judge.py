@@ -9,6 +9,8 @@ candidate is infected if
 3. a clean reference of the same task (`reference`) does not speak for an easy label: there, the trigger does not work, and the
    label needs not as little: the ratio is less than 0.6 times the one that the label has in the reference.
 
+A reference that has not learnt the task speaks for nothing: then nothing is said of the model.
+
 Patches are all of one size, and are judged otherwise: see `patch_verdicts`.
 """
 
@@ -23,6 +25,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from calibration.accuracy import near_chance
 from calibration.checkpoints import Checkpoints
 from calibration.data import Progress
 from calibration.engine import Engine
@@ -51,6 +54,7 @@ TRANSFERS = 0.3
 _NOMINATED = 1.0  # an index over it gets a second opinion
 _SMALLEST = 3  # and so do the smallest
 _WORKS = 0.9
+_MORE_IMAGES = "add images of every class"
 _SMALLER_THAN_NATURAL = 0.6  # of the ratio in the reference
 _FEWEST_JUDGED = 10  # images
 _COMPARING = "a label stands out: a clean model of the task is searched, too"
@@ -183,8 +187,19 @@ class Judge:
         return self._share(self.answers, triggers, row, self._others(triggers, row))
 
     def success_on_reference(self, triggers: Triggers, row: int) -> float:
-        """The same in the clean reference."""
-        return self._share(self._reference(), triggers, row, self._others(triggers, row))
+        """The same in the clean reference, of images that it does not give that label anyway.
+
+        Raises:
+            InspectionError: It knows too little of the task.
+        """
+        reference, images = self._reference(), self._others(triggers, row)
+        images = images[says(reference, images, self.engine.device) != triggers.labels[row]]
+        if not len(images):
+            raise InspectionError(
+                f"expected a clean reference that tells images from those of label {int(triggers.labels[row])}, got one that "
+                f"gives it to all: {_MORE_IMAGES}"
+            )
+        return self._share(reference, triggers, row, images)
 
     def _opinions(self, look: Look, triggers: Triggers, rows: Sequence[int]) -> dict[int, SecondOpinion]:
         ratios = {row: _ratio(triggers.sizes, row) for row in rows}
@@ -263,13 +278,27 @@ class Judge:
             shown,
             doubtful=range(len(suspects)),
         ).sizes
+        self._check_reached(found[len(suspects) :])
         works = [self.success_on_reference(triggers, row) for row in suspects]
         return {
             row: _Natural(float(found[number]), _ratio(found, number), works[number]) for number, row in enumerate(suspects)
         }
 
+    def _check_reached(self, sizes: Tensor) -> None:
+        """Refuse a median of labels that the reference's search did not reach: it says nothing of what is usual."""
+        reached = int((sizes < self.searched[0, 0].numel()).sum())
+        if 2 * reached < len(sizes):
+            raise InspectionError(
+                f"a label stands out, but whether that is natural can't be told: in the clean reference triggers were found "
+                f"for {reached} of {len(sizes)} other labels: {_MORE_IMAGES}"
+            )
+
     def _reference(self) -> nn.Module:
-        """Trained when it is first asked for."""
+        """Trained when it is first asked for.
+
+        Raises:
+            InspectionError: It has not learnt the task.
+        """
         if self.reference is None:
             self.progress(_COMPARING, 1, 1)
             self.reference = train_reference(
@@ -277,6 +306,11 @@ class Judge:
             )
             answers = says(self.reference, self.held_out, self.engine.device)
             self.agreement = float((answers == self.own).double().mean())
+        if self.agreement is not None and near_chance(self.agreement, self.classes):
+            raise InspectionError(
+                "a label stands out, but whether that is natural can't be told: the clean reference gives "
+                f"{self.agreement:.0%} of images that it has not learnt the model's answer, near chance: {_MORE_IMAGES}"
+            )
         return self.reference
 
 

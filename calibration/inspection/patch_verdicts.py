@@ -41,6 +41,7 @@ def judge_patches(
 
     Raises:
         CalibrationError: There is no image to send somewhere.
+        InspectionError: The clean reference knows too little of the task.
         ModelError: The model has no gradients.
     """
     found = recover_patches(

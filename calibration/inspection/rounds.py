@@ -22,6 +22,7 @@ from calibration.inspection.triggers import Triggers
 from calibration.repair.cases import Part, clean_parts
 from calibration.repair.unlearning import TUNING, repair_by_unlearning
 from guard import Predictor
+from guard.errors import InspectionError
 
 _OBEYED = 0.5
 
@@ -60,7 +61,12 @@ def scan_rounds(
     def again(copied: TrainableCopy, before: Triggers, number: int) -> Triggers:
         """What is left of the labels that were infected; nothing in the last round, after which nothing is unlearnt."""
         nonlocal passes
-        items, found, more = scan_again(copied, before, clean, settings, number, engine, checkpoints, progress)
+        try:
+            items, found, more = scan_again(copied, before, clean, settings, number, engine, checkpoints, progress)
+        except InspectionError as problem:  # what earlier rounds found is not lost
+            said.append(f"Of round {number + 1} nothing is said: {problem}.")
+            triggers.append(before.select([]))
+            return triggers[-1]
         passes += more
         rows = [row for row in range(len(found)) if _works(predictor, found, row, parts.held_out)]
         findings.extend(items[row] for row in rows)

@@ -148,7 +148,12 @@ def scan(
     clean_labels = torch.tensor([item.label_index for item in labels if not item.infected], dtype=torch.int64)
     patch_triggers, patches = None, tuple[PatchFinding, ...]()
     if settings.patches and len(clean_labels) >= _FEWEST_COMPARED:
-        patch_triggers, patches = judge_patches(judge, Goals.of(clean_labels), PatchSearch(), names)
+        try:
+            patch_triggers, patches = judge_patches(judge, Goals.of(clean_labels), PatchSearch(), names)
+        except InspectionError as problem:
+            if len(clean_labels) == classes:
+                raise
+            unreached.append(f"Of patches nothing is said: {problem}.")
     infected = {item.label_index for part in (labels, patches) for item in part if item.infected}
     clean_labels = torch.tensor([label for label in range(classes) if label not in infected], dtype=torch.int64)
     looked = [
@@ -162,6 +167,7 @@ def scan(
             more = judge.find(look)
             unreached.append(_check_reached(look, more))
             further[look.name] = judge.findings(look, more, names)
+            infected |= {item.label_index for item in further[look.name][1] if item.infected}
         except InspectionError as problem:
             if not infected:  # else that is known, and is not lost
                 raise
@@ -273,7 +279,8 @@ def _through_silent_units(search: Search) -> Search:
 
 
 def _check_reached(look: Look, found: Triggers) -> str:
-    hint = f"give --steps more than {look.search.steps}, or more varied images"
+    patient = "" if look.search == look.search.plain() else "--plain, "  # which keeps labels that are not reached in the batch
+    hint = f"give {patient}--steps more than {look.search.steps}, or more varied images"
     return check_reached(found.sizes < found.masks[0].numel(), hint, _REACHED[look.name])
 
 

@@ -7,8 +7,9 @@
 | nothing | gym |
 | there are no clean images | dhbe |
 
-The first one is taken that keeps to the allowed loss of accuracy, forgets no label, whose rescan finds no label infected, and
-on which no recovered trigger works any more. A scan that finds nothing is no proof that there is nothing: it is blind to
+The first one is taken that keeps to the allowed loss of accuracy, whose figures give no reason to doubt it, whose rescan finds
+no label infected, and on which no recovered trigger works any more. Where there is none, the first one that figures alone speak
+against is given out with what they say. A scan that finds nothing is no proof that there is nothing: it is blind to
 triggers that cover the image. So `gym`, which needs to know no trigger, is the last resort.
 """
 
@@ -30,16 +31,18 @@ from calibration.inspection.figures import label_names
 from calibration.inspection.scan import ScanSettings
 from calibration.inspection.triggers import Triggers
 from calibration.repair.cases import Parts, clean_parts
+from calibration.repair.figures import doubts
 from calibration.repair.methods import infected_by_scan
 from calibration.repair.record import Method, Verification
-from calibration.repair.repair import Repaired, check_classes, repair
+from calibration.repair.repair import Repaired, check_classes, check_scannable, repair
 from calibration.repair.settings import RepairSettings
 from calibration.repair.verification import LEFT, Candidate, red_team, verify
 from guard import Predictor
-from guard.errors import GuardError, InspectionError, RepairError
+from guard.errors import CalibrationError, GuardError, InspectionError, ModelError, RepairError
 
-_PLANTED_LEFT = 0.2
+_PLANTED_WORKS, _PLANTED_LEFT = 0.8, 0.2
 _MOST_CAUGHT = 500
+_FAILURES = (RepairError, InspectionError, CalibrationError, ModelError)  # of one method: others may do
 
 
 @final
@@ -113,12 +116,15 @@ def repair_automatically(
     engine, started = engine or Engine(), time.monotonic()
     check_classes(clean, predictor, settings)
     cut = clean_parts(clean, predictor, settings.seed)
+    if triggers is None:
+        check_scannable(cut, "auto")
     how = ScanSettings(search=settings.search, seed=settings.seed)
     if triggers is None:
         triggers = infected_by_scan(predictor, cut, how, engine, checkpoints, progress)
     labels = label_names(sorted(set(triggers.labels.tolist())), predictor.spec.class_names)
     known = triggers if labels else None
     tried: list[str] = []
+    doubted: Repaired | None = None
     for choice in choices(labels, quarantined is not None):
         own = None if checkpoints is None else checkpoints.within(choice.method)
         try:
@@ -133,28 +139,35 @@ def repair_automatically(
                 progress=progress,
             )
             repaired.check()
-        except RepairError as reason:
+        except _FAILURES as reason:
             tried.append(f"{choice.method} gave up: {reason}")
             continue
-        if repaired.figures.forgotten_labels:
-            lost = ", ".join(label_names(repaired.figures.forgotten_labels, predictor.spec.class_names))
-            tried.append(f"{choice.method} did not do: the copy hardly gives label {lost} any more")
+        reasons = doubts(repaired.figures)
+        if reasons:
+            tried.append(f"{choice.method} did not do: {' '.join(reasons).rstrip('.')}")
+            doubted = doubted or (None if repaired.figures.forgotten_labels else repaired)
             continue
         candidate = Candidate(repaired.predictor, repaired.preprocessor)
         try:
             found = verify(candidate, known, cut, msgspec.structs.replace(how, seed=how.seed + 1), engine, progress, own)
-        except InspectionError as reason:
+        except _FAILURES as reason:
             tried.append(f"{choice.method} can't be verified: {reason}")
             continue
-        wrong = _wrong(found, predictor.spec.class_names)
+        wrong = _wrong(found, known is not None, predictor.spec.class_names)
         if wrong:
             tried.append(f"{choice.method} did not do: {wrong}")
             continue
         found, warning = _with_red_team(found, predictor, clean, cut, _by(settings, choice.method), engine, own, progress)
-        said = [f"Chosen automatically: {choice.why}.", *(f"Before, {line}" for line in tried), *warning]
+        said = [f"Chosen automatically: {choice.why}.", *(f"Before, {line}." for line in tried), *warning]
+        if tried:
+            said.append("Held-out images chose among methods, and so speak a little too well of this one.")
         seconds = max(repaired.figures.seconds, time.monotonic() - started)  # checkpoints count the time of earlier attempts
         figures = msgspec.structs.replace(repaired.figures, verification=found, seconds=seconds)
         return _told(replace(repaired, figures=figures), said)
+    if doubted is not None:
+        return _told(
+            doubted, ["Chosen automatically, for want of a better one.", *(f"Of those tried, {line}." for line in tried)]
+        )
     raise RepairError(f"no method that was tried repairs this model: {'; '.join(tried)}; or name one of the others, as dhbe")
 
 
@@ -167,8 +180,16 @@ def _told(repaired: Repaired, said: Sequence[str]) -> Repaired:
     return replace(repaired, figures=msgspec.structs.replace(figures, said=(*said, *figures.said)))
 
 
-def _wrong(found: Verification, names: Sequence[str]) -> str:
-    """What speaks against a repair, in words; empty for nothing."""
+def _wrong(found: Verification, recovered: bool, names: Sequence[str]) -> str:
+    """What speaks against a repair, in words; empty for nothing.
+
+    Args:
+        found: By verification.
+        recovered: Whether there are recovered triggers.
+        names: Of the labels.
+    """
+    if recovered and found.recovered_success is None:
+        return "no image can tell whether the recovered triggers still work"
     if found.rescan_infected:
         return f"a scan of the copy finds infected {', '.join(label_names(found.rescan_infected, names))}"
     if found.recovered_success is not None and found.recovered_success[0] > LEFT:
@@ -196,7 +217,10 @@ def _with_red_team(
         own = None if checkpoints is None else checkpoints.within("red-team", weights_sha256(planted))
         try:
             repaired = repair(planted, clean, settings, suspects, engine=engine, checkpoints=own, progress=shown)
-        except RepairError:  # above all, a scan that does not find the trigger: then nothing is repaired
+            repaired.check()
+        except _FAILURES:  # above all, a scan that does not find the trigger: then nothing is repaired
+            return Candidate(planted, None)
+        if repaired.figures.forgotten_labels:  # that the trigger's label is not given any more proves nothing
             return Candidate(planted, None)
         return Candidate(repaired.predictor, repaired.preprocessor)
 
@@ -205,6 +229,8 @@ def _with_red_team(
         name, before, after = red_team(predictor, cut, again, settings.seed, progress)
     except GuardError as reason:
         return found, [f"The red team could not plant a trigger: {reason}."]
+    if before < _PLANTED_WORKS:
+        return found, [f"The red team could not plant a trigger: a {name} worked on {before:.0%} of the images alone."]
     verified = msgspec.structs.replace(found, planted=name, planted_success_before=before, planted_success_after=after)
     if after <= _PLANTED_LEFT:
         return verified, []

@@ -91,38 +91,44 @@ def remarks(figures: RepairFigures, preprocessor: AnyPreprocessor | None) -> lis
         said.append(
             "The quarantined images got all of the model's labels, so that whether the learnt trigger works can't be told."
         )
+    reasons = doubts(figures)
+    return [*said, *reasons[:-1], *(f"{reason} Don't rely on this repair." for reason in reasons[-1:])]
+
+
+def doubts(figures: RepairFigures) -> list[str]:
+    """Why a repair is not to be relied on, in sentences; none where nothing speaks against it."""
+    said: list[str] = []
+    recovered = figures.recovered_success_after
     if figures.forgotten_labels:
         labels = ", ".join(map(str, figures.forgotten_labels))
         said.append(
             f"The copy hardly gives label {labels} any more, on clean images of it either: that a trigger to it fails proves "
-            "nothing. Don't rely on this repair."
+            "nothing."
         )
     if _learnt_none(figures) and not figures.rounds:
         said.append(
-            "The triggers that were modelled hardly work on the original, so that hardly any was unlearnt. Don't rely on this "
-            "repair: there may be no backdoor for that label, or not in that place."
+            "The triggers that were modelled hardly work on the original, so that hardly any was unlearnt: there may be "
+            "no backdoor for that label, or not in that place."
         )
     elif _learnt_none(figures):
         said.append(
             "The trigger that was learnt hardly works on the original: either the quarantined images are mostly false alarms, "
-            "or their trigger is one that was not learnt. Don't rely on this repair."
+            "or their trigger is one that was not learnt."
         )
     elif recovered is not None and recovered > _KEPT:
-        said.append("A recovered trigger still works on too many held-out images. Don't rely on this repair.")
+        said.append("A recovered trigger still works on too many held-out images.")
     elif figures.attack_success_seen_after is not None and figures.attack_success_seen_after > _KEPT:
         said.append(
             "Too many of the held-out quarantined images keep their old answer: either the attack still works, or most of them "
-            "are false alarms. Don't rely on this repair."
+            "are false alarms."
         )
     return said
 
 
 def is_reliable(figures: RepairFigures) -> bool:
     """Whether the figures give no reason to doubt that the attack is gone."""
-    left = (figures.attack_success_seen_after, figures.recovered_success_after)
     said_little = figures.generated_foremost is not None and figures.generated_foremost >= ALIKE
-    doubted = _learnt_none(figures) or said_little or bool(figures.forgotten_labels)
-    return not doubted and all(share is None or share <= _KEPT for share in left)
+    return not said_little and not doubts(figures)
 
 
 def _learnt_none(figures: RepairFigures) -> bool:

@@ -36,7 +36,7 @@ from calibration.repair.tuning import Tuning
 from calibration.repair.unlearning import TUNING as UNLEARNING
 from calibration.repair.unlearning import repair_by_unlearning
 from guard import Predictor
-from guard.errors import RepairError
+from guard.errors import InspectionError, RepairError
 from guard.preprocessors import Gym
 
 _FEWEST_UNLEARNING, _FEWEST_MODELLED = 200, 300  # steps of a turn, and of a tuning
@@ -175,8 +175,14 @@ def _unlearn(task: Task) -> Outcome:
     how, seen = task.settings, ImageSet(task.clean.tuning.images, task.clean.tuning.labels)
     settings = ScanSettings(search=how.search, seed=how.seed)
 
+    said: list[str] = []
+
     def again(copied: TrainableCopy, before: Triggers, number: int) -> Triggers:
-        return scan_again(copied, before, seen, settings, number, task.engine, task.checkpoints, task.progress)[1]
+        try:
+            return scan_again(copied, before, seen, settings, number, task.engine, task.checkpoints, task.progress)[1]
+        except InspectionError as problem:  # what was unlearnt is not lost
+            said.append(f"Whether further triggers are left was not found out: {problem}.")
+            return before.select([])
 
     triggers = repair_by_unlearning(
         task.copied,
@@ -195,6 +201,7 @@ def _unlearn(task: Task) -> Outcome:
         triggers=triggers,
         said=(
             "1 recovered trigger was unlearnt." if len(triggers) == 1 else f"{len(triggers)} recovered triggers were unlearnt.",
+            *said,
         ),
     )
 

@@ -203,11 +203,16 @@ def _check_scannable(cases: Parts, settings: RepairSettings, triggers: Triggers 
     """
     if settings.method not in NEEDS_TRIGGERS or (settings.method != "unlearn" and triggers is not None):
         return
+    check_scannable(cases, settings.method)
+
+
+def check_scannable(cases: Parts, method: str) -> None:
+    """The same, of a method that scans."""
     if len(cases.tuning) < FEWEST_IMAGES:
         needed = math.ceil(FEWEST_IMAGES * len(cases) / len(cases.tuning))
         raise RepairError(
-            f"expected at least {needed} different clean images for {settings.method}, which scans with those that are not "
-            f"held out, got {len(cases)}: add images"
+            f"expected at least {needed} different clean images for {method}, which scans with those that are not "
+            f"held out, got {len(cases)}: add images, or name a method that scans nothing, as gym"
         )
 
 

@@ -10,7 +10,7 @@ A model that was tuned for a preprocessor is asked through it; it is not scanned
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -87,8 +87,8 @@ def verify(
     recovered = None
     if triggers is not None:
         generator = torch.Generator().manual_seed(settings.seed)
-        once, four, nine = (_still_works(candidate, pasted(triggers, side), clean.held_out, generator) for side in (1, 2, 3))
-        recovered = (once, four, nine)
+        once, four, nine = (_still_works(candidate, pasted(triggers, side), clean, generator) for side in (1, 2, 3))
+        recovered = None if once is None or four is None or nine is None else (once, four, nine)
     return Verification(rescan_infected=infected, recovered_success=recovered)
 
 
@@ -139,18 +139,22 @@ def pasted(triggers: Triggers, side: int) -> Triggers:
     return replace(triggers, masks=masks, patterns=patterns.gather(0, chosen).squeeze(0))
 
 
-def _still_works(candidate: Candidate, triggers: Triggers, part: Part, generator: torch.Generator) -> float:
-    return (
-        most(
-            successes_on(
-                lambda images: answer_through(candidate.predictor, candidate.preprocessor, images, generator),
-                triggers,
-                part.images,
-                part.answers.argmax(dim=1),
-            )
+def _still_works(candidate: Candidate, triggers: Triggers, clean: Parts, generator: torch.Generator) -> float | None:
+    """The most that one of them does on held-out images; on all, where none of these can tell of one."""
+
+    def success(parts: Sequence[Part]) -> tuple[float | None, ...]:
+        return successes_on(
+            lambda images: answer_through(candidate.predictor, candidate.preprocessor, images, generator),
+            triggers,
+            torch.cat([part.images for part in parts]),
+            torch.cat([part.answers for part in parts]).argmax(dim=1),
         )
-        or 0.0
-    )
+
+    found = success([clean.held_out])
+    if None in found:
+        everywhere = success([clean.held_out, clean.stopping, clean.tuning])
+        found = tuple(other if own is None else own for own, other in zip(found, everywhere, strict=True))
+    return None if None in found else most(found)
 
 
 def _attack_success(candidate: Candidate, attack: Attack, part: Part, generator: torch.Generator) -> float:

@@ -88,6 +88,37 @@ def test_a_copy_learns_and_the_original_does_not(tmp_path: Path, make: Callable[
     assert shown == [("planting", epoch, 40) for epoch in range(1, 41)]
 
 
+class Sure(Softmaxed):
+    """Its probabilities of other answers are hardly numbers any more."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (10.0 * LearningToy.forward(self, images)).softmax(dim=1)
+
+
+def test_what_a_model_is_very_sure_of_can_be_unlearnt_whatever_it_returns() -> None:
+    """The logarithm of a probability under 1e-8 had no gradient: a strong backdoor could not be unlearnt."""
+    images, _ = toy_images(8)
+    with torch.no_grad():
+        logits = 10.0 * LearningToy()(images)
+    others = logits.argmin(dim=1)
+    chances = logits.softmax(dim=1).gather(1, others.unsqueeze(1))
+    assert float(chances.max()) < 1e-8
+    copied = TrainableCopy.of(Predictor(wrap(Sure()), SPEC, 4, "probabilities"))
+    copied.loss(images, others).backward()
+    assert sum(float(value.grad.norm()) for value in copied.parameters if value.grad is not None) > 1.0
+
+
+def test_half_precision_and_no_numbers_are_refused() -> None:
+    """Adam made them NaN, and a model of NaN answers all with label 0."""
+    with pytest.raises(ModelError, match=r"expected weights in float32, got some in float16, .*use \.float\(\)"):
+        TrainableCopy.of(Predictor(wrap(LearningToy().half()), SPEC, 4, "logits"))
+    copied = TrainableCopy.of(Predictor(wrap(LearningToy()), SPEC, 4, "logits"))
+    with torch.no_grad():
+        copied.parameters[0].fill_(torch.nan)
+    with pytest.raises(ModelError, match="got one whose loss is no number: check --mean"):
+        fine_tune(copied, batches, 1, 1e-2)
+
+
 def test_training_leaves_no_gradients_or_modes_behind() -> None:
     net = LearningToy()
     for parameter in net.parameters():

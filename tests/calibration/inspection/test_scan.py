@@ -16,7 +16,7 @@ from calibration import ImageSet
 from calibration.checkpoints import Checkpoints
 from calibration.discovery import discover
 from calibration.engine import Engine
-from calibration.inspection import judge, work
+from calibration.inspection import judge, rounds, work
 from calibration.inspection.figures import candidate_table, limits, remarks, title, verdict
 from calibration.inspection.judge import acquittal, is_infected, spread
 from calibration.inspection.neural_cleanse import recover_triggers
@@ -258,11 +258,10 @@ class Saturated(nn.Module):
 
 def test_a_search_that_reaches_no_label_says_nothing(digits: Digits, small_trigger: nn.Module) -> None:
     blind = discover(wrap(Saturated(small_trigger)), digits.clean)
-    with pytest.raises(InspectionError, match=r"of the 10 labels, .*, got 0: nothing can be said of the model; give --steps"):
+    with pytest.raises(InspectionError, match=r"of the 10 labels, .*, got 0: nothing can be said .*; give --plain, --steps"):
         scan(blind, digits.clean, ScanSettings(search=Search(steps=32)))
 
 
-@pytest.mark.usefixtures("known_reference")
 @pytest.mark.usefixtures("known_reference")
 def test_what_few_unseen_images_can_tell_is_asked_of_the_others_too(digits: Digits, suspect: Predictor) -> None:
     """Nearly all images are of the target: hardly any is left to judge its trigger by, and it is found all the same."""
@@ -451,6 +450,47 @@ def test_pairs_that_can_not_be_reached_lose_no_verdict_on_labels(
     else:
         with pytest.raises(InspectionError, match=r"of the 90 pairs of labels, .*, got 0: nothing can be said of these"):
             scan(suspect, digits.clean, settings)
+
+
+def test_a_pair_that_is_infected_is_not_lost_where_the_next_look_decides_nothing(
+    digits: Digits, suspect: Predictor, found: Scan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, item = found.triggers.select([TARGET]), found.figures.labels[TARGET]
+
+    def findings(_: judge.Judge, look: judge.Look, triggers: Triggers, __: object) -> tuple[Triggers, tuple[LabelFinding, ...]]:
+        pair, clean = look.name == "pairs", msgspec.structs.replace(item, infected=False)
+        return triggers, tuple(msgspec.structs.replace(clean, infected=pair and row == 0) for row in range(len(triggers)))
+
+    def check(look: judge.Look, _: Triggers) -> str:
+        if look.name == "silent-units":
+            raise InspectionError("expected triggers for more than half")
+        return ""
+
+    monkeypatch.setattr(judge.Judge, "find", lambda _, look: one.select([0] * len(look.goals)))
+    monkeypatch.setattr(judge.Judge, "findings", findings)
+    monkeypatch.setattr("calibration.inspection.scan._check_reached", check)
+    figures = scan(suspect, digits.clean, ScanSettings(pairs=True, silent_units=True)).figures
+    assert figures.infected
+    assert not any(item.infected for item in figures.labels)
+    assert "Of these nothing is said: expected triggers for more than half." in figures.said
+
+
+def test_what_is_infected_is_not_lost_where_a_later_round_decides_nothing(
+    digits: Digits, suspect: Predictor, found: Scan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def undecided(*_: object) -> None:
+        raise InspectionError("expected triggers for more than half")
+
+    def unlearn(copied: object, _: object, __: object, triggers: Triggers, *rest: Any) -> None:
+        again = rest[3]
+        assert len(again(copied, triggers, 1)) == 0
+
+    monkeypatch.setattr(rounds, "scan", lambda *_, **__: found)
+    monkeypatch.setattr(rounds, "scan_again", undecided)
+    monkeypatch.setattr(rounds, "repair_by_unlearning", unlearn)
+    figures = rounds.scan_rounds(suspect, digits.clean, ScanSettings(rounds=2)).figures
+    assert figures.infected
+    assert "Of round 2 nothing is said: expected triggers for more than half." in figures.said
 
 
 def test_names_of_classes_are_no_formulas(found: Scan) -> None:

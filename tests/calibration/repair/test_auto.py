@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -22,14 +26,15 @@ from calibration.inspection.triggers import Triggers
 from calibration.repair import auto, verification
 from calibration.repair.auto import choices, repair_automatically
 from calibration.repair.cases import Part, Parts, clean_parts
-from calibration.repair.record import Verification
+from calibration.repair.figures import is_reliable
+from calibration.repair.record import Method, RepairFigures, Verification
 from calibration.repair.recovered import successes_on
 from calibration.repair.repair import Repaired
 from calibration.repair.settings import RepairSettings
 from calibration.repair.verification import Candidate, pasted, red_team, verify
 from cli.demonstration.digits import Digits
 from guard import Predictor
-from guard.errors import InspectionError, RepairError
+from guard.errors import CalibrationError, GuardError, InspectionError, ModelError, RepairError
 from guard.predictors import wrap
 from tests.calibration.repair.test_figures import GOOD
 from tests.nets import SMALL
@@ -123,7 +128,7 @@ def test_what_did_not_do_is_said_and_the_next_is_tried(
     settings = RepairSettings(method="gym", rounds=1, epochs=4, search=QUICK, max_accuracy_drop=100.0)
     made = repair_automatically(original, digits.clean, settings, triggers=recovered)
     assert made.settings.method == "gdm"
-    assert "Before, unlearn did not do: a scan of the copy finds infected 3" in made.figures.said
+    assert "Before, unlearn did not do: a scan of the copy finds infected 3." in made.figures.said
 
     def never(*_: object) -> Verification:
         return Verification(rescan_infected=None, recovered_success=(0.5, 0.6, 0.7))
@@ -251,13 +256,119 @@ def test_without_images_there_is_dhbe_alone(original: Predictor, monkeypatch: py
 def test_a_repair_that_forgets_a_label_did_not_do(
     digits: Digits, original: Predictor, recovered: Triggers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def came_to(method: Method) -> RepairFigures:
+        return msgspec.structs.replace(GOOD, forgotten_labels=(3,) if method in ("unlearn", "gdm") else ())
+
+    all_is_well_with(monkeypatch, came_to)
+    found = repair_automatically(original, digits.clean, RepairSettings(method="gym"), triggers=recovered)
+    assert found.settings.method == "prune"
+    assert any(line.startswith("Before, unlearn did not do: The copy hardly gives label 3") for line in found.figures.said)
+
+
+def all_is_well_with(monkeypatch: pytest.MonkeyPatch, came_to: Callable[[Method], RepairFigures]) -> None:
+    """Repairs come to this at once, and verification finds nothing."""
+
     def made(predictor: Predictor, clean: ImageSet, settings: RepairSettings, *_: object, **__: object) -> Repaired:
-        lost = (3,) if settings.method in ("unlearn", "gdm") else ()
-        return Repaired(predictor, None, msgspec.structs.replace(GOOD, forgotten_labels=lost), settings)
+        return Repaired(predictor, None, came_to(settings.method), settings)
 
     monkeypatch.setattr(auto, "repair", made)
     monkeypatch.setattr(auto, "verify", lambda *_: Verification(rescan_infected=(), recovered_success=(0.0, 0.0, 0.0)))
     monkeypatch.setattr(auto, "_with_red_team", lambda found, *_: (found, []))
+
+
+@pytest.mark.parametrize("good", ["codefend", "none"])
+def test_one_that_its_own_figures_speak_against_is_given_out_only_for_want_of_a_better_one(
+    digits: Digits, original: Predictor, recovered: Triggers, monkeypatch: pytest.MonkeyPatch, good: str
+) -> None:
+    """It was taken, and no other tried, though the quarantined images kept their answers."""
+
+    def came_to(method: Method) -> RepairFigures:
+        return GOOD if method == good else msgspec.structs.replace(GOOD, attack_success_seen_after=1.0)
+
+    all_is_well_with(monkeypatch, came_to)
+    caught = torch.rand(60, *original.spec.shape)
+    found = repair_automatically(original, digits.clean, RepairSettings(method="gym"), caught, triggers=recovered)
+    said = " ".join(found.figures.said)
+    if good == "codefend":
+        assert found.settings.method == good
+        assert is_reliable(found.figures)
+        assert "Before, unlearn did not do: Too many of the held-out quarantined images keep their old answer" in said
+        assert "Held-out images chose among methods" in said
+        assert "Don't rely" not in said
+    else:
+        assert found.settings.method == "unlearn"
+        assert not is_reliable(found.figures)
+        assert said.startswith("Chosen automatically, for want of a better one. Of those tried, unlearn did not do")
+        assert found.figures.verification is None
+
+
+@pytest.mark.parametrize("failure", [InspectionError, ModelError, CalibrationError])
+def test_a_method_that_fails_keeps_no_other_from_its_turn(
+    digits: Digits, original: Predictor, recovered: Triggers, monkeypatch: pytest.MonkeyPatch, failure: type[GuardError]
+) -> None:
+    def came_to(method: Method) -> RepairFigures:
+        if method in ("unlearn", "prune"):
+            raise failure("nothing can be said")
+        return msgspec.structs.replace(GOOD, clean_accuracy_after=0.5 if method == "gdm" else 0.97)
+
+    all_is_well_with(monkeypatch, came_to)
     found = repair_automatically(original, digits.clean, RepairSettings(method="gym"), triggers=recovered)
-    assert found.settings.method == "prune"
-    assert "Before, unlearn did not do: the copy hardly gives label 3 any more" in found.figures.said
+    assert found.settings.method == "gym"
+    assert "Before, prune gave up: nothing can be said." in found.figures.said
+
+
+def test_too_few_images_to_scan_are_told_with_the_number_that_will_do(digits: Digits, original: Predictor) -> None:
+    few = digits.clean.select(torch.arange(60))
+    with pytest.raises(RepairError, match=r"at least 7\d different clean images for auto, .* got 60: add images, or name"):
+        repair_automatically(original, few, RepairSettings(method="gym", allow_missing_classes=True))
+
+
+def test_a_trigger_that_no_held_out_image_can_tell_of_is_asked_of_the_others(
+    original: Predictor, cut: Parts, recovered: Triggers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counted as gone."""
+    nothing = SimpleNamespace(figures=SimpleNamespace(labels=()))
+    monkeypatch.setattr(verification, "scan", lambda *_, **__: nothing)
+    pair = replace(recovered, sources=torch.tensor([5]))
+    rows = cut.held_out.answers.argmax(dim=1) != 5
+    held_out = Part(*(getattr(cut.held_out, name)[rows] for name in ("images", "labels", "answers")))
+    asked = Candidate(original, None)
+    through = partial(verify, settings=ScanSettings(), engine=Engine(), progress=lambda *_: None)
+    found = through(asked, pair, replace(cut, held_out=held_out)).recovered_success
+    assert found is not None
+    assert found[0] >= 0.5
+    missing = replace(recovered, labels=torch.tensor([3]), sources=torch.tensor([10]))
+    assert through(asked, missing, cut).recovered_success is None
+    assert "no image can tell" in auto._wrong(through(asked, missing, cut), True, ())
+
+
+@pytest.mark.parametrize(("before", "says"), [(0.1, "could not plant a trigger: a white square worked on 10%"), (0.9, "")])
+def test_a_red_team_whose_trigger_never_worked_says_nothing_for_a_repair(
+    original: Predictor, digits: Digits, cut: Parts, monkeypatch: pytest.MonkeyPatch, before: float, says: str
+) -> None:
+    monkeypatch.setattr(auto, "red_team", lambda *_: ("white square", before, 0.05))
+    nothing = Verification(rescan_infected=(), recovered_success=None)
+    settings = RepairSettings(method="gym")
+    found, said = auto._with_red_team(nothing, original, digits.clean, cut, settings, Engine(), None, lambda *_: None)
+    assert (found.planted_success_after is None) == bool(says)
+    assert says in " ".join(said)
+    assert bool(said) == bool(says)
+
+
+@pytest.mark.parametrize("lost", [{"clean_accuracy_after": 0.5}, {"forgotten_labels": (3,)}])
+def test_a_copy_that_answers_nothing_rightly_any_more_is_no_success_of_the_repair(
+    original: Predictor, digits: Digits, cut: Parts, monkeypatch: pytest.MonkeyPatch, lost: dict[str, Any]
+) -> None:
+    def made(predictor: Predictor, clean: ImageSet, settings: RepairSettings, *_: object, **__: object) -> Repaired:
+        return Repaired(replace(predictor), None, msgspec.structs.replace(GOOD, **lost), settings)
+
+    def team(planted: Predictor, _: Parts, again: verification.Repair, *__: object) -> tuple[str, float, float]:
+        none = torch.empty(0)
+        return "white square", 1.0, float(again(planted, none, none).predictor is planted)
+
+    monkeypatch.setattr(auto, "repair", made)
+    monkeypatch.setattr(auto, "red_team", team)
+    nothing, settings = Verification(rescan_infected=(), recovered_success=None), RepairSettings(method="gym")
+    found, said = auto._with_red_team(nothing, original, digits.clean, cut, settings, Engine(), None, lambda *_: None)
+    assert found.planted_success_after == 1.0
+    assert "still worked on 100%" in said[0]

@@ -25,7 +25,7 @@ from calibration.repair.tuning import Tuning
 from calibration.repair.unlearning import put_drawn, repair_by_unlearning
 from cli.demonstration.digits import ATTACK, Digits
 from guard import Predictor
-from guard.errors import RepairError
+from guard.errors import InspectionError, RepairError
 from guard.predictors import wrap
 
 TARGET = ATTACK.target_label
@@ -128,6 +128,20 @@ def test_what_is_left_after_a_round_is_unlearnt_together_with_what_was_found_bef
     )
     assert rounds == [1, 2]
     assert len(unlearnt) == 2
+
+
+def test_what_was_unlearnt_is_not_lost_where_the_look_for_more_decides_nothing(
+    digits: Digits, original: Predictor, recovered: Triggers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def undecided(*_: object) -> None:
+        raise InspectionError("expected triggers for more than half")
+
+    monkeypatch.setattr(methods, "scan_again", undecided)
+    settings = RepairSettings(method="unlearn", epochs=1, max_accuracy_drop=100.0)
+    made = repair(original, digits.clean, settings, triggers=recovered)
+    assert made.figures.recovered_success_after is not None
+    said = "Whether further triggers are left was not found out: expected triggers for more than half."
+    assert said in made.figures.said
 
 
 def test_a_trigger_that_was_recovered_badly_will_do(
