@@ -54,7 +54,7 @@ def serve(
         typer.Option(metavar="package.module:factory", help="Run this one's code for devices that name it; repeatable."),
     ] = None,
 ) -> None:
-    """Repair models for devices that can't: guard repair ... --edge URL sends them here.
+    """Repair models for devices that can't: guard repair ... --edge URL sends them here, by --method gym or codefend.
 
     One job runs at a time, as guard repair and then guard calibrate, in processes
     of their own. Jobs survive a restart: one that was under way goes on from its

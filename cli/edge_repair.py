@@ -35,7 +35,10 @@ if TYPE_CHECKING:
 _EDGE = "On an edge server"
 
 EdgeOption = Annotated[
-    str | None, typer.Option(metavar="URL", help="Let this guard edge serve repair, and make a profile.", rich_help_panel=_EDGE)
+    str | None,
+    typer.Option(
+        metavar="URL", help="Let this guard edge serve repair, by gym or codefend, and make a profile.", rich_help_panel=_EDGE
+    ),
 ]
 EdgeTokenOption = Annotated[
     Path | None,

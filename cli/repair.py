@@ -143,8 +143,9 @@ def repair_command(
     The exit code is 0, 1 if the repair was written, but its figures speak against
     relying on it, and 2 if something went wrong.
 
-    With --edge, a guard edge serve elsewhere does the work, and makes a profile
-    too: this machine needs only pip install 'backdoor-guard\[device]'.
+    With --edge, a guard edge serve elsewhere does the work, by --method gym or
+    codefend and no other, and makes a profile too: this machine needs only
+    pip install 'backdoor-guard\[device]'.
     """
     check_choice(method, data, quarantine, scan, edge_job is not None)
     check_options(method, options.given(context))

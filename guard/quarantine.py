@@ -28,6 +28,7 @@ from guard.errors import UNREADABLE, QuarantineError
 
 logger = logging.getLogger("guard.quarantine")
 _ID = re.compile(r"[0-9]{19}-[0-9a-f]{8}")
+_CHANNELS = (1, 3)  # of what PNG holds here
 _TRIES = 3
 _SPARE = 100  # a hundredth of the bounds is made free at once
 
@@ -193,21 +194,42 @@ class Quarantine:
     def release(self, item_id: str, folder: Path) -> Path:
         """Move one item's picture into a folder, and forget the item.
 
+        What readers of image folders take is PNG: an image kept as numbers, such as one that was resized, is rounded to the
+        nearest 1/255.
+
         Returns:
             Where the picture lies now.
 
         Raises:
-            QuarantineError: There is no such item, or the folder can't be written.
+            QuarantineError: There is no such item, no PNG can hold it, or the folder can't be written.
         """
         item = self.get(item_id)
-        target = folder / item.image
+        target = folder / f"{item.id}.png"
         try:
+            data = (self.folder / item.image).read_bytes() if item.image == target.name else self._rounded(item)
             folder.mkdir(parents=True, exist_ok=True)
-            _write(target, (self.folder / item.image).read_bytes())
+            _write(target, data)
         except OSError as error:
             raise QuarantineError(f"could not move {item_id} to {folder}: {error.strerror or error}") from error
         self._forget(item_id)
         return target
+
+    def _rounded(self, item: Item) -> bytes:
+        """An image that is kept as numbers, as PNG.
+
+        Raises:
+            QuarantineError: It can't be read, or is not 1 or 3 channels of pixels in [0, 1].
+        """
+        image = self.image(item)
+        if image.ndim != 3 or image.shape[0] not in _CHANNELS or 0 in image.shape:
+            problem = f"1 or 3 channels, got shape {tuple(image.shape)}"
+        elif not bool(((image >= 0.0) & (image <= 1.0)).all()):  # NaN is neither
+            problem = "pixels in [0, 1], got others"
+        else:
+            return _png(image.mul(255.0).round())
+        raise QuarantineError(
+            f"expected {problem}, in {item.image}: no PNG holds it; np.load reads the file, guard quarantine delete forgets it"
+        )
 
     def _record(self, item_id: str) -> Path:
         if not _ID.fullmatch(item_id):
@@ -267,13 +289,19 @@ def _encode(image: Tensor) -> tuple[bytes, str]:
     """PNG where that is exact, `.npy` elsewhere."""
     values = image.detach().cpu().to(torch.float32)
     pixels = values.mul(255.0).round()
+    if values.shape[0] in _CHANNELS and bool(((pixels / 255.0) - values).abs().max() < 1e-6):
+        return _png(pixels), ".png"
     buffer = io.BytesIO()
-    if values.shape[0] in (1, 3) and bool(((pixels / 255.0) - values).abs().max() < 1e-6):
-        array = pixels.to(torch.uint8).permute(1, 2, 0).numpy()
-        Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(buffer, format="PNG")
-        return buffer.getvalue(), ".png"
     np.save(buffer, values.numpy(), allow_pickle=False)
     return buffer.getvalue(), ".npy"
+
+
+def _png(pixels: Tensor) -> bytes:
+    """A picture of (C, H, W), whole numbers in 0..255, C 1 or 3."""
+    buffer = io.BytesIO()
+    array = pixels.to(torch.uint8).permute(1, 2, 0).numpy()
+    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -2,7 +2,7 @@
 
     POST /predictions/{model}   an image as the body, or multipart/form-data with one file or several
     GET  /ping                  {"status": "Healthy"}
-    GET  /metrics               Prometheus text
+    GET  /metrics               Prometheus text, for clients on this machine
 
 Several files are answered by a 207 with `{"predictions": [{"status": 200, ...}, ...]}`, one object per file, in order.
 """
@@ -10,6 +10,7 @@ Several files are answered by a 207 with `{"predictions": [{"status": 200, ...},
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ MAX_TOGETHER = 4
 WORKERS = 2
 """Guards that run at once: PyTorch spreads one over the cores already."""
 
+_FORWARDED = (b"forwarded", b"via", b"x-real-ip")  # and whatever starts with x-forwarded-: a proxy's, for somebody else
+
 
 def create_app(
     services: Mapping[str, ImageService],
@@ -58,6 +61,7 @@ def create_app(
     max_files: int = MAX_FILES,
     max_batch_bytes: int | None = None,
     body_seconds: float = BODY_SECONDS,
+    public_metrics: bool = False,
 ) -> Starlette:
     """Make the application.
 
@@ -68,6 +72,8 @@ def create_app(
         max_files: Files in one multipart request.
         max_batch_bytes: Body of one multipart request; four times the service's limit of one image when None.
         body_seconds: Time for a client to send its body.
+        public_metrics: Answer `/metrics` to everybody. They are exact: what they rise by around one request is its score. False
+            answers clients on this machine, unless a proxy says that it asks for another.
     """
     metrics = metrics or PrometheusMetrics()
     for model, service in services.items():
@@ -79,7 +85,10 @@ def create_app(
     async def ping(_: Request) -> Response:
         return JSONResponse({"status": "Healthy"})
 
-    async def exposition(_: Request) -> Response:
+    async def exposition(request: Request) -> Response:
+        if not (public_metrics or _is_local(request.scope)):
+            message = "expected a client on the server's own machine, got another: scrape the metrics there"
+            return _refused(403, "metrics-are-local", message, new_request_id())
         content, content_type = metrics.render()
         return Response(content, headers={"content-type": content_type})
 
@@ -120,7 +129,8 @@ class _Predictions:
         model: str = scope["path_params"]["model"]
         service = self.services.get(model)
         if service is None:
-            return _not_found(request_id, "unknown-model", "expected the name of a model that is served, got another")
+            message = "expected the name of a model that is served, got another"
+            return _refused(404, "unknown-model", message, request_id)
         content_types = header_values(scope, b"content-type")
         multipart = is_multipart(content_types)
         body = await read_body(scope, receive, self._max_bytes(service, multipart), self.body_seconds)
@@ -171,10 +181,21 @@ def _combine(outcomes: list[Outcome]) -> Answer:
     return Answer(207, {"predictions": [{"status": item.answer.status, **item.answer.body} for item in outcomes]})
 
 
-def _not_found(request_id: str, reason: str, message: str) -> Response:
-    return json_response(
-        Answer(404, {"reason": reason, "message": message, "request_id": request_id}), request_id, finished=False
-    )
+def _refused(status: int, reason: str, message: str, request_id: str) -> Response:
+    """A refusal before the request's body was read."""
+    body: dict[str, object] = {"reason": reason, "message": message, "request_id": request_id}
+    return json_response(Answer(status, body), request_id, finished=False)
+
+
+def _is_local(scope: Scope) -> bool:
+    """Whether a client on this machine asks for itself; one behind a Unix socket, where proxies are, is nobody."""
+    if any(name.lower() in _FORWARDED or name.lower().startswith(b"x-forwarded-") for name, _ in scope["headers"]):
+        return False
+    try:
+        address = ipaddress.ip_address(scope["client"][0])
+    except (KeyError, TypeError, ValueError):  # no client, or none with an address
+        return False
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback  # ::ffff:127.0.0.1, where a socket takes both
 
 
 async def _http_error(_: Request, error: Exception) -> Response:

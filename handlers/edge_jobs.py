@@ -179,6 +179,13 @@ class JobStore:
         if not (self.folder(job_id) / _JSON).exists():
             shutil.rmtree(self.folder(job_id), ignore_errors=True)
 
+    def drop_inputs(self, job_id: str) -> None:
+        """Remove what a job is made from: what the device sent is private, and needed no longer than the job runs."""
+        result = self.result(job_id)
+        checkpoint = result.with_name(f".{result.name}.checkpoint")  # of a repair that was refused
+        for folder in (self.sent(job_id), checkpoint):
+            shutil.rmtree(folder, ignore_errors=True)
+
     def accept(self, job_id: str, part: Path, expected: FileInfo) -> None:
         """Take a file that arrived whole.
 
@@ -249,14 +256,21 @@ class JobStore:
             self.delete(job.id)
 
     def tidy(self) -> None:
-        """Put right what a server left that was killed: half-made jobs, half-sent files, and jobs that run no longer."""
+        """Put right what a server left that was killed: half-made jobs, half-sent files, ended jobs' inputs, unended jobs.
+
+        On a full disk the inputs go first, to make room.
+        """
         with self.lock:
             for folder in self._jobs.iterdir():
                 if JOB_ID.fullmatch(folder.name):
                     self.clear(folder.name)
             for part in self._jobs.glob("*/sent/*.part"):
                 part.unlink(missing_ok=True)
-            for job in list(self.jobs()):
+            jobs = list(self.jobs())
+            for job in jobs:
+                if not job.active:
+                    self.drop_inputs(job.id)
+            for job in jobs:
                 if job.state == "running":
                     self.update(job.id, state="queued", progress=None)
             self.expire()
@@ -301,11 +315,15 @@ class JobStore:
     def _write(self, job: Job) -> None:
         path = self.folder(job.id) / _JSON
         partial = path.with_name(f".{_JSON}.part")
-        with partial.open("wb") as file:
-            file.write(msgspec.json.format(msgspec.json.encode(job), indent=1))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        try:
+            with partial.open("wb") as file:
+                file.write(msgspec.json.format(msgspec.json.encode(job), indent=1))
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def _before(other: Job, job: Job) -> bool:

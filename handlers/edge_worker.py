@@ -1,7 +1,8 @@
 """Runs an edge server's jobs, one after the other.
 
 The queue is an embedded one (persist-queue over SQLite, items as JSON). A job leaves it once its end is on disk: so one that
-a killed server was at is begun again, and its commands go on from their own checkpoints.
+a killed server was at is begun again, and its commands go on from their own checkpoints. What the device sent goes first: that
+makes room on a disk that is too full to write an end to. One that can't be written all the same is tried again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self, final
@@ -39,7 +41,7 @@ MOST_STARTS = 5
 """After so many a job that takes the server down each time is given up."""
 
 _IDLE_SECONDS = 0.2
-_EXPIRY_SECONDS = 60.0  # between looks for jobs that are too old
+_LOOK_SECONDS = 10.0  # between looks for jobs that are too old, and for ends that could not be recorded
 _AGAIN_SECONDS = 10.0  # after the queue itself failed
 
 Plan = Callable[[Job, JobStore], Iterator[Step]]
@@ -47,8 +49,22 @@ Plan = Callable[[Job, JobStore], Iterator[Step]]
 
 
 @final
+@dataclass(frozen=True)
+class _End:
+    """How a job ended.
+
+    Attributes:
+        job_id: Of the job.
+        changes: To its record; None for a job that was deleted, which has none.
+    """
+
+    job_id: str
+    changes: dict[str, object] | None
+
+
+@final
 class EdgeWorker:
-    """Takes jobs from the queue in a thread, inside its block.
+    """Takes jobs from the queue in a thread, and drops what is too old in another, inside its block.
 
     Args:
         store: The jobs.
@@ -60,8 +76,12 @@ class EdgeWorker:
     def __init__(self, store: JobStore, folder: Path, plan: Plan, token: str) -> None:
         self._store, self._folder, self._plan, self._token = store, folder.absolute(), plan, token
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="edge-worker", daemon=True)
+        self._threads = [
+            threading.Thread(target=target, name=name, daemon=True)
+            for name, target in (("edge-worker", self._work), ("edge-keeper", self._keep))
+        ]
         self._queue: SQLiteAckQueue | None = None
+        self._ends: dict[int, _End] = {}  # by their number in the queue: those that are not recorded yet
         self._lock: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -77,14 +97,17 @@ class EdgeWorker:
         except (OSError, sqlite3.Error) as error:
             self._lock.close()
             raise EdgeError(f"can't keep a queue in {self._folder} ({one_line(error)}): pick another --folder") from error
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Stop; the job that is under way goes on when a server starts again."""
         self._stopping.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         if self._queue is not None:
+            self._record_ends(self._queue)
             self._queue.close()
         if self._lock is not None:
             self._lock.close()
@@ -107,16 +130,22 @@ class EdgeWorker:
             return self._store.update(job_id, state="queued", queued=time.time())
 
     def _work(self) -> None:
-        looked = time.monotonic()
         while not self._stopping.is_set():
             try:
                 self._take()
-                if time.monotonic() - looked > _EXPIRY_SECONDS:
-                    self._store.expire()
-                    looked = time.monotonic()
             except Exception:  # a full disk, a locked database: neither is a reason to stop serving
                 logger.exception("the queue failed, trying again")
                 self._stopping.wait(_AGAIN_SECONDS)
+
+    def _keep(self) -> None:
+        """On time also while a job runs for hours."""
+        while not self._stopping.wait(_LOOK_SECONDS):
+            try:
+                if self._queue is not None:
+                    self._record_ends(self._queue)
+                self._store.expire()
+            except Exception:  # as above
+                logger.exception("jobs could not be looked through, trying again")
 
     def _take(self) -> None:
         """Run the next job, if there is one; it leaves the queue once its end is recorded."""
@@ -128,27 +157,52 @@ class EdgeWorker:
             return
         job_id = str(item["data"])
         try:
-            self._run(job_id)
+            changes = self._run(job_id)
         except Stopped:
             logger.info("job %s was stopped", job_id)
+            if self._stopping.is_set():
+                return
+            changes = None
         except Exception as error:  # whatever one job met, the next one has its turn
             logger.exception("job %s failed", job_id)
-            self._end(job_id, f"the edge server could not run the job: {one_line(error)}")
-        if not self._stopping.is_set():
-            self._queue.ack(id=item["pqid"])
-            self._queue.clear_acked_data(keep_latest=0)
+            changes = _failed(f"the edge server could not run the job: {one_line(error)}")
+        with self._store.lock:
+            self._ends[item["pqid"]] = _End(job_id, changes)
+        self._record_ends(self._queue)
 
-    def _run(self, job_id: str) -> None:
+    def _record_ends(self, queue: SQLiteAckQueue) -> None:
+        """Record how jobs ended, and take them out of the queue; where that fails, they stay to be tried again."""
+        with self._store.lock:
+            for number, end in list(self._ends.items()):
+                try:
+                    self._record(end)
+                    queue.ack(id=number)
+                    queue.clear_acked_data(keep_latest=0)
+                except (OSError, sqlite3.Error) as error:
+                    logger.error("the end of job %s can't be recorded (%s), trying again", end.job_id, one_line(error))
+                    continue
+                del self._ends[number]
+
+    def _record(self, end: _End) -> None:
+        if end.changes is not None:
+            self._store.drop_inputs(end.job_id)
+            with contextlib.suppress(EdgeError):  # deleted meanwhile
+                self._store.update(end.job_id, progress=None, **end.changes)
+                logger.info("job %s is %s", end.job_id, end.changes["state"])
+        self._store.clear(end.job_id)
+
+    def _run(self, job_id: str) -> dict[str, object] | None:
+        """Run a job's commands; returns what its end changes, None for a job that has ended already or was deleted."""
         folder, note = self._store.folder(job_id), None
         end_processes(folder)
         with self._store.lock:
             job = self._store.find(job_id)
             if job is None or not job.active:
-                self._store.clear(job_id)
-                return
+                return None
             if job.starts >= MOST_STARTS:
-                self._end(job_id, f"given up after {job.starts} starts: the edge server went down with it each time")
-                return
+                return _failed(f"given up after {job.starts} starts: the edge server went down with it each time")
+            if not all((self._store.sent(job_id) / item.name).is_file() for item in job.request.files):
+                return _failed("the edge server was stopped before it could record how the job ended: repair again")
             job = self._store.update(job_id, state="running", starts=job.starts + 1, progress=None)
         for draft in self._store.result(job_id).glob(".*"):  # of a command that was killed
             shutil.rmtree(draft, ignore_errors=True)
@@ -159,25 +213,19 @@ class EdgeWorker:
                     step, folder, functools.partial(self._report, job_id), functools.partial(self._stopped, job_id)
                 )
                 if problem is not None and step.required:
-                    self._end(job_id, problem)
-                    return
+                    return _failed(problem)
                 note = problem or note
-            result = self._sealed(job, note)
+            return {"state": "done", "result": self._sealed(job, note)}
         except Stopped:
-            with contextlib.suppress(EdgeError):  # deleted
+            with contextlib.suppress(EdgeError, OSError):  # deleted, or a full disk: then it is queued by the next server
                 self._store.update(job_id, state="queued", starts=job.starts - 1)
             self._store.clear(job_id)
             raise
         except GuardError as error:
-            self._end(job_id, str(error))
-            return
-        with contextlib.suppress(EdgeError):  # deleted
-            self._store.update(job_id, state="done", result=result, progress=None)
-            logger.info("job %s is done", job_id)
-        self._drop_inputs(job_id)
+            return _failed(str(error))
 
     def _report(self, job_id: str, progress: Progress) -> None:
-        with contextlib.suppress(EdgeError):  # deleted, which stops the command
+        with contextlib.suppress(EdgeError, OSError):  # deleted, which stops the command; or a full disk, which need not
             self._store.update(job_id, progress=progress)
 
     def _stopped(self, job_id: str) -> bool:
@@ -199,18 +247,9 @@ class EdgeWorker:
         manifest = msgspec.json.encode(Manifest(job=job.id, sent=job.request.files, files=files, note=note)).decode()
         return Sealed(manifest=manifest, seal=seal(self._token, manifest))
 
-    def _end(self, job_id: str, problem: str) -> None:
-        """Record a failure; a job that was deleted meanwhile has none."""
-        with contextlib.suppress(EdgeError):
-            self._store.update(job_id, state="failed", error=problem, progress=None)
-        self._drop_inputs(job_id)
 
-    def _drop_inputs(self, job_id: str) -> None:
-        """What the device sent is private, and needed no longer."""
-        shutil.rmtree(self._store.sent(job_id), ignore_errors=True)
-        result = self._store.result(job_id)
-        shutil.rmtree(result.parent / f".{result.name}.checkpoint", ignore_errors=True)  # of a repair that was refused
-        self._store.clear(job_id)
+def _failed(problem: str) -> dict[str, object]:
+    return {"state": "failed", "error": problem}
 
 
 def _locked(path: Path) -> IO[bytes]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("guard.asgi")
 
 _MAX_PARTS = 64
+_PATTERN = re.compile(r"[{}<>*]")  # of a router's templates; none may stand in a URL unescaped but *
 
 
 @final
@@ -46,7 +47,8 @@ class GuardMiddleware:
     Args:
         app: The application.
         service: Judges; its guard must have no preprocessor, because the application decodes by itself.
-        paths: Exact paths, or `/folder/*` for everything below one; with and without the mount's root path.
+        paths: Exact paths, or `/folder/*` for everything below one, also where a router has `/folder/{name}`; with and without
+            the mount's root path.
         methods: Methods that carry images.
         form_fields: Names of plain form fields that may come along with the file, unjudged.
         metrics: Where requests are counted, under the service's model name.
@@ -54,7 +56,7 @@ class GuardMiddleware:
         body_seconds: Time for a client to send its body.
 
     Raises:
-        GuardError: The service's guard has a preprocessor, or no path is given.
+        GuardError: The service's guard has a preprocessor, no path is given, or one that would never match.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class GuardMiddleware:
             raise GuardError(f"expected a list of paths that start with /, got {paths!r}: name those that take images")
         self.app = app
         self.service = service
-        self.paths = frozenset(_normal(path) for path in paths)
+        self.paths = frozenset(_checked(path) for path in paths)
         self.methods = frozenset(method.upper() for method in methods)
         self.form_fields = frozenset(form_fields)
         self.metrics = metrics
@@ -173,6 +175,18 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 def _normal(path: str) -> str:
     """Without doubled or trailing slashes, which some routers overlook."""
     return re.sub("/+", "/", path).rstrip("/") or "/"
+
+
+def _checked(path: str) -> str:
+    """A path to guard, without what only routers understand: taken literally it would guard nothing."""
+    normal = _normal(path)
+    strange = _PATTERN.search(normal.removesuffix("/*"))
+    if strange is not None:
+        below = normal[: strange.start()].rpartition("/")[0] + "/*"
+        raise GuardError(
+            f"expected exact paths, or /folder/* for all below one, got {path!r}, which would guard nothing: write {below!r}"
+        )
+    return normal
 
 
 def _parents(path: str) -> list[str]:

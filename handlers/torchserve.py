@@ -29,7 +29,7 @@ from typing import Any, Protocol
 
 from guard.errors import ModelError, one_line
 from handlers.service import ImageService
-from handlers.torchserve_gate import Gate, load_service
+from handlers.torchserve_gate import Answered, Gate, load_service
 from handlers.torchserve_request import Context, Row, failed_outcome, send, sendable, subset
 
 logger = logging.getLogger("guard.torchserve")
@@ -56,7 +56,7 @@ class GuardHandler:
         """
         outcomes = self._gate.judge(data, context)
         outcomes = [item if sendable(item.answer.body) else failed_outcome(item.request_id, item.seconds) for item in outcomes]
-        self._gate.count(outcomes, context)
+        self._gate.finish(outcomes, context)
         return [send(context, row, outcome.answer) for row, outcome in enumerate(outcomes)]
 
 
@@ -73,7 +73,7 @@ class UserHandler(Protocol):
 
 
 class GuardedHandler:
-    """Passes what the guard accepts on to the user's handler; `guarded` makes one.
+    """Passes what the guard accepts on to the user's handler, in monitor mode every image; `guarded` makes one.
 
     The guard runs the profile's model on the image as it decodes it. The handler behind gets the accepted rows as they
     came: if it decodes differently (turns by EXIF, reads a later frame), it sees other pixels than those that were judged.
@@ -98,18 +98,21 @@ class GuardedHandler:
 
         Args:
             data: One row per request.
-            context: Takes each answer's status. The user's handler gets one whose rows are the accepted ones.
+            context: Takes each answer's status. The user's handler gets one whose rows are those that it sees.
 
         Returns:
-            The user's results for accepted rows, a JSON object for the others.
+            The user's results for the rows that the gate let through, a JSON object for the others.
         """
         outcomes = self._gate.judge(data, context)
-        accepted = [row for row, outcome in enumerate(outcomes) if self._gate.lets_through(outcome)]
-        results = self._run(data, context, accepted) if accepted else {}
-        for row in accepted:
-            if row not in results:  # the verdict stays, so that what the guard spent is counted
+        passed = [row for row, outcome in enumerate(outcomes) if self._gate.lets_through(outcome)]
+        results = self._run(data, context, passed) if passed else {}
+        for row in passed:  # the verdict stays, so that what the guard spent is counted
+            if row in results:
+                status = context.request_processor[row].get_response_status_code()
+                outcomes[row] = Answered.with_status(outcomes[row], status)
+            else:
                 outcomes[row] = dataclasses.replace(outcomes[row], answer=failed_outcome(outcomes[row].request_id).answer)
-        self._gate.count(outcomes, context)
+        self._gate.finish(outcomes, context)
         return [results[row] if row in results else send(context, row, outcome.answer) for row, outcome in enumerate(outcomes)]
 
     def _run(self, data: Sequence[Row], context: Context, rows: Sequence[int]) -> dict[int, object]:
@@ -120,7 +123,7 @@ class GuardedHandler:
             if not isinstance(results, list) or len(results) != len(rows):
                 raise ModelError(f"expected a list of {len(rows)} results from {name}.handle, got {type(results).__name__}")
         except Exception as error:  # fail closed: foreign code
-            logger.exception("%s failed on %d accepted requests: %s", name, len(rows), one_line(error))
+            logger.exception("%s failed on %d requests: %s", name, len(rows), one_line(error))
             return {}
         found = {row: result for row, result in zip(rows, results, strict=True) if sendable(result)}
         if len(found) < len(rows):
@@ -132,8 +135,8 @@ def guarded(handler_class: type[UserHandler]) -> type[GuardedHandler]:
     """Put the guard around a user's own TorchServe handler class.
 
     Args:
-        handler_class: Its `initialize` runs first; its `handle` gets only accepted rows. A profile with a preprocessor is
-            refused, since the handler preprocesses by itself.
+        handler_class: Its `initialize` runs first; its `handle` gets only accepted rows, in monitor mode all that are images. A
+            profile with a preprocessor is refused, since the handler preprocesses by itself.
 
     Returns:
         A handler class, named as the user's: works as a decorator and as a base class.

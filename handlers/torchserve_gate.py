@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO, final
 
@@ -17,7 +21,8 @@ import torch
 from guard import Guard, Limits, Quarantine, load_profile
 from guard.errors import ServingError, one_line
 from guard.predictors.predictor import DEFAULT_MEMORY_LIMIT
-from handlers.service import ImageService, Outcome
+from handlers.answers import Answer
+from handlers.service import ImageService, Outcome, OutcomeKind
 from handlers.torchserve_metrics import TorchServeMetrics
 from handlers.torchserve_request import Context, Row, failed_outcome, image_body, request_ids
 
@@ -141,24 +146,42 @@ class Gate:
         self._count(context, lambda metrics: metrics.prepare(detectors))
 
     def judge(self, data: Sequence[Row], context: Context) -> list[Outcome]:
-        """One outcome per request, in order, logged; never raises."""
+        """One outcome per request, in order; never raises. Whoever has answered them calls `finish`."""
         ids = request_ids(context, len(data))
         if self._service is not None:
             try:
-                return self._service([image_body(row) for row in data], ids)
+                with _held_back():
+                    return self._service([image_body(row) for row in data], ids)
             except Exception as error:  # not by contract; TorchServe would answer the whole batch in its own words
                 logger.exception("judging failed: %s", one_line(error))
-        return [self._refuse(request_id) for request_id in ids]
+        return [failed_outcome(request_id) for request_id in ids]
 
     def lets_through(self, outcome: Outcome) -> bool:
-        """Whether a handler behind the guard may see this request: in monitor mode, which never blocks, it sees all."""
-        monitor = self._service is not None and self._service.guard.policy.mode == "monitor"
-        return monitor or outcome.answer.status == 200
+        """Whether a handler behind the guard may see this request.
 
-    def count(self, outcomes: Sequence[Outcome], context: Context) -> None:
-        """Add to the metrics; a failure there costs no request."""
+        In monitor mode, which never blocks, it sees every image. What could not be read as one it never sees: a handler that
+        stumbles over a row takes the whole batch down.
+        """
+        if self._service is None or outcome.verdict is None:
+            return False
+        return outcome.verdict.accepted or self._service.guard.policy.mode == "monitor"
+
+    def finish(self, outcomes: Sequence[Outcome], context: Context) -> None:
+        """Log and count how requests ended; a failure there costs no request."""
         for outcome in outcomes:
+            self._log(outcome)
             self._count(context, functools.partial(TorchServeMetrics.observe, outcome=outcome))
+
+    def _log(self, outcome: Outcome) -> None:
+        try:
+            if self._service is not None:
+                self._service.log(outcome)
+                return
+        except Exception as error:
+            logger.exception("logging failed: %s", one_line(error))
+        status, reason = outcome.answer.status, outcome.answer.body.get("reason")
+        record = {"event": "request", "model": self._model_name, "request_id": outcome.request_id, "status": status}
+        logger.error(json.dumps({**record, "outcome": outcome.kind, "reason": reason}, default=str))
 
     def _count(self, context: Context, add: Callable[[TorchServeMetrics], None]) -> None:
         try:
@@ -166,11 +189,39 @@ class Gate:
         except Exception as error:  # TorchServe's own code
             logger.exception("metrics failed: %s", one_line(error))
 
-    def _refuse(self, request_id: str) -> Outcome:
-        outcome = failed_outcome(request_id)
-        record = {"event": "request", "model": self._model_name, "request_id": request_id, "status": 503}
-        logger.error(json.dumps({**record, "outcome": outcome.kind, "reason": outcome.answer.body["reason"]}))
-        return outcome
+
+@final
+@dataclass(frozen=True)
+class Answered(Outcome):
+    """A request that a handler behind the guard answered, with whatever status it chose."""
+
+    @classmethod
+    def with_status(cls, outcome: Outcome, status: int) -> Answered:
+        """What the guard said, and what the client got."""
+        fields = {field.name: getattr(outcome, field.name) for field in dataclasses.fields(outcome)}
+        return cls(**{**fields, "answer": Answer(status, {})})
+
+    @property
+    def kind(self) -> OutcomeKind:
+        """What the guard said of it."""
+        if self.verdict is None or self.verdict.failed:
+            return "unjudged"
+        return "suspicious" if self.verdict.suspicious else "accepted"
+
+
+@contextlib.contextmanager
+def _held_back() -> Iterator[None]:
+    """Keep the lines back that a service logs of its requests: a handler behind the guard may yet change how they end."""
+    requests, here = logging.getLogger("guard.requests"), threading.get_ident()
+
+    def passes(record: logging.LogRecord) -> bool:
+        return record.levelno > logging.INFO or record.thread != here
+
+    requests.addFilter(passes)
+    try:
+        yield
+    finally:
+        requests.removeFilter(passes)
 
 
 class OneLine(logging.Formatter):

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from calibration.data import load_images
 from guard import Quarantine
 from guard.errors import QuarantineError
 from guard.quarantine import Item
@@ -227,6 +228,59 @@ def test_release_moves_the_picture(tmp_path: Path) -> None:
         assert np.asarray(opened)[0, 0] == 1
     assert [item.id for item in quarantine.items()] == [other]
     assert not (tmp_path / "q" / f"{name}.png").exists()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_was_kept_as_numbers_is_released_into_a_clean_set(channels: int, tmp_path: Path) -> None:
+    """Of a model calibrated with --resize every upload of another size: its pixels are no multiples of 1/255."""
+    images = torch.rand(2, channels, 4, 5, generator=torch.Generator().manual_seed(0))
+    images[0, 0, 0, :2] = torch.tensor([0.0, 1.0])
+    quarantine = Quarantine(tmp_path / "q")
+    for image in images:
+        name = sure(add(quarantine, image))
+        assert quarantine.get(name).image.endswith(".npy")
+        quarantine.release(name, tmp_path / "clean" / "cat")
+    for shape in (None, (channels, 4, 5)):
+        loaded = load_images(tmp_path / "clean", shape)
+        assert (len(loaded), loaded.class_names, loaded.skipped) == (2, ("cat",), ())
+        assert float((loaded.images(slice(None)) - images).abs().max()) <= 0.5 / 255 + 1e-6
+    assert list((tmp_path / "q").iterdir()) == []
+
+
+UNHELD: dict[str, Tensor] = {
+    "two channels": picture(channels=2),
+    "four channels": picture(channels=4),
+    "no channels": torch.full((4, 5), 0.5),
+    "NaN": torch.full((1, 4, 5), float("nan")),
+    "too bright": torch.full((1, 4, 5), 1.25),
+    "too dark": torch.full((1, 4, 5), -0.3),
+}
+
+
+@pytest.mark.parametrize("name", UNHELD)
+def test_what_no_picture_can_hold_is_not_released(name: str, tmp_path: Path) -> None:
+    quarantine = Quarantine(tmp_path / "q")
+    item = quarantine.get(sure(add(quarantine, torch.full((1, 4, 5), 0.5))))
+    np.save(tmp_path / "q" / item.image, UNHELD[name].numpy())
+    with pytest.raises(QuarantineError, match="no PNG holds it"):
+        quarantine.release(item.id, tmp_path / "clean")
+    assert quarantine.items() == [item]
+    assert torch.equal(quarantine.image(item).nan_to_num(7), UNHELD[name].nan_to_num(7))
+    assert not (tmp_path / "clean").exists()
+
+
+@pytest.mark.parametrize("data", [b"", b"\x80\x04K\x01.", None])
+def test_numbers_that_can_not_be_read_are_not_released(data: bytes | None, tmp_path: Path) -> None:
+    quarantine = Quarantine(tmp_path / "q")
+    item = quarantine.get(sure(add(quarantine, torch.full((1, 4, 5), 0.5))))
+    path = tmp_path / "q" / item.image
+    if data is None:
+        path.unlink()
+    else:
+        path.write_bytes(data)
+    with pytest.raises(QuarantineError, match="can't be read"):
+        quarantine.release(item.id, tmp_path / "clean")
+    assert quarantine.items() == [item]
 
 
 def test_a_release_that_fails_keeps_the_item(tmp_path: Path) -> None:

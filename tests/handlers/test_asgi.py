@@ -10,7 +10,7 @@ import anyio
 import httpx
 import msgspec
 import pytest
-from starlette.types import Message
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
 from guard import Guard, Limits, Policy, Predictor
@@ -143,6 +143,41 @@ def test_ping_and_metrics() -> None:
     assert 'guard_requests_total{model="other",outcome="invalid"} 1.0' in lines
     assert 'guard_requests_total{model="other",outcome="rejected"} 0.0' in lines
     assert text.headers["content-type"] == metrics.render()[1]
+
+
+def asked_by(client: str | None, headers: dict[str, str] | None = None, *, public: bool = False) -> int:
+    """The status of `/metrics` for a client at this address."""
+
+    async def run() -> int:
+        transport = httpx.ASGITransport(_from(client, create_app({"toy": toy_service()}, public_metrics=public)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as session:
+            answer = await session.get("/metrics", headers=headers)
+            assert ("guard_forward_passes_total" in answer.text) == (answer.status_code == 200)
+            return answer.status_code
+
+    return asyncio.run(asyncio.wait_for(run(), TIMEOUT))
+
+
+def _from(client: str | None, app: ASGIApp) -> ASGIApp:
+    async def called(scope: Scope, receive: Receive, send: Send) -> None:
+        await app({**scope, "client": None if client is None else (client, 1)}, receive, send)
+
+    return called
+
+
+def test_metrics_are_for_this_machine_alone() -> None:
+    """They are exact: their differences around one request are the score that its answer hides."""
+    for client in ("127.0.0.1", "127.8.9.10", "::1", "::ffff:127.0.0.1"):
+        assert asked_by(client) == 200
+    for other in ("10.0.0.7", "192.0.2.1", "fe80::1%eth0", "::ffff:10.0.0.7", "localhost", "", None):
+        assert asked_by(other) == 403
+        assert asked_by(other, public=True) == 200
+
+
+@pytest.mark.parametrize("name", ["X-Forwarded-For", "x-forwarded-host", "Forwarded", "X-Real-IP", "Via"])
+def test_a_proxy_on_this_machine_does_not_make_metrics_public(name: str) -> None:
+    assert asked_by("127.0.0.1", {name: "127.0.0.1"}) == 403
+    assert asked_by("127.0.0.1", {name: "127.0.0.1"}, public=True) == 200
 
 
 def test_the_request_id_is_never_the_clients() -> None:

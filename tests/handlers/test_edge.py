@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -8,7 +9,9 @@ import os
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -22,7 +25,7 @@ from guard.errors import EdgeError
 from handlers import edge_worker
 from handlers.edge import BearerToken
 from handlers.edge_commands import MARK, Step, run_step
-from handlers.edge_jobs import EdgeLimits, JobStore
+from handlers.edge_jobs import EdgeLimits, Job, JobStore
 from handlers.edge_protocol import Manifest, open_sealed
 from handlers.edge_worker import MOST_STARTS
 from tests.handlers.toy_edge import (
@@ -114,9 +117,7 @@ def test_what_is_kept_is_nobody_elses_and_not_pickled(tmp_path: Path) -> None:
         job = edge.started()
         edge.until(job, lambda status: status.state == "running")
         assert (tmp_path / "jobs").stat().st_mode & 0o077 == 0
-        with contextlib.closing(sqlite3.connect(tmp_path / "queue" / "data.db")) as database:
-            ((data,),) = database.execute("SELECT data FROM ack_queue_default").fetchall()
-        assert json.loads(data) == job
+        assert _queued(tmp_path) == [job]
 
 
 @pytest.mark.parametrize("cut", [0, 1, 100])
@@ -288,13 +289,34 @@ def test_what_is_too_old_goes_without_another_job(tmp_path: Path) -> None:
     assert not store.folder(job.id).exists()
 
 
-def test_a_worker_without_work_looks_for_what_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(edge_worker, "_EXPIRY_SECONDS", 0.0)
-    with edge_server(tmp_path, limits=EdgeLimits(receiving_seconds=0.5)) as edge:
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_server_looks_for_what_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, busy: bool) -> None:
+    """Also while a job runs, which may take hours."""
+    monkeypatch.setattr(edge_worker, "_LOOK_SECONDS", 0.05)
+    with edge_server(tmp_path, running(SLEEPS), EdgeLimits(receiving_seconds=1.0)) as edge:
+        runs = edge.started() if busy else None
+        if runs is not None:
+            edge.until(runs, lambda found: found.state == "running")
         job, deadline = edge.create(requested(sent_files())), time.monotonic() + TIMEOUT
         while edge.send("GET", f"/v1/jobs/{job}").status_code != 404:
             assert time.monotonic() < deadline
             time.sleep(0.05)
+        assert runs is None or edge.status(runs).state == "running"
+    assert not edge.store.folder(job).exists()
+
+
+@pytest.mark.parametrize("state", ["done", "failed"])
+def test_what_devices_sent_goes_also_where_a_server_could_not_remove_it(tmp_path: Path, state: str) -> None:
+    store = JobStore(tmp_path)
+    ended, waiting = (store.create(requested(sent_files())).id for _ in range(2))
+    for job in (ended, waiting):
+        (store.sent(job) / "clean.npz").write_bytes(b"private")
+        (store.folder(job) / ".result.checkpoint").mkdir()
+    store.update(ended, state=state)
+    store.tidy()
+    assert [path.name for path in store.folder(ended).iterdir()] == ["job.json"]
+    assert (store.sent(waiting) / "clean.npz").read_bytes() == b"private"
+    assert store.get(ended).state == state
 
 
 def test_a_job_that_is_no_text_is_ignored(tmp_path: Path) -> None:
@@ -419,6 +441,118 @@ def test_a_job_that_takes_the_server_down_each_time_is_given_up(tmp_path: Path) 
         assert "given up after 5 starts" in (edge.ended(job).error or "")
 
 
+def _filled(monkeypatch: pytest.MonkeyPatch, full: Callable[[JobStore, Job], bool]) -> None:
+    """A disk on which no job's record can be written while `full` says so."""
+    write = JobStore._write
+
+    def attempt(store: JobStore, job: Job) -> None:
+        if full(store, job):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(store, job)
+
+    monkeypatch.setattr(JobStore, "_write", attempt)
+
+
+@pytest.mark.parametrize(("script", "state"), [(REPAIR, "done"), (FAILS, "failed")])
+def test_on_a_full_disk_inputs_make_room_for_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, state: str
+) -> None:
+    _filled(monkeypatch, lambda store, job: job.state in ("done", "failed") and store.sent(job.id).exists())
+    with edge_server(tmp_path, running(script)) as edge:
+        job = edge.started()
+        assert edge.ended(job).state == state
+        assert not edge.store.sent(job).exists()
+
+
+def test_an_end_that_can_not_be_written_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edge_worker, "_LOOK_SECONDS", 0.05)
+    full, scripts = threading.Event(), iter([REPAIR, SLEEPS])
+    _filled(monkeypatch, lambda _, job: full.is_set() and job.state in ("done", "failed"))
+    full.set()
+
+    def plan(job: Job, store: JobStore) -> Iterator[Step]:
+        yield from running(next(scripts))(job, store)
+
+    with edge_server(tmp_path, plan) as edge:
+        first, second = edge.started(), edge.started()
+        edge.until(second, lambda found: found.state == "running")  # its turn comes all the same
+        assert edge.status(first).state == "running"
+        assert not edge.store.sent(first).exists()
+        full.clear()
+        status = edge.ended(first)
+        assert (status.state, status.result is not None) == ("done", True)
+        assert edge.status(second).state == "running"
+    assert _queued(tmp_path) == [second]
+
+
+def test_a_job_whose_end_is_recorded_leaves_a_queue_that_could_not_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(edge_worker, "_LOOK_SECONDS", 0.05)
+    acknowledge, refused = SQLiteAckQueue.ack, list[int]()
+
+    def attempt(queue: SQLiteAckQueue, *, id: int) -> None:  # noqa: A002 - its own name
+        if len(refused) < 2:
+            refused.append(id)
+            raise sqlite3.OperationalError("database or disk is full")
+        acknowledge(queue, id=id)
+
+    monkeypatch.setattr(SQLiteAckQueue, "ack", attempt)
+    with edge_server(tmp_path) as edge:
+        assert edge.ended(edge.started()).state == "done"
+        deadline = time.monotonic() + TIMEOUT
+        while _queued(tmp_path):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert len(refused) == 2
+
+
+def test_progress_that_can_not_be_written_is_no_reason_to_end_a_repair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _filled(monkeypatch, lambda _, job: job.progress is not None)
+    with edge_server(tmp_path) as edge:
+        assert edge.ended(edge.started()).state == "done"
+
+
+def test_a_server_that_is_stopped_on_a_full_disk_goes_on_with_its_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = threading.Event()
+    _filled(monkeypatch, lambda _, job: full.is_set() and job.state == "queued")
+    with edge_server(tmp_path, running(SLEEPS)) as edge:
+        job = edge.started()
+        edge.until(job, lambda found: found.progress is not None)
+        full.set()
+    full.clear()
+    with edge_server(tmp_path) as edge:
+        assert edge.ended(job).state == "done"
+
+
+def test_what_could_not_be_written_leaves_no_half_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = JobStore(tmp_path)
+    job = store.create(requested(sent_files()))
+
+    def fails(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match="No space"):
+        store.update(job.id, state="failed")
+    assert {path.name for path in store.folder(job.id).iterdir()} == {"job.json", "sent"}
+    assert store.get(job.id) == job
+
+
+def test_a_server_that_is_killed_before_it_records_an_end_says_so(tmp_path: Path) -> None:
+    """What the job was made from is gone by then: run again, it would tell of missing files, or make half a result."""
+    store = JobStore(tmp_path)
+    job = _left_by_a_killed_server(tmp_path, store)
+    (store.sent(job) / "clean.npz").unlink()
+    with edge_server(tmp_path) as edge:
+        status = edge.ended(job)
+    assert (status.state, status.error) == (
+        "failed",
+        "the edge server was stopped before it could record how the job ended: repair again",
+    )
+    assert _queued(tmp_path) == []
+
+
 def test_one_server_at_a_time_uses_a_folder(tmp_path: Path) -> None:
     with edge_server(tmp_path), pytest.raises(EdgeError, match="another edge server"), edge_server(tmp_path):
         pass
@@ -438,6 +572,12 @@ def test_a_damaged_record_stops_nothing(tmp_path: Path) -> None:
         (edge.store.folder(broken) / "job.json").write_text("{")
         assert edge.send("GET", f"/v1/jobs/{broken}").status_code == 404
         assert edge.ended(edge.started()).state == "done"
+
+
+def _queued(folder: Path) -> list[str]:
+    """Jobs in the queue, also those that are at work."""
+    with contextlib.closing(sqlite3.connect(folder / "queue" / "data.db")) as database:
+        return [json.loads(data) for (data,) in database.execute("SELECT data FROM ack_queue_default").fetchall()]
 
 
 def _left_by_a_killed_server(folder: Path, store: JobStore) -> str:

@@ -262,6 +262,39 @@ def test_paths_that_guard_nothing_are_refused(paths: tuple[str, ...]) -> None:
         GuardMiddleware(Users(), toy_service(), paths=paths)
 
 
+@pytest.mark.parametrize(
+    ("path", "instead"),
+    [
+        ("/predict/{m}", "/predict/*"),
+        ("/predict/{m}/", "/predict/*"),
+        ("/v1/{m:path}/predict", "/v1/*"),
+        ("/{m}", "/*"),
+        ("/predict/<int:m>", "/predict/*"),
+        ("/v1/pre{m}/image", "/v1/*"),
+        ("/predict*", "/*"),
+        ("/a/*/b", "/a/*"),
+        ("/a/*/*", "/a/*"),
+        ("/a/**", "/a/*"),
+    ],
+)
+def test_a_routers_template_is_refused_with_what_to_write(path: str, instead: str) -> None:
+    """Taken literally it would match nothing, and let everything through."""
+    with pytest.raises(GuardError, match="which would guard nothing") as caught:
+        GuardMiddleware(Users(), toy_service(), paths=("/predict", path))
+    assert str(caught.value).endswith(f"write {instead!r}")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_to_write_for_a_template_guards_it() -> None:
+    async def users(request: Request) -> PlainTextResponse:
+        return PlainTextResponse(request.path_params["m"])
+
+    routes = [Route("/predict/{m}", users, methods=["POST"])]
+    app = Starlette(routes=routes, middleware=[Middleware(GuardMiddleware, toy_service(), paths=("/predict/*",))])
+    assert post(app, clean(), path="/predict/signs").text == "signs"
+    assert post(app, triggered(), path="/predict/signs").status_code == 422
+
+
 def test_a_middleware_wraps_a_middleware() -> None:
     app: ASGIApp = Users()
     for _ in range(2):

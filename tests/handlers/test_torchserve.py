@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
@@ -11,14 +12,17 @@ from typing import Any, get_args
 import msgspec
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor
 
-from guard import Guard, Quarantine, load_profile
+from guard import Guard, Policy, Quarantine, load_profile
 from guard.detectors import Blend
 from guard.errors import GuardError
 from guard.predictors.predictor import ACTIVATIONS_PER_INPUT, DEFAULT_MEMORY_LIMIT
 from guard.predictors.screening import file_sha256
 from guard.preprocessors import Gym
 from guard.profile import save_profile
+from handlers import service
 from handlers.torchserve import GuardedHandler, GuardHandler, guarded
 from handlers.torchserve_gate import Options, load_service, log_to
 from tests.handlers.torchserve_worker import Reply, ask, started, worker_context
@@ -225,6 +229,21 @@ class Plain:
         return [{"row": index} for index in range(len(data))]
 
 
+class Decodes(Plain):
+    """Stumbles over a row that is no image, and with it the whole batch."""
+
+    def handle(self, data: Any, context: Any) -> Any:
+        for row in data:
+            Image.open(io.BytesIO(row["body"])).load()
+        return super().handle(data, context)
+
+
+def logged(capsys: pytest.CaptureFixture[str]) -> list[tuple[int, str]]:
+    """Status and outcome of each request's line."""
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{"event": "request"')]
+    return [(line["status"], line["outcome"]) for line in lines]
+
+
 def inner(handler: GuardedHandler) -> Any:
     return handler._inner
 
@@ -240,6 +259,39 @@ def test_a_users_handler_gets_the_accepted_rows_only(profile: Path) -> None:
         assert context.get_response_headers(row)["x-user"] == replies[row].request_id
     assert statuses(ask(handler, context, triggered())) == [422]
     assert len(inner(handler).seen) == 1
+
+
+@pytest.mark.parametrize("mode", ["enforce", "monitor"])
+def test_what_is_no_image_never_reaches_a_users_handler(profile: Path, mode: str) -> None:
+    handler = guarded(Decodes)()
+    context = started(handler, profile, {"mode": mode, "max_pixels": 1000})
+    replies = ask(handler, context, clean(1), b"junk", bomb(), {"body": {"a": 1}}, clean()[:50], clean(2))
+    assert statuses(replies) == [201, 400, 413, 400, 400, 201]
+    assert inner(handler).seen == [[clean(1), clean(2)]]
+
+
+def test_what_breaks_our_decoder_never_reaches_a_users_handler(profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stumbles(body: bytes, *_: object) -> Tensor:
+        if body == b"junk":
+            raise RuntimeError
+        return toy_images(8, seed=2)[0][1]
+
+    monkeypatch.setattr(service, "decode_image", stumbles)
+    handler = guarded(Plain)()
+    assert statuses(ask(handler, started(handler, profile, {"mode": "monitor"}), clean(1), b"junk")) == [201, 503]
+    assert inner(handler).seen == [[clean(1)]]
+
+
+def test_monitor_mode_passes_on_every_image(
+    profile: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler = guarded(Plain)()
+    context = started(handler, profile, {"mode": "monitor"})
+    guard = toy_guard(Policy(mode="monitor"), answers=nan_when_dark)
+    monkeypatch.setattr(handler._gate._service, "guard", guard)
+    assert statuses(ask(handler, context, clean(1), triggered(), black())) == [201, 201, 201]
+    assert inner(handler).seen == [[clean(1), triggered(), black()]]
+    assert logged(capsys) == [(201, "accepted"), (201, "suspicious"), (201, "unjudged")]
 
 
 def test_a_second_field_never_reaches_a_users_handler(profile: Path) -> None:
@@ -265,6 +317,30 @@ def test_a_users_handler_that_raises_costs_503_for_accepted_rows(profile: Path, 
     assert not [
         line for line in capsys.readouterr().out.splitlines() if line.startswith("[METRICS]guard_requests_total.count:9")
     ]
+
+
+@pytest.mark.parametrize("mode", ["enforce", "monitor"])
+def test_the_log_and_the_metrics_tell_what_clients_got(
+    profile: Path, mode: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Chooses(Plain):
+        def handle(self, data: Any, context: Any) -> Any:
+            context.set_response_status(409, "Conflict", 0)
+            return [{}, {"p": float("nan")}]
+
+    class Raises(Plain):
+        def handle(self, data: Any, context: Any) -> Any:
+            raise RuntimeError
+
+    for kind, expected in ((Chooses, (409, "accepted")), (Raises, (503, "failed"))):
+        handler = guarded(kind)()
+        with caplog.at_level(logging.INFO, "ts.metrics.caching_metric"):
+            replies = ask(handler, started(handler, profile, {"mode": mode}), clean(1), b"junk", clean(2))
+        assert statuses(replies) == [expected[0], 400, 503]
+        assert logged(capsys) == [expected, (400, "invalid"), (503, "failed")]
+        counted = [line for line in caplog.messages if re.match(r"\[METRICS\]guard_requests_total\.\w+:1", line)]
+        assert [f"outcome:{outcome}" in line for line, outcome in zip(counted, (expected[1], "invalid", "failed"), strict=True)]
+        caplog.clear()
 
 
 @pytest.mark.parametrize("result", [None, [], "text", [{}, {}, {}]])
