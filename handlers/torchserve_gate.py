@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
 import logging
 import re
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO, final
@@ -150,8 +148,7 @@ class Gate:
         ids = request_ids(context, len(data))
         if self._service is not None:
             try:
-                with _held_back():
-                    return self._service([image_body(row) for row in data], ids)
+                return self._service.judge([image_body(row) for row in data], ids)
             except Exception as error:  # not by contract; TorchServe would answer the whole batch in its own words
                 logger.exception("judging failed: %s", one_line(error))
         return [failed_outcome(request_id) for request_id in ids]
@@ -207,21 +204,6 @@ class Answered(Outcome):
         if self.verdict is None or self.verdict.failed:
             return "unjudged"
         return "suspicious" if self.verdict.suspicious else "accepted"
-
-
-@contextlib.contextmanager
-def _held_back() -> Iterator[None]:
-    """Keep the lines back that a service logs of its requests: a handler behind the guard may yet change how they end."""
-    requests, here = logging.getLogger("guard.requests"), threading.get_ident()
-
-    def passes(record: logging.LogRecord) -> bool:
-        return record.levelno > logging.INFO or record.thread != here
-
-    requests.addFilter(passes)
-    try:
-        yield
-    finally:
-        requests.removeFilter(passes)
 
 
 class OneLine(logging.Formatter):
