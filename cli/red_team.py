@@ -14,6 +14,7 @@ import typer
 from cli import options
 from cli.display import make_room, progress_bars, show_rows
 from cli.extras import needs
+from cli.memory import keep_freed_memory
 from cli.threads import settle_threads
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def red_team_command(
         from calibration.red_team_report import red_team_report
         from calibration.sources import open_model
 
+    keep_freed_memory()
     hints = options.hints(mean, std, output, layout, dtype, container)
     if report is not None:
         make_room(report)

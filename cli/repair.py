@@ -17,6 +17,7 @@ from cli import options
 from cli.display import progress_bars
 from cli.edge_repair import EdgeChoice, EdgeJobOption, EdgeOption, EdgeTokenOption, InsecureEdgeOption, repair_on_edge
 from cli.extras import needs
+from cli.memory import keep_freed_memory
 from cli.repair_inputs import METHODS, RepairMethod, check_choice, check_options, read_inputs
 from cli.repaired import calibrate_with_tripwire, exit_code, show_next, show_repaired
 from cli.threads import settle_threads
@@ -194,6 +195,7 @@ def repair_command(
         from calibration.repair.work import repair_into
         from calibration.sources import open_model
 
+    keep_freed_memory()
     settings = RepairSettings(
         method=method if method != "auto" else "dhbe" if data is None else "gym",
         max_accuracy_drop=max_accuracy_drop,

@@ -13,6 +13,7 @@ import typer
 from cli import options
 from cli.display import progress_bars, show_rows
 from cli.extras import needs
+from cli.memory import keep_freed_memory
 from cli.threads import settle_threads
 from guard.errors import InputError
 
@@ -149,6 +150,7 @@ def scan_command(
         "--skip-unreadable": skip_unreadable,
     }
     _check_options(method, data, [name for name, given in needless.items() if given])
+    keep_freed_memory()
     with needs("repair"):
         from calibration.data import load_images
         from calibration.discovery import discover
