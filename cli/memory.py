@@ -1,7 +1,8 @@
 """Memory that PyTorch frees, kept for the next pass by commands that search and train.
 
-Beyond some sizes glibc gives freed memory back to the system at once, and the next pass gets it again page by page, cleared: with
-gradients of a few hundred images that takes up to a quarter of the time. Servers don't: their passes are too small for that.
+Beyond some sizes glibc gives freed memory back to the system at once, and the next pass gets it again, page by page and
+cleared: with gradients of some hundred images a good part of the time goes there. Servers don't need it: their passes are too
+small for that.
 """
 
 from __future__ import annotations
