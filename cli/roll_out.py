@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Annotated
@@ -23,27 +24,56 @@ def roll_out_command(
         Path | None,
         typer.Option(metavar="DIR", help="The server's model store, to copy the archive to; without it, it is there already."),
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes of the new version.")] = 1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Requests that a worker judges at once.")] = 8,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes of the new version.", show_default="the archive's, or as before")
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Requests that a worker judges at once.", show_default="the archive's, or as before"),
+    ] = None,
+    batch_delay: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="MS",
+            help="How long a request waits for others to be judged along; a lone one, too.",
+            show_default="the archive's, or as before",
+        ),
+    ] = None,
     keep_old: Annotated[bool, typer.Option("--keep-old", help="Leave the old version registered, without workers.")] = False,
     key_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="TorchServe's key_file.json, where it asks for tokens.")
     ] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds until the new version must be ready.")] = 120.0,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds until the new version must be ready, and the old one's queue empty.")
+    ] = 120.0,
+    drain_timeout: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            help="That the old version then gets to finish: one worker ends when it has, several end when that time is up.",
+            show_default="its response timeout",
+        ),
+    ] = None,
 ) -> None:
     """Let a running TorchServe take a new version of a model, without losing a request.
 
     The new version is registered beside the old one, tried, and made the
     default; the old one answers what it had, and ends. If the new version does
-    not work, the old one serves on. TorchServe must have been started with
-    --enable-model-api (guard serve --engine torchserve --updates does).
+    not work, the old one serves on. Its guard has the options that the archive
+    was exported with (guard export --config), not those of the old version.
+    TorchServe must have been started with --enable-model-api (guard serve
+    --engine torchserve --updates does).
 
     Example: guard export profile-2 --name signs --version 2.0, then guard roll-out model-store/signs.mar, and where guard serve
     started the server, with the options that it prints
     """
     with needs("torchserve"):
-        from handlers.torchserve_rollout import Addresses, archive_version, read_keys, roll_out
+        from handlers.torchserve_api import Addresses, read_keys
+        from handlers.torchserve_rollout import Capacity, archive_config, archive_version, roll_out
 
+        config = archive_config(archive)
     version = archive_version(archive)
     model = name or archive.stem
     keys = {} if key_file is None else read_keys(key_file)
@@ -60,14 +90,17 @@ def roll_out_command(
         management_token=keys.get("management"),
         inference_token=keys.get("inference"),
     )
+    guard = json.dumps(config.get("guard") or {}, default=str)
+    typer.echo(f"guard options of {model} {version}: {guard}; what it does not say is as in its profile", err=True)
+    given = Capacity(workers=workers, batch_size=batch_size, max_batch_delay=batch_delay)
     done = roll_out(
         model,
         file,
         version,
         addresses,
-        workers=workers,
-        options={"batch_size": batch_size},
+        capacity=given.or_else(Capacity.read(config)),
         keep_old=keep_old,
         timeout=timeout,
+        drain_timeout=drain_timeout,
     )
     typer.echo(f"{model} {done.version} serves now; {done.replaced} ended after {done.seconds:.0f} s")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -145,7 +147,8 @@ def _serve_torchserve(
     with needs("torchserve"):
         from handlers.torchserve_server import ServerOptions, TorchServeProcess
 
-    with export_to_scratch(profile, model, {"guard": extra}) as store:
+    config: dict[str, object] = {"guard": extra}
+    with export_to_scratch(profile, model, config) as store:
         choices = ServerOptions(
             inference_port=port,
             workers=workers,
@@ -158,6 +161,12 @@ def _serve_torchserve(
         with TorchServeProcess(Path(store), {model: f"{model}.mar"}, choices) as server:
             typer.echo(f"serving {server.url}/predictions/{model}, metrics at {server.metrics_url}; stop with Ctrl-C", err=True)
             if updates:
-                where = f"--management {server.management_url} --inference {server.url} --store {server.store}"
-                typer.echo(f"new versions: guard roll-out ARCHIVE --name {model} {where}", err=True)
+                kept = server.store.with_name(f"{model}-config.yaml")  # goes when the server does
+                kept.write_text(json.dumps(config, indent=2))  # JSON is YAML
+                where = (
+                    f"--management {server.management_url} --inference {server.url} --store {shlex.quote(str(server.store))}"
+                )
+                export = f"guard export PROFILE --name {model} --version VERSION --config {shlex.quote(str(kept))}"
+                typer.echo(f"new versions: {export}", err=True)
+                typer.echo(f"then: guard roll-out model-store/{model}.mar --name {model} {where}", err=True)
             server.wait()

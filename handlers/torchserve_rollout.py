@@ -11,39 +11,61 @@ At every step before the third, a failure leaves the old version as it was, and 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import importlib
 import json
 import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any, final
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
 from guard.errors import ServingError
+from handlers.torchserve_api import Addresses, ask, describe, error_type, version_path, words
+
+__all__ = ["Addresses", "Capacity", "RollOut", "archive_config", "archive_version", "roll_out"]
 
 _CONFLICT = 409
 _POLL_SECONDS = 0.2
-_QUIET_SECONDS = 2.0  # without a queued request, before the old version's workers end; what they work on then is answered
+_QUIET_SECONDS = 2.0  # without a queued request: who asked the old version before the change is in its queue by then
+_RESPONSE_TIMEOUT = 120  # seconds; TorchServe's own default
+_MARGIN_SECONDS = 1.0  # between our clock's reading and the worker's
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Addresses:
-    """Where a TorchServe listens.
+class Capacity:
+    """How a version takes requests; what is None is left to somebody else.
 
     Args:
-        management: URL of the management API.
-        inference: URL of the inference API.
-        management_token: For the first, where it asks for one.
-        inference_token: For the second.
+        workers: Processes.
+        batch_size: Requests that a worker answers at once.
+        max_batch_delay: Milliseconds that a request waits for others to fill its batch.
+        response_timeout: Seconds after which TorchServe ends a worker that has not answered. An archive with a model-config
+            has that one's, or else 120, whatever is asked for.
     """
 
-    management: str
-    inference: str
-    management_token: str | None = None
-    inference_token: str | None = None
+    workers: int | None = None
+    batch_size: int | None = None
+    max_batch_delay: int | None = None
+    response_timeout: int | None = None
+
+    @classmethod
+    def read(cls, settings: Mapping[str, object]) -> Capacity:
+        """From a model-config, or from TorchServe's description of a version: both use the same names."""
+        names = ("minWorkers", "maxWorkers", "batchSize", "maxBatchDelay", "responseTimeout")
+        least, most, batch_size, delay, response_timeout = (_whole(settings.get(name)) for name in names)
+        workers = least if least and most is not None and most >= least else None  # TorchServe ignores others, too
+        return cls(
+            workers=workers, batch_size=batch_size or None, max_batch_delay=delay, response_timeout=response_timeout or None
+        )
+
+    def or_else(self, other: Capacity) -> Capacity:
+        """This one, and the other where this one says nothing."""
+        mine = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return dataclasses.replace(other, **mine)
 
 
 @final
@@ -68,23 +90,25 @@ def archive_version(archive: Path) -> str:
     Raises:
         ServingError: No archive.
     """
-    try:
-        with zipfile.ZipFile(archive) as opened:
-            return str(json.loads(opened.read("MAR-INF/MANIFEST.json"))["model"]["modelVersion"])
-    except (OSError, zipfile.BadZipFile, KeyError, TypeError, ValueError) as error:
-        raise ServingError(f"expected a model archive, got {archive}: make one with guard export") from error
+    with _opened(archive) as (_, model):
+        return str(model["modelVersion"])
 
 
-def read_keys(path: Path) -> dict[str, str]:
-    """The tokens of the APIs (`management`, `inference`) from TorchServe's `key_file.json`.
+def archive_config(archive: Path) -> dict[str, object]:
+    """An archive's model-config, empty where it has none.
 
     Raises:
-        ServingError: It can't be read.
+        ServingError: No archive, or a model-config that can't be read.
     """
-    try:
-        return {api: str(entry["key"]) for api, entry in json.loads(path.read_text()).items() if "key" in entry}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ServingError(f"expected TorchServe's key_file.json, got {path}, which can't be read") from error
+    yaml = importlib.import_module("yaml")
+    with _opened(archive) as (opened, model):
+        if model.get("configFile") is None:
+            return {}
+        try:
+            found = yaml.safe_load(opened.read(model["configFile"]))
+        except yaml.YAMLError as error:
+            raise ServingError(f"expected YAML in the model-config of {archive}, got something else") from error
+    return found if isinstance(found, dict) else {}
 
 
 def roll_out(
@@ -93,10 +117,10 @@ def roll_out(
     version: str,
     addresses: Addresses,
     *,
-    workers: int = 1,
-    options: Mapping[str, object] | None = None,
+    capacity: Capacity | None = None,
     keep_old: bool = False,
     timeout: float = 120.0,
+    drain_timeout: float | None = None,
 ) -> RollOut:
     """Replace the version of a model that answers by default.
 
@@ -105,137 +129,158 @@ def roll_out(
         file: The new archive's file name in the server's model store.
         version: Of the new archive.
         addresses: Of the server.
-        workers: Processes of the new version.
-        options: Further parameters of registering: `batch_size`, `max_batch_delay`, `response_timeout`.
+        capacity: Of the new version; what it does not say is as in the old one.
         keep_old: Leave the old version registered, without workers, so that it can be scaled up again.
-        timeout: Seconds until the new version must be ready, and until the old one must have answered what it had.
+        timeout: Seconds until the new version must be ready, and until the old one's queue must be empty.
+        drain_timeout: Seconds that the old version's workers then get to finish what they have taken, at most its response
+            timeout, after which TorchServe gives a request up by itself; that when None. A single worker is ended as soon as
+            it has finished, and left if by then it has not. Of several nothing tells when the last has finished: they are
+            ended when that time has passed.
 
     Raises:
         ServingError: The server can't be reached, does not know the model, or the new version does not work, and the old
             one serves on; or the new one serves, and the old one could not be ended: the message says which.
     """
     started = time.monotonic()
-    before = _default(name, addresses)
+    where = f"/models/{quote(name, safe='')}"
+    serving = describe(where, addresses, f"serve {name}", "; name what it serves by --name")
+    before = str(serving["modelVersion"])
     if before == version:
         raise ServingError(f"expected another version of {name} than {version}, which is serving: export with --version")
-    query = {**(options or {}), "url": file, "model_name": name, "initial_workers": workers, "synchronous": "true"}
-    status, _ = _ask(addresses, "GET", _path(name, version), timeout)
+    wanted = (capacity or Capacity()).or_else(Capacity.read(serving))
+    path = version_path(name, version)
+    status, _ = ask(addresses, "management", "GET", path, timeout)
     taken = status == 200  # by a version that was there before, which is not ours to remove
     try:
-        status, body = _ask(addresses, "POST", f"/models?{urlencode(query)}", timeout)
+        status, body = ask(addresses, "management", "POST", f"/models?{_query(name, file, wanted)}", timeout)
         taken = taken or status == _CONFLICT
-        if status != 200:
-            raise ServingError(f"expected TorchServe to register {file}, got {status}: {_words(body)}")
-        _wait_until_ready(name, version, workers, addresses, timeout)
+        if status not in (200, 202):
+            raise ServingError(f"expected TorchServe to register {file}, got {status}: {words(body)}")
+        _wait_until_ready(name, version, wanted.workers or 1, addresses, timeout)
         _try(name, version, addresses, timeout)
-        status, body = _ask(addresses, "PUT", f"{_path(name, version)}/set-default", timeout)
+        status, body = ask(addresses, "management", "PUT", f"{path}/set-default", timeout)
         if status != 200:
-            raise ServingError(f"expected TorchServe to make {name} {version} the default, got {status}: {_words(body)}")
+            raise ServingError(f"expected TorchServe to make {name} {version} the default, got {status}: {words(body)}")
     except BaseException:
         if not taken:
             with contextlib.suppress(ServingError):  # what went wrong first is what is told
-                _ask(addresses, "DELETE", _path(name, version), timeout)
+                ask(addresses, "management", "DELETE", path, timeout)
         raise
     try:
-        _wait_until_idle(name, before, addresses, timeout)
+        _drain(name, before, addresses, timeout, drain_timeout)
         method, end = ("PUT", "?min_worker=0&max_worker=0&synchronous=true") if keep_old else ("DELETE", "")
-        status, body = _ask(addresses, method, f"{_path(name, before)}{end}", timeout)
+        status, body = ask(addresses, "management", method, f"{version_path(name, before)}{end}", timeout)
         if status not in (200, 202):
-            raise ServingError(f"got {status}: {_words(body)}")
+            raise ServingError(f"got {status}: {words(body)}")
     except ServingError as error:
         raise ServingError(f"{name} {version} serves now, but {before} could not be ended ({error}): end it by hand") from error
     return RollOut(version, before, time.monotonic() - started)
 
 
-def _default(name: str, addresses: Addresses) -> str:
-    status, body = _ask(addresses, "GET", f"/models/{quote(name, safe='')}", 30.0)
-    if status != 200:
-        raise ServingError(f"expected TorchServe to serve {name}, got {status}: {_words(body)}; name what it serves by --name")
-    return str(_first(body)["modelVersion"])
-
-
-def _describe(name: str, version: str, addresses: Addresses) -> dict[str, Any]:
-    status, body = _ask(addresses, "GET", _path(name, version), 30.0)
-    if status != 200:
-        raise ServingError(f"expected TorchServe to know {name} {version}, got {status}: {_words(body)}")
-    return _first(body)
-
-
-def _first(body: bytes) -> dict[str, Any]:
-    """Of the versions that TorchServe describes."""
+@contextlib.contextmanager
+def _opened(archive: Path) -> Iterator[tuple[zipfile.ZipFile, dict[str, Any]]]:
+    """An archive and what its manifest says of the model."""
     try:
-        found = json.loads(body)[0]
-    except (ValueError, LookupError, TypeError):
-        found = None
-    if not isinstance(found, dict) or not {"modelVersion", "workers"} <= found.keys():
-        raise ServingError("expected TorchServe's description of a model, got another answer: is this its management API?")
-    return found
+        with zipfile.ZipFile(archive) as opened:
+            yield opened, json.loads(opened.read("MAR-INF/MANIFEST.json"))["model"]
+    except (OSError, zipfile.BadZipFile, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ServingError(f"expected a model archive, got {archive}: make one with guard export") from error
+
+
+def _whole(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+def _query(name: str, file: str, wanted: Capacity) -> str:
+    """The parameters of registering. Batch size and delay prevail over those of the archive's model-config.
+
+    Not `synchronous`, as TorchServe does unless told: it would hold up some clients until the new workers have loaded.
+    """
+    settings = {
+        "batch_size": wanted.batch_size,
+        "max_batch_delay": wanted.max_batch_delay,
+        "response_timeout": wanted.response_timeout,
+    }
+    given = {key: value for key, value in settings.items() if value is not None}
+    return urlencode({**given, "url": file, "model_name": name, "initial_workers": wanted.workers or 1, "synchronous": "false"})
 
 
 def _wait_until_ready(name: str, version: str, workers: int, addresses: Addresses, timeout: float) -> None:
-    deadline = time.monotonic() + timeout
-    while True:
-        found = _describe(name, version, addresses)["workers"]
-        if len(found) >= workers and all(worker["status"] == "READY" for worker in found):
-            return
+    """As many workers as wanted; where the archive's model-config has made it others, they are told."""
+    deadline, path = time.monotonic() + timeout, version_path(name, version)
+    found = _describe(name, version, addresses)
+    if found.get("minWorkers", workers) != workers:
+        scaled = f"{path}?min_worker={workers}&max_worker={workers}"
+        status, body = ask(addresses, "management", "PUT", scaled, timeout)
+        if status not in (200, 202):
+            raise ServingError(f"expected {workers} workers of {name} {version}, got {status}: {words(body)}")
+        found = _describe(name, version, addresses)
+    processes: dict[str, int] = {}
+    while len(found["workers"]) != workers or any(worker["status"] != "READY" for worker in found["workers"]):
+        for worker in found["workers"]:
+            process, key = worker.get("pid", -1), worker.get("id", "")
+            if process > 0 and processes.setdefault(key, process) != process:  # TorchServe starts it over and over
+                raise ServingError(f"a worker of {name} {version} died while it loaded its model: see the server's log")
         if time.monotonic() > deadline:
             raise ServingError(f"expected {name} {version} to be ready within {timeout:g} s: see the server's log")
         time.sleep(_POLL_SECONDS)
+        found = _describe(name, version, addresses)
 
 
 def _try(name: str, version: str, addresses: Addresses, timeout: float) -> None:
     """An empty body is no image: a handler that has loaded its model says so with 400, one that has not with 503."""
-    path = f"/predictions/{quote(name, safe='')}/{quote(version, safe='')}"
-    status, body = _request(addresses.inference, addresses.inference_token, "POST", path, timeout)
+    status, body = ask(addresses, "inference", "POST", version_path(name, version, "predictions"), timeout)
     if status not in (200, 400, 422):
-        raise ServingError(f"expected {name} {version} to answer, got {status}: {_words(body)}")
+        raise ServingError(f"expected {name} {version} to answer, got {status}: {words(body)}")
 
 
-def _wait_until_idle(name: str, version: str, addresses: Addresses, timeout: float) -> None:
-    """Nothing queued for a while: who asked before the change has been answered."""
-    deadline, quiet = time.monotonic() + max(timeout, 2.0 * _QUIET_SECONDS), time.monotonic()
-    while time.monotonic() - quiet < _QUIET_SECONDS:
+def _drain(name: str, version: str, addresses: Addresses, timeout: float, drain_timeout: float | None) -> None:
+    """Wait until the workers of a version have finished.
+
+    TorchServe tells what is queued, not what workers are at, and it ends them in the middle of a batch. It hands the queue
+    out in order: a single worker that answers a request of ours has answered all before it. Of several, an idle one would
+    answer while another is busy.
+    """
+    emptied = _wait_until_queue_is_empty(name, version, addresses, timeout)
+    found = _describe(name, version, addresses)
+    capacity = Capacity.read(found)
+    given_up = (capacity.response_timeout or _RESPONSE_TIMEOUT) + (capacity.max_batch_delay or 0) / 1000 + _MARGIN_SECONDS
+    patience = given_up if drain_timeout is None else min(drain_timeout, given_up)
+    if len(found["workers"]) == 1:
+        answered = _answers(name, version, addresses, time.monotonic() + max(patience, _MARGIN_SECONDS))
+        if not answered and patience < given_up:
+            raise ServingError(f"after {patience:g} s its worker was still busy")
+    elif found["workers"]:
+        time.sleep(max(0.0, emptied + patience - time.monotonic()))
+
+
+def _wait_until_queue_is_empty(name: str, version: str, addresses: Addresses, timeout: float) -> float:
+    """Nothing queued for a while; since when, by the monotonic clock."""
+    deadline, emptied = time.monotonic() + max(timeout, 2.0 * _QUIET_SECONDS), time.monotonic()
+    while time.monotonic() - emptied < _QUIET_SECONDS:
         pending = int(_describe(name, version, addresses).get("jobQueueStatus", {}).get("pendingRequests", 0))
         if pending > 0:
-            quiet = time.monotonic()
+            emptied = time.monotonic()
         if time.monotonic() > deadline:
             raise ServingError(f"after {timeout:g} s it still had requests to answer, {pending} of them queued")
         time.sleep(_POLL_SECONDS)
+    return emptied
 
 
-def _path(name: str, version: str) -> str:
-    return f"/models/{quote(name, safe='')}/{quote(version, safe='')}"
+def _answers(name: str, version: str, addresses: Addresses, deadline: float) -> bool:
+    """Whether a worker answers until then; with what, does not matter."""
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            _, body = ask(addresses, "inference", "POST", version_path(name, version, "predictions"), left)
+        except ServingError as error:
+            if isinstance(error.__cause__, TimeoutError):
+                return False
+            raise
+        if error_type(body) != "ServiceUnavailableException":  # which is TorchServe's own: it has queued nothing
+            return True
+        time.sleep(_POLL_SECONDS)
+    return False
 
 
-def _ask(addresses: Addresses, method: str, path: str, timeout: float) -> tuple[int, bytes]:
-    return _request(addresses.management, addresses.management_token, method, path, timeout)
-
-
-def _request(url: str, token: str | None, method: str, path: str, timeout: float) -> tuple[int, bytes]:
-    if token is not None and not (token.isascii() and token.isprintable()):
-        raise ServingError(f"expected a token of printable ASCII characters for {url}, got another: look at the key file")
-    try:
-        address = urlsplit(url)
-        if address.scheme != "http" or address.hostname is None:
-            raise ValueError(url)
-        address.hostname.encode("idna")
-        connection = HTTPConnection(address.hostname, address.port, timeout=timeout)
-    except (ValueError, HTTPException) as error:  # a UnicodeError is a ValueError
-        raise ServingError(f"expected an address like http://127.0.0.1:8081, got {url}") from error
-    try:
-        connection.request(method, path, headers={} if token is None else {"Authorization": f"Bearer {token}"})
-        response = connection.getresponse()
-        return response.status, response.read()
-    except (OSError, HTTPException) as error:
-        raise ServingError(f"expected TorchServe at {url}, got {type(error).__name__}: is it running?") from error
-    finally:
-        connection.close()
-
-
-def _words(body: bytes) -> str:
-    """The server's own message, on one line."""
-    try:
-        text = str(json.loads(body).get("message", ""))
-    except (ValueError, AttributeError):
-        text = body.decode(errors="replace")
-    return " ".join(text.split())[:300] or "no message"
+def _describe(name: str, version: str, addresses: Addresses) -> dict[str, Any]:
+    return describe(version_path(name, version), addresses, f"know {name} {version}")

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import IO, Self, final
 
 from guard.errors import ServingError
-from handlers.torchserve_rollout import Addresses, RollOut, archive_version, roll_out
+from handlers.torchserve_rollout import Addresses, Capacity, RollOut, archive_config, archive_version, roll_out
 from handlers.torchserve_setup import (
     HOST,
     STORE,
@@ -131,13 +131,17 @@ class TorchServeProcess:
             raise ServingError("expected a running TorchServe, got one that is stopped")
         return self._folder / STORE
 
-    def roll_out(self, name: str, archive: Path, *, keep_old: bool = False) -> RollOut:
+    def roll_out(self, name: str, archive: Path, *, keep_old: bool = False, drain_timeout: float | None = None) -> RollOut:
         """Let a new version of a model take over, without a lost request; see `handlers.torchserve_rollout`.
+
+        Workers, batch size and delay are those of this server's options, else of the archive's model-config, else of the
+        version that is replaced.
 
         Args:
             name: Of the model.
             archive: Of the new version.
             keep_old: Leave the old version registered, without workers.
+            drain_timeout: Seconds that the old version's workers get to finish what they have taken.
 
         Raises:
             ServingError: The server was not started with `model_api`, or the new version does not work; the old one serves on.
@@ -148,7 +152,7 @@ class TorchServeProcess:
         target = self.store / f"{name}-{version}.mar"
         target.unlink(missing_ok=True)  # of an attempt that failed; TorchServe has unpacked what it serves
         try:
-            entry = stage_archive(archive, target, self.options)[version]
+            stage_archive(archive, target, self.options)
         except (OSError, zipfile.BadZipFile, KeyError, TypeError, ValueError) as error:
             raise ServingError(f"expected a model archive, got {archive}: make one with guard export") from error
         addresses = Addresses(
@@ -157,16 +161,17 @@ class TorchServeProcess:
             management_token=self.token("management"),
             inference_token=self.token(),
         )
-        options = {"batch_size": entry["batchSize"], "max_batch_delay": entry["maxBatchDelay"]}
+        options = self.options
+        given = Capacity(workers=options.workers, batch_size=options.batch_size, max_batch_delay=options.max_batch_delay_ms)
         return roll_out(
             name,
             target.name,
             version,
             addresses,
-            workers=entry["minWorkers"],
-            options=options,
+            capacity=given.or_else(Capacity.read(archive_config(archive))),
             keep_old=keep_old,
-            timeout=self.options.timeout,
+            timeout=options.timeout,
+            drain_timeout=drain_timeout,
         )
 
     def wait(self) -> None:

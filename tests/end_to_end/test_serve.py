@@ -6,6 +6,8 @@ import http.client
 import io
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import socket
@@ -21,7 +23,8 @@ from torch import Tensor
 
 from tests.toy import save_toy_profile, toy_images, toy_trigger
 
-COMMAND = [sys.executable, "-c", "from cli.main import main; main()", "serve"]
+GUARD = [sys.executable, "-c", "from cli.main import main; main()"]
+COMMAND = [*GUARD, "serve"]
 
 
 def free_port() -> int:
@@ -122,3 +125,42 @@ def test_torchserve_stays_on_loopback(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert "expected --host 127.0.0.1" in done.stderr
+
+
+def test_the_commands_that_it_prints_make_a_version_that_guards_as_it_does(tmp_path: Path) -> None:
+    """Its mode, its quarantine and its limits are on no other file than the server's own."""
+    if shutil.which("java") is None:
+        pytest.skip("TorchServe needs Java")
+    profile, port, log = save_toy_profile(tmp_path / "toy"), free_port(), tmp_path / "log"
+    options = ["--mode", "monitor", "--quarantine", str(tmp_path / "q"), "--max-bytes", "2000", "--expose-scores"]
+    command = [*COMMAND, str(profile), "--engine", "torchserve", "--updates", "--port", str(port), *options]
+    with log.open("wb") as stream:
+        server = subprocess.Popen(command, stderr=stream, stdout=stream, preexec_fn=listen_to_interrupts)
+    try:
+        deadline = time.monotonic() + 60
+        while not (printed := re.findall(r"^(?:new versions|then): guard (.+)$", log.read_text(), re.MULTILINE))[1:]:
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        for line in printed:
+            words = shlex.split(line.replace("PROFILE", shlex.quote(str(profile))).replace("VERSION", "2.0"))
+            done = subprocess.run([*GUARD, *words], cwd=tmp_path, capture_output=True, text=True, timeout=90, check=False)
+            assert done.returncode == 0, done.stderr
+        assert "toy 2.0 serves now; 1.0 ended" in done.stdout
+        answer = post(port, png(toy_trigger(toy_images(4, seed=2)[0])[1]))
+        assert answer is not None
+        assert (answer[0], answer[1]["verdict"]) == (200, "accepted")
+        assert "scores" in answer[1]
+        assert len(list((tmp_path / "q").glob("*.png"))) == 1
+        too_large = post(port, bytes(3000))
+        assert too_large is not None
+        assert too_large[0] == 413
+        management = re.findall(r"--management http://127\.0\.0\.1:(\d+)", printed[1])
+        connection = http.client.HTTPConnection("127.0.0.1", int(management[0]), timeout=20)
+        connection.request("GET", "/models/toy")
+        (described,) = json.loads(connection.getresponse().read())
+        connection.close()
+        assert [described[key] for key in ("modelVersion", "batchSize", "maxBatchDelay")] == ["2.0", 8, 2]
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(timeout=30)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
+import zipfile
+from pathlib import Path
+from urllib.parse import parse_qsl
 
 import pytest
 
 from guard.errors import ServingError
-from handlers import torchserve_rollout
-from handlers.torchserve_rollout import Addresses, roll_out
+from handlers import torchserve_api, torchserve_rollout
+from handlers.torchserve_api import Addresses
+from handlers.torchserve_rollout import Capacity, archive_config, roll_out
 
 WHERE = Addresses(management="http://127.0.0.1:1", inference="http://127.0.0.1:2")
 
 
-def described(version: str) -> bytes:
-    return json.dumps([{"modelVersion": version, "workers": [{"status": "READY"}]}]).encode()
+def described(version: str, **more: object) -> bytes:
+    return json.dumps([{"modelVersion": version, "workers": [{"status": "READY"}], **more}]).encode()
 
 
 @pytest.fixture
@@ -26,22 +31,27 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, bytes]]:
         "GET /models/m/1.0": (200, described("1.0")),
         "GET /models/m/2.0": (200, described("2.0")),
         "POST /models": (200, b"{}"),
+        "POST /predictions/m/1.0": (400, b"{}"),
         "POST /predictions/m/2.0": (400, b"{}"),
         "PUT /models/m/2.0/set-default": (200, b"{}"),
         "DELETE /models/m/1.0": (200, b"{}"),
         "DELETE /models/m/2.0": (200, b"{}"),
     }
 
-    def request(_: str, __: object, method: str, path: str, ___: float) -> tuple[int, bytes]:
-        call = f"{method} {path.partition('?')[0]}"
+    def request(_: str, __: object, method: str, path: str, timeout: float) -> tuple[int, bytes]:
+        path, _, query = path.partition("?")
+        call = f"{method} {path}"
         ASKED.append(call)
+        QUERIES[call] = dict(parse_qsl(query))
         if call == "GET /models/m/2.0" and "POST /models" not in ASKED and call not in THERE:
             return 404, b"{}"
+        if call in SILENT:
+            raise ServingError("no answer") from TimeoutError()
         return given[call]
 
-    ASKED.clear()
-    THERE.clear()
-    monkeypatch.setattr(torchserve_rollout, "_request", request)
+    for record in (ASKED, THERE, SILENT, QUERIES):
+        record.clear()
+    monkeypatch.setattr(torchserve_api, "_request", request)
     monkeypatch.setattr(torchserve_rollout, "_QUIET_SECONDS", 0.0)
     return given
 
@@ -49,6 +59,10 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, bytes]]:
 ASKED: list[str] = []
 THERE: set[str] = set()
 """Descriptions of versions that are registered from the start."""
+SILENT: set[str] = set()
+"""Calls that are not answered in time."""
+QUERIES: dict[str, dict[str, str]] = {}
+"""Parameters of the calls."""
 
 
 def test_in_order(answers: dict[str, tuple[int, bytes]]) -> None:
@@ -128,3 +142,105 @@ def test_an_old_version_that_still_has_requests_is_not_taken_away(
     with pytest.raises(ServingError, match=r"m 2\.0 serves now, but 1\.0 could not be ended .*5 of them queued"):
         roll_out("m", "m.mar", "2.0", WHERE, timeout=0.2)
     assert not [call for call in ASKED if call.startswith("DELETE")]
+
+
+def test_a_new_version_is_as_the_old_one_where_nothing_else_is_said(answers: dict[str, tuple[int, bytes]]) -> None:
+    """Left alone, TorchServe makes it one worker, batches of one, and a delay of 100 ms."""
+    answers["GET /models/m"] = (
+        200, described("1.0", minWorkers=3, maxWorkers=3, batchSize=8, maxBatchDelay=2, responseTimeout=60)
+    )  # fmt: skip
+    answers["GET /models/m/2.0"] = (200, json.dumps([{"modelVersion": "2.0", "workers": [{"status": "READY"}] * 3}]).encode())
+    roll_out("m", "m.mar", "2.0", WHERE)
+    assert QUERIES["POST /models"]["synchronous"] == "false"  # "true", the default, holds clients up
+    asked = QUERIES["POST /models"]
+    assert (asked["initial_workers"], asked["batch_size"]) == ("3", "8")
+    assert (asked["max_batch_delay"], asked["response_timeout"]) == ("2", "60")
+    answers["GET /models/m/2.0"] = (200, described("2.0"))
+    roll_out("m", "m.mar", "2.0", WHERE, capacity=Capacity(workers=1, batch_size=4, max_batch_delay=0))
+    asked = QUERIES["POST /models"]
+    assert (asked["initial_workers"], asked["batch_size"]) == ("1", "4")
+    assert (asked["max_batch_delay"], asked["response_timeout"]) == ("0", "60")
+
+
+def test_an_archives_own_number_of_workers_gives_way(answers: dict[str, tuple[int, bytes]]) -> None:
+    """TorchServe prefers the model-config's to what it is asked for."""
+    answers["GET /models/m/2.0"] = (200, described("2.0", minWorkers=2, maxWorkers=2))
+    answers["PUT /models/m/2.0"] = (200, b"{}")
+    roll_out("m", "m.mar", "2.0", WHERE, capacity=Capacity(workers=1))
+    assert QUERIES["PUT /models/m/2.0"] == {"min_worker": "1", "max_worker": "1"}
+
+
+def test_a_worker_that_dies_while_it_loads_is_not_waited_for(
+    answers: dict[str, tuple[int, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TorchServe starts it anew for minutes, each time as another process."""
+    lives = iter([-1, 7, 7, -1, 8])
+    monkeypatch.setattr(torchserve_rollout, "_POLL_SECONDS", 0.0)
+
+    def describe(name: str, version: str, _: Addresses) -> dict[str, object]:
+        return {"workers": [{"id": "9001", "status": "UNLOADING", "pid": next(lives)}]}
+
+    monkeypatch.setattr(torchserve_rollout, "_describe", describe)
+    with pytest.raises(ServingError, match=r"a worker of m 2\.0 died while it loaded its model"):
+        roll_out("m", "m.mar", "2.0", WHERE)
+    assert ASKED[-1] == "DELETE /models/m/2.0"
+
+
+@pytest.mark.parametrize(
+    ("config", "workers"),
+    [
+        ({"minWorkers": 2, "maxWorkers": 4}, 2),
+        ({"minWorkers": 2}, None),
+        ({"minWorkers": 2, "maxWorkers": 1}, None),
+        ({"minWorkers": "2", "maxWorkers": 2}, None),
+    ],
+)
+def test_what_torchserve_takes_from_a_model_config(config: dict[str, object], workers: int | None, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "m.mar", "w") as archive:
+        archive.writestr("MAR-INF/MANIFEST.json", json.dumps({"model": {"modelVersion": "2.0", "configFile": "c.yaml"}}))
+        archive.writestr("c.yaml", json.dumps({**config, "maxBatchDelay": 0, "guard": {"mode": "monitor"}}))
+    found = archive_config(tmp_path / "m.mar")
+    assert found["guard"] == {"mode": "monitor"}
+    assert Capacity.read(found) == Capacity(workers=workers, max_batch_delay=0)
+
+
+def test_a_token_that_is_not_the_servers_is_no_answer_of_the_new_version(answers: dict[str, tuple[int, bytes]]) -> None:
+    """It is 400, as a handler's answer to an empty body is."""
+    answers["POST /predictions/m/2.0"] = (400, b'{"code": 400, "type": "InvalidKeyException", "message": "Token failed"}')
+    with pytest.raises(ServingError, match="to take the token, got: Token failed"):
+        roll_out("m", "m.mar", "2.0", WHERE)
+    assert ASKED[-1] == "DELETE /models/m/2.0"
+
+
+def test_a_worker_that_is_busy_for_longer_than_the_caller_waits_is_left(answers: dict[str, tuple[int, bytes]]) -> None:
+    SILENT.add("POST /predictions/m/1.0")
+    with pytest.raises(ServingError, match=r"m 2\.0 serves now, but 1\.0 could not be ended \(after 5 s its worker was still"):
+        roll_out("m", "m.mar", "2.0", WHERE, drain_timeout=5)
+    assert not [call for call in ASKED if call.startswith("DELETE")]
+    ASKED.clear()
+    roll_out("m", "m.mar", "2.0", WHERE)  # by then TorchServe has given up what it was at
+    assert ASKED[-1] == "DELETE /models/m/1.0"
+
+
+def test_of_several_workers_one_may_still_be_busy(answers: dict[str, tuple[int, bytes]]) -> None:
+    two = {"modelVersion": "1.0", "workers": [{"status": "READY"}] * 2}
+    answers["GET /models/m/1.0"] = (200, json.dumps([two]).encode())
+    started = time.monotonic()
+    roll_out("m", "m.mar", "2.0", WHERE, drain_timeout=0.5)
+    assert time.monotonic() - started >= 0.5
+    assert ASKED[-1] == "DELETE /models/m/1.0"
+
+
+def test_without_workers_nothing_is_waited_for(answers: dict[str, tuple[int, bytes]]) -> None:
+    answers["GET /models/m/1.0"] = (200, b'[{"modelVersion": "1.0", "workers": []}]')
+    roll_out("m", "m.mar", "2.0", WHERE)
+    assert ASKED[-1] == "DELETE /models/m/1.0"
+    assert "POST /predictions/m/1.0" not in ASKED
+
+
+def test_a_full_queue_is_no_answer_of_a_worker(answers: dict[str, tuple[int, bytes]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchserve_rollout, "_MARGIN_SECONDS", 0.05)
+    monkeypatch.setattr(torchserve_rollout, "_POLL_SECONDS", 0.01)
+    answers["POST /predictions/m/1.0"] = (503, b'{"code": 503, "type": "ServiceUnavailableException", "message": "full"}')
+    with pytest.raises(ServingError, match="its worker was still busy"):
+        roll_out("m", "m.mar", "2.0", WHERE, drain_timeout=0.1)
