@@ -13,7 +13,7 @@ import typer
 
 from cli import options
 from cli.extras import needs
-from guard import load_profile
+from guard import Profile, load_profile
 from guard.errors import ExportError, one_line
 from guard.loading import check_memory_limit
 
@@ -52,11 +52,24 @@ def export(
             from export import export_onnx
 
         typer.echo(str(export_onnx(profile, out / f"{name}.onnx")))
+        typer.echo(_without_guard(load_profile(profile)[0]), err=True)
         return
     from export import export_mar
 
     model_config = None if config is None else read_model_config(config, profile)
     typer.echo(str(export_mar(profile, out, name, version, model_config)))
+
+
+def _without_guard(profile: Profile) -> str:
+    """What an ONNX file lacks of a profile, in words."""
+    missing = ["the guard"]
+    if profile.preprocessor is not None:
+        missing.append("the preprocessor that it was tuned for, without which it answers otherwise than was measured")
+    if profile.tripwire is not None:
+        missing.append("the original that detects")
+    spec = profile.input
+    takes = f"{spec.layout} {spec.dtype}" + (f", less a mean of {spec.mean}, over {spec.std}" if spec.mean else "")
+    return f"note: this is the model alone, without {', and '.join(missing)}; it takes {takes}"
 
 
 class _ModelConfig(msgspec.Struct, forbid_unknown_fields=True, rename="camel"):

@@ -60,6 +60,10 @@ def serve(
     expose_scores: Annotated[
         bool, typer.Option("--expose-scores", help="Put scores into answers; they help an attacker.")
     ] = False,
+    public_metrics: Annotated[
+        bool,
+        typer.Option("--public-metrics", help="Answer /metrics to other machines, too; they tell scores."),
+    ] = False,
     workers: Annotated[int, typer.Option(min=1, help="TorchServe's worker processes.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests that a TorchServe worker judges at once.")] = 8,
     batch_delay: Annotated[
@@ -79,7 +83,8 @@ def serve(
     """Answer images over HTTP: POST the bytes of one to /predictions/NAME.
 
     200 with the label, 422 for a suspicious image, 400 or 413 for one that can't be judged, 503 when the guard fails.
-    Metrics for Prometheus are at /metrics (TorchServe: on a port of their own). One JSON line per request goes to stderr.
+    Metrics for Prometheus are at /metrics (TorchServe: on a port of their own), for this machine alone. One JSON line per
+    request goes to stderr.
 
     Example: guard serve profile, then
     curl -H 'content-type: image/png' --data-binary @photo.png http://127.0.0.1:8080/predictions/profile
@@ -88,6 +93,10 @@ def serve(
     if engine == "asgi" and of_torchserve:
         named = " and ".join(of_torchserve)
         raise InputError(f"expected {named} with --engine torchserve, got it without: add that engine, or drop {named}")
+    if engine == "torchserve" and public_metrics:
+        raise InputError(
+            "expected --public-metrics with --engine asgi, got torchserve, whose metrics stay on this machine: drop it"
+        )
     model = name or profile.absolute().name
     limits = Limits(max_bytes=max_bytes, max_pixels=max_pixels)
     settings, _ = load_profile(profile)
@@ -100,7 +109,7 @@ def serve(
     if engine == "asgi":
         store = None if quarantine is None else Quarantine(quarantine)
         load = partial(Guard.load, profile, policy=policy, quarantine=store, device=device, memory_limit=memory_limit * _MIB)
-        _serve_asgi(load, model, host, port, limits, expose_scores)
+        _serve_asgi(load, model, host, port, limits, expose_scores, public_metrics)
         return
     if host != "127.0.0.1":
         raise InputError(
@@ -120,7 +129,15 @@ def serve(
     _serve_torchserve(profile, model, port, workers, batch_size, batch_delay, max_bytes, updates, extra)
 
 
-def _serve_asgi(load: Callable[[], Guard], model: str, host: str, port: int, limits: Limits, expose_scores: bool) -> None:
+def _serve_asgi(
+    load: Callable[[], Guard],
+    model: str,
+    host: str,
+    port: int,
+    limits: Limits,
+    expose_scores: bool,
+    public_metrics: bool,
+) -> None:
     with needs("asgi"):
         from handlers.asgi import create_app
         from handlers.asgi_server import serve_asgi
@@ -130,7 +147,8 @@ def _serve_asgi(load: Callable[[], Guard], model: str, host: str, port: int, lim
     configure_logging()
     guard = load()
     settle_threads(guard.predictor)
-    serve_asgi(create_app({model: ImageService(guard, model, limits, expose_scores)}), host, port)
+    services = {model: ImageService(guard, model, limits, expose_scores)}
+    serve_asgi(create_app(services, public_metrics=public_metrics), host, port)
 
 
 def _serve_torchserve(

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from cli.export import _without_guard
+from guard import load_profile
+from guard.preprocessors import Gym
+from guard.profile import TripwireRecord
 from handlers.torchserve_gate import Options
 from handlers.torchserve_rollout import archive_config
 from tests.cli.conftest import Command
@@ -99,3 +104,19 @@ def test_other_files_are_told(toy: Path, tmp_path: Path, guard: Command) -> None
     assert "expected YAML in" in guard("export", toy, "--config", tmp_path / "c.yaml").problem
     problem = guard("export", toy, "--format", "onnx", "--config", tmp_path / "c.yaml").problem
     assert "expected --config with --format mar" in problem
+
+
+def test_an_onnx_file_is_said_to_be_the_model_alone(toy: Path, tmp_path: Path, guard: Command) -> None:
+    run = guard("export", toy, "--format", "onnx", "--out", tmp_path)
+    assert run.code == 0, run.err
+    assert run.out.strip() == str(tmp_path / "toy.onnx")
+    assert "note: this is the model alone, without the guard; it takes NCHW float32" in run.err
+
+
+def test_what_else_it_lacks_is_said(toy: Path) -> None:
+    profile, _ = load_profile(toy)
+    spec = msgspec.structs.replace(profile.input, mean=(0.5,), std=(0.25,))
+    original = TripwireRecord(model=profile.model, input=profile.input)
+    said = _without_guard(msgspec.structs.replace(profile, input=spec, preprocessor=Gym(), tripwire=original))
+    assert "the preprocessor that it was tuned for" in said
+    assert "and the original that detects; it takes NCHW float32, less a mean of (0.5,), over (0.25,)" in said

@@ -139,3 +139,8 @@ def test_a_server_without_any_time_is_not_started(tmp_path: Path, guard: Command
 def test_options_of_torchserve_are_refused_without_it(tmp_path: Path, guard: Command, given: list[object], named: str) -> None:
     problem = guard("serve", save_toy_profile(tmp_path / "toy"), *given).problem
     assert f"expected {named} with --engine torchserve, got it without" in problem
+
+
+def test_metrics_of_torchserve_stay_on_this_machine(tmp_path: Path, guard: Command) -> None:
+    problem = guard("serve", save_toy_profile(tmp_path / "toy"), "--engine", "torchserve", "--public-metrics").problem
+    assert "expected --public-metrics with --engine asgi, got torchserve" in problem
