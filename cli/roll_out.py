@@ -92,6 +92,8 @@ def roll_out_command(
     )
     guard = json.dumps(config.get("guard") or {}, default=str)
     typer.echo(f"guard options of {model} {version}: {guard}; what it does not say is as in its profile", err=True)
+    bound = "its response timeout" if drain_timeout is None else f"{drain_timeout:g} s"
+    typer.echo(f"once it serves, the old version gets up to {bound} to finish what it has taken", err=True)
     given = Capacity(workers=workers, batch_size=batch_size, max_batch_delay=batch_delay)
     done = roll_out(
         model,
