@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and that never take the place of what is not theirs."""
+"""Folders and files that appear whole or not at all; folders never take the place of what is not theirs."""
 
 from __future__ import annotations
 
@@ -101,4 +101,22 @@ def _replace(folder: Path, draft: Path, old: Path) -> None:
     except BaseException:
         if old.exists() and not folder.exists():
             os.replace(old, folder)
+        raise
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file, or none: a reader never sees half of it.
+
+    Raises:
+        OSError: It can't be written; what was there stays.
+    """
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
         raise

@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from guard.errors import UNREADABLE, QuarantineError
+from guard.folders import write_whole
 
 logger = logging.getLogger("guard.quarantine")
 _ID = re.compile(r"[0-9]{19}-[0-9a-f]{8}")
@@ -129,8 +130,8 @@ class Quarantine:
         if len(data) + len(record) > self.max_bytes:
             raise OSError(f"item of {len(data) + len(record)} bytes is over the folder's bound of {self.max_bytes}")
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write(self.folder / item.image, data)
-        _write(self._record(item.id), record)
+        write_whole(self.folder / item.image, data)
+        write_whole(self._record(item.id), record)
         self._items_left -= 1
         self._bytes_left -= len(data) + len(record)
         if self._items_left < 0 or self._bytes_left < 0:
@@ -208,7 +209,7 @@ class Quarantine:
         try:
             data = (self.folder / item.image).read_bytes() if item.image == target.name else self._rounded(item)
             folder.mkdir(parents=True, exist_ok=True)
-            _write(target, data)
+            write_whole(target, data)
         except OSError as error:
             raise QuarantineError(f"could not move {item_id} to {folder}: {error.strerror or error}") from error
         self._forget(item_id)
@@ -302,17 +303,3 @@ def _png(pixels: Tensor) -> bytes:
     array = pixels.to(torch.uint8).permute(1, 2, 0).numpy()
     Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def _write(path: Path, data: bytes) -> None:
-    """All or nothing: a reader never sees half a file."""
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import secrets
 import shutil
 import threading
@@ -26,6 +25,7 @@ from typing import Any, final
 import msgspec
 
 from guard.errors import UNREADABLE, EdgeError, TooLargeError
+from guard.folders import write_whole
 from handlers.edge_protocol import JOB_ID, FileInfo, JobRequest, JobStatus, Progress, Sealed, State
 
 logger = logging.getLogger("guard.edge")
@@ -313,17 +313,7 @@ class JobStore:
             raise EdgeError(f"refused {name}: its sample inputs are pickled; send it without them", 422, "pickled")
 
     def _write(self, job: Job) -> None:
-        path = self.folder(job.id) / _JSON
-        partial = path.with_name(f".{_JSON}.part")
-        try:
-            with partial.open("wb") as file:
-                file.write(msgspec.json.format(msgspec.json.encode(job), indent=1))
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
+        write_whole(self.folder(job.id) / _JSON, msgspec.json.format(msgspec.json.encode(job), indent=1))
 
 
 def _before(other: Job, job: Job) -> bool:
