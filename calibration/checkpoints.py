@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from calibration.data import Progress
-from guard.errors import CalibrationError, one_line
+from guard.errors import CheckpointError, one_line
 
 _LOCK = ".lock"
 
@@ -71,7 +71,7 @@ class Checkpoints:
             facts: Numbers.
 
         Raises:
-            CalibrationError: It can't be written, or another process writes there.
+            CheckpointError: It can't be written, or another process writes there.
         """
         if not self._writes:
             return
@@ -97,7 +97,7 @@ class Checkpoints:
             save_file(arrays, partial, metadata)
             partial.replace(self._path(name))
         except (SafetensorError, OSError) as error:  # a full disk is either
-            raise CalibrationError(f"expected room for checkpoints in {self.folder}, got: {one_line(error)}") from error
+            raise CheckpointError(f"expected room for checkpoints in {self.folder}, got: {one_line(error)}") from error
 
     def load(
         self,
@@ -111,7 +111,7 @@ class Checkpoints:
             How far it was, the arrays and the facts; None when there is none of this work.
 
         Raises:
-            CalibrationError: A damaged one.
+            CheckpointError: A damaged one.
         """
         path = self._path(name)
         if not path.is_file():
@@ -128,7 +128,7 @@ class Checkpoints:
             for key, optimizer in (optimizers or {}).items():
                 _fill(optimizer, _below(tensors, f"optimizer/{key}/"))
         except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-            raise CalibrationError(f"expected a checkpoint in {path}, got a damaged one: delete {self.folder}") from error
+            raise CheckpointError(f"expected a checkpoint in {path}, got a damaged one: delete {self.folder}") from error
         return step, _below(tensors, "array/"), facts
 
     def within(self, stage: str, key: object = None) -> Checkpoints:
@@ -160,7 +160,7 @@ class Checkpoints:
         """Delete them, and the folder unless it holds anything else."""
         if not self._writes or not self.folder.is_dir():
             return
-        with contextlib.suppress(OSError, CalibrationError):  # what another process writes is its own
+        with contextlib.suppress(OSError, CheckpointError):  # what another process writes is its own
             self._lock.claim()
             for pattern in ("*.safetensors", ".*.partial", _LOCK):
                 for path in self.folder.glob(pattern):
@@ -181,7 +181,7 @@ class _Lock:
         """Until it is given back or the process ends.
 
         Raises:
-            CalibrationError: Another process has it.
+            CheckpointError: Another process has it.
         """
         if self._held is not None:
             return
@@ -192,7 +192,7 @@ class _Lock:
             os.close(lock)
             if not isinstance(error, BlockingIOError | PermissionError):  # a file system without locks
                 raise
-            raise CalibrationError(
+            raise CheckpointError(
                 f"expected {self._folder} for this work alone, got another process that works there: "
                 "wait until it has ended, or pick another --out"
             ) from error

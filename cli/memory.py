@@ -11,7 +11,8 @@ import ctypes
 import os
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of malloc.h
-_KEPT, _LARGEST = 1 << 28, 1 << 26  # bytes: kept at the end of the heap, and of one block
+_KEPT = 1 << 28  # bytes, at the end of the heap
+_LARGEST = (1 << 26, 1 << 25)  # bytes of a block; before 2.35 glibc takes no more than the second
 
 
 def keep_freed_memory() -> bool:
@@ -28,4 +29,6 @@ def keep_freed_memory() -> bool:
     except (AttributeError, ValueError):  # other systems know no such name
         return False
     tell = ctypes.CDLL(None).mallopt
-    return all(tell(*option) == 1 for option in ((_MMAP_THRESHOLD, _LARGEST), (_TRIM_THRESHOLD, _KEPT), (_ARENA_MAX, 1)))
+    largest = any(tell(_MMAP_THRESHOLD, size) == 1 for size in _LARGEST)
+    others = [tell(*option) == 1 for option in ((_TRIM_THRESHOLD, _KEPT), (_ARENA_MAX, 1))]
+    return largest and all(others)

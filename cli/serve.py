@@ -115,10 +115,9 @@ def serve(
         raise InputError(
             f"expected --host 127.0.0.1 with TorchServe, which gets no security fixes any more, got {host}: use a proxy"
         )
+    told = {"mode": mode, "on_error": on_error, "latency_budget": latency_budget}  # else the profile's, a later version's own
     extra: dict[str, object] = {
-        "mode": policy.mode,
-        "on_error": policy.on_error,
-        **({} if policy.latency_budget is None else {"latency_budget": policy.latency_budget}),
+        **{key: value for key, value in told.items() if value is not None},
         "memory_limit": memory_limit * _MIB,
         "max_bytes": limits.max_bytes,
         "max_pixels": limits.max_pixels,

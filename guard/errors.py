@@ -104,6 +104,10 @@ class CalibrationError(GuardError):
     code = "calibration-failed"
 
 
+class CheckpointError(CalibrationError):
+    """Checkpoints can't be written or read, for a full disk or another process: it says nothing of the work itself."""
+
+
 class TooFewImagesError(CalibrationError):
     """The clean set is too small for the false rejection rate that was asked for.
 

@@ -185,10 +185,14 @@ class EdgeWorker:
 
     def _record(self, end: _End) -> None:
         if end.changes is not None:
-            self._store.drop_inputs(end.job_id)
             with contextlib.suppress(EdgeError):  # deleted meanwhile
-                self._store.update(end.job_id, progress=None, **end.changes)
+                try:
+                    self._store.update(end.job_id, progress=None, **end.changes)
+                except OSError:  # a full disk, on which what the device sent takes the room
+                    self._store.drop_inputs(end.job_id)
+                    self._store.update(end.job_id, progress=None, **end.changes)
                 logger.info("job %s is %s", end.job_id, end.changes["state"])
+            self._store.drop_inputs(end.job_id)
         self._store.clear(end.job_id)
 
     def _run(self, job_id: str) -> dict[str, object] | None:

@@ -247,8 +247,8 @@ def _drain(name: str, version: str, addresses: Addresses, timeout: float, drain_
     given_up = (capacity.response_timeout or _RESPONSE_TIMEOUT) + (capacity.max_batch_delay or 0) / 1000 + _MARGIN_SECONDS
     patience = given_up if drain_timeout is None else min(drain_timeout, given_up)
     if len(found["workers"]) == 1:
-        answered = _answers(name, version, addresses, time.monotonic() + max(patience, _MARGIN_SECONDS))
-        if not answered and patience < given_up:
+        busy = _is_busy(name, version, addresses, time.monotonic() + max(patience, _MARGIN_SECONDS))
+        if busy and patience < given_up:
             raise ServingError(f"after {patience:g} s its worker was still busy")
     elif found["workers"]:
         time.sleep(max(0.0, emptied + patience - time.monotonic()))
@@ -267,19 +267,19 @@ def _wait_until_queue_is_empty(name: str, version: str, addresses: Addresses, ti
     return emptied
 
 
-def _answers(name: str, version: str, addresses: Addresses, deadline: float) -> bool:
-    """Whether a worker answers until then; with what, does not matter."""
+def _is_busy(name: str, version: str, addresses: Addresses, deadline: float) -> bool:
+    """Whether a worker has not answered until then, with whatever; one that died is not."""
     while (left := deadline - time.monotonic()) > 0:
         try:
             _, body = ask(addresses, "inference", "POST", version_path(name, version, "predictions"), left)
         except ServingError as error:
             if isinstance(error.__cause__, TimeoutError):
-                return False
+                return True
             raise
         if error_type(body) != "ServiceUnavailableException":  # which is TorchServe's own: it has queued nothing
-            return True
+            return False
         time.sleep(_POLL_SECONDS)
-    return False
+    return any(worker["status"] == "READY" for worker in _describe(name, version, addresses)["workers"])
 
 
 def _describe(name: str, version: str, addresses: Addresses) -> dict[str, Any]:

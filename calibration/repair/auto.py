@@ -38,7 +38,7 @@ from calibration.repair.repair import Repaired, check_classes, check_scannable, 
 from calibration.repair.settings import RepairSettings
 from calibration.repair.verification import LEFT, Candidate, red_team, verify
 from guard import Predictor
-from guard.errors import CalibrationError, GuardError, InspectionError, ModelError, RepairError
+from guard.errors import CalibrationError, CheckpointError, GuardError, InspectionError, ModelError, RepairError
 
 _PLANTED_WORKS, _PLANTED_LEFT = 0.8, 0.2
 _MOST_CAUGHT = 500
@@ -54,17 +54,18 @@ class Choice:
     why: str
 
 
-def choices(infected: Sequence[str], quarantined: bool) -> list[Choice]:
+def choices(infected: Sequence[str], quarantined: bool, scanned: bool = True) -> list[Choice]:
     """The methods to try, in their order.
 
     Args:
         infected: Names of the labels that a scan found infected.
         quarantined: Whether a guard rejected inputs that are at hand.
+        scanned: Whether a scan could tell.
     """
     gym = Choice("gym", "gym needs to know no trigger: the copy is tuned for a preprocessor that breaks most of them")
     codefend = Choice("codefend", "codefend learns the trigger from what the guard rejected")
     if not infected:
-        nothing = "a scan finds no label infected, which it would not for a trigger that covers the image; "
+        nothing = "a scan finds no label infected, which it would not for a trigger that covers the image; " if scanned else ""
         return [
             Choice(item.method, nothing + item.why if number == 0 else item.why)
             for number, item in enumerate([codefend, gym] if quarantined else [gym])
@@ -119,13 +120,16 @@ def repair_automatically(
     if triggers is None:
         check_scannable(cut, "auto")
     how = ScanSettings(search=settings.search, seed=settings.seed)
-    if triggers is None:
-        triggers = infected_by_scan(predictor, cut, how, engine, checkpoints, progress)
-    labels = label_names(sorted(set(triggers.labels.tolist())), predictor.spec.class_names)
-    known = triggers if labels else None
     tried: list[str] = []
+    if triggers is None:
+        try:
+            triggers = infected_by_scan(predictor, cut, how, engine, checkpoints, progress)
+        except InspectionError as reason:  # others need no scan
+            tried.append(f"a scan can't tell: {reason}")
+    known = triggers if triggers is not None and len(triggers) else None
+    labels = [] if known is None else label_names(sorted(set(known.labels.tolist())), predictor.spec.class_names)
     doubted: Repaired | None = None
-    for choice in choices(labels, quarantined is not None):
+    for choice in choices(labels, quarantined is not None, scanned=triggers is not None):
         own = None if checkpoints is None else checkpoints.within(choice.method)
         try:
             repaired = repair(
@@ -139,6 +143,8 @@ def repair_automatically(
                 progress=progress,
             )
             repaired.check()
+        except CheckpointError:  # no method could go on
+            raise
         except _FAILURES as reason:
             tried.append(f"{choice.method} gave up: {reason}")
             continue
@@ -150,6 +156,8 @@ def repair_automatically(
         candidate = Candidate(repaired.predictor, repaired.preprocessor)
         try:
             found = verify(candidate, known, cut, msgspec.structs.replace(how, seed=how.seed + 1), engine, progress, own)
+        except CheckpointError:
+            raise
         except _FAILURES as reason:
             tried.append(f"{choice.method} can't be verified: {reason}")
             continue
@@ -212,23 +220,38 @@ def _with_red_team(
     def shown(what: str, done: int, total: int) -> None:
         progress(f"red team: {what}", done, total)
 
+    failed = ""
+
     def again(planted: Predictor, caught: Tensor, _labels: Tensor) -> Candidate:
+        nonlocal failed
         suspects = caught[:_MOST_CAUGHT] if settings.method == "codefend" else None
         own = None if checkpoints is None else checkpoints.within("red-team", weights_sha256(planted))
         try:
             repaired = repair(planted, clean, settings, suspects, engine=engine, checkpoints=own, progress=shown)
+        except CheckpointError:
+            raise
+        except RepairError:  # above all, a scan that does not find the trigger: then nothing is repaired
+            return Candidate(planted, None)
+        except _FAILURES as reason:
+            failed = str(reason)
+            return Candidate(planted, None)
+        try:
             repaired.check()
-        except _FAILURES:  # above all, a scan that does not find the trigger: then nothing is repaired
-            return Candidate(planted, None)
-        if repaired.figures.forgotten_labels:  # that the trigger's label is not given any more proves nothing
-            return Candidate(planted, None)
+        except RepairError as reason:
+            failed = str(reason)
+        if repaired.figures.forgotten_labels:
+            failed = "the copy hardly gives some label any more"
         return Candidate(repaired.predictor, repaired.preprocessor)
 
     progress("red team: does the same repair remove a known trigger?", 1, 1)
     try:
         name, before, after = red_team(predictor, cut, again, settings.seed, progress)
+    except CheckpointError:
+        raise
     except GuardError as reason:
         return found, [f"The red team could not plant a trigger: {reason}."]
+    if failed:
+        return found, [f"The red team tells nothing: the same repair of a copy with a planted trigger did not do: {failed}."]
     if before < _PLANTED_WORKS:
         return found, [f"The red team could not plant a trigger: a {name} worked on {before:.0%} of the images alone."]
     verified = msgspec.structs.replace(found, planted=name, planted_success_before=before, planted_success_after=after)

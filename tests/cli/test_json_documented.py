@@ -9,7 +9,9 @@ import msgspec
 import pytest
 
 from calibration.evaluation import Evaluation
+from calibration.inspection.record import ScanRecord
 from calibration.red_team import RedTeam
+from calibration.repair.record import RepairRecord
 from cli.check import Line
 from tests.cli.conftest import Command, Files
 
@@ -25,7 +27,14 @@ def documented(command: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("command", "kind"), [("guard check", Line), ("guard evaluate", Evaluation), ("guard red-team", RedTeam)]
+    ("command", "kind"),
+    [
+        ("guard check", Line),
+        ("guard evaluate", Evaluation),
+        ("guard red-team", RedTeam),
+        ("guard scan", ScanRecord),
+        ("guard repair", RepairRecord),
+    ],
 )
 def test_fields_are_those_of_the_records(command: str, kind: type[msgspec.Struct]) -> None:
     assert documented(command) == set(kind.__struct_fields__)

@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 from torch import Tensor
 
+from handlers.torchserve_rollout import archive_config
 from tests.toy import save_toy_profile, toy_images, toy_trigger
 
 GUARD = [sys.executable, "-c", "from cli.main import main; main()"]
@@ -161,6 +162,7 @@ def test_the_commands_that_it_prints_make_a_version_that_guards_as_it_does(tmp_p
         (described,) = json.loads(connection.getresponse().read())
         connection.close()
         assert [described[key] for key in ("modelVersion", "batchSize", "maxBatchDelay")] == ["2.0", 8, 2]
+        assert "on_error" not in str(archive_config(tmp_path / "model-store" / "toy.mar"))  # which its profile decides
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(timeout=30)

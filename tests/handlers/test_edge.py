@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import json
@@ -293,10 +294,11 @@ def test_what_is_too_old_goes_without_another_job(tmp_path: Path) -> None:
 def test_a_server_looks_for_what_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, busy: bool) -> None:
     """Also while a job runs, which may take hours."""
     monkeypatch.setattr(edge_worker, "_LOOK_SECONDS", 0.05)
-    with edge_server(tmp_path, running(SLEEPS), EdgeLimits(receiving_seconds=1.0)) as edge:
+    with edge_server(tmp_path, running(SLEEPS)) as edge:
         runs = edge.started() if busy else None
         if runs is not None:
             edge.until(runs, lambda found: found.state == "running")
+        edge.store.limits = dataclasses.replace(edge.store.limits, receiving_seconds=0.5)
         job, deadline = edge.create(requested(sent_files())), time.monotonic() + TIMEOUT
         while edge.send("GET", f"/v1/jobs/{job}").status_code != 404:
             assert time.monotonic() < deadline
@@ -462,6 +464,22 @@ def test_on_a_full_disk_inputs_make_room_for_the_end(
         job = edge.started()
         assert edge.ended(job).state == state
         assert not edge.store.sent(job).exists()
+
+
+def test_a_done_job_is_recorded_before_anything_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that dies between the two would lose hours of work."""
+    drop, states = JobStore.drop_inputs, list[str]()
+
+    def watched(store: JobStore, job_id: str) -> None:
+        states.append(store.get(job_id).state)
+        drop(store, job_id)
+
+    monkeypatch.setattr(JobStore, "drop_inputs", watched)
+    with edge_server(tmp_path) as edge:
+        job = edge.started()
+        assert edge.ended(job).state == "done"
+        edge.until(job, lambda _: bool(states))
+    assert set(states) == {"done"}
 
 
 def test_an_end_that_can_not_be_written_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,3 +244,5 @@ def test_a_full_queue_is_no_answer_of_a_worker(answers: dict[str, tuple[int, byt
     answers["POST /predictions/m/1.0"] = (503, b'{"code": 503, "type": "ServiceUnavailableException", "message": "full"}')
     with pytest.raises(ServingError, match="its worker was still busy"):
         roll_out("m", "m.mar", "2.0", WHERE, drain_timeout=0.1)
+    answers["GET /models/m/1.0"] = (200, described("1.0").replace(b"READY", b"UNLOADED"))
+    assert roll_out("m", "m.mar", "2.0", WHERE, drain_timeout=0.1).replaced == "1.0"  # its worker died: nothing is at work

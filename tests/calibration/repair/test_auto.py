@@ -34,7 +34,7 @@ from calibration.repair.settings import RepairSettings
 from calibration.repair.verification import Candidate, pasted, red_team, verify
 from cli.demonstration.digits import Digits
 from guard import Predictor
-from guard.errors import CalibrationError, GuardError, InspectionError, ModelError, RepairError
+from guard.errors import CalibrationError, CheckpointError, GuardError, InspectionError, ModelError, RepairError
 from guard.predictors import wrap
 from tests.calibration.repair.test_figures import GOOD
 from tests.nets import SMALL
@@ -317,6 +317,35 @@ def test_a_method_that_fails_keeps_no_other_from_its_turn(
     assert "Before, prune gave up: nothing can be said." in found.figures.said
 
 
+def test_a_full_disk_is_no_fault_of_a_method(
+    digits: Digits, original: Predictor, recovered: Triggers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one was chosen, and the work of the first could not be gone on with."""
+
+    def came_to(_: Method) -> RepairFigures:
+        raise CheckpointError("expected room for checkpoints")
+
+    all_is_well_with(monkeypatch, came_to)
+    with pytest.raises(CheckpointError, match="room for checkpoints"):
+        repair_automatically(original, digits.clean, RepairSettings(method="gym"), triggers=recovered)
+
+
+def test_where_a_scan_can_not_tell_the_methods_that_need_none_have_their_turn(
+    digits: Digits, original: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def undecided(*_: object) -> None:
+        raise InspectionError("a label stands out, but whether that is natural can't be told")
+
+    all_is_well_with(monkeypatch, lambda _: GOOD)
+    monkeypatch.setattr(auto, "infected_by_scan", undecided)
+    found = repair_automatically(original, digits.clean, RepairSettings(method="gym"))
+    assert found.settings.method == "gym"
+    assert found.figures.said[0] == (
+        "Chosen automatically: gym needs to know no trigger: the copy is tuned for a preprocessor that breaks most of them."
+    )
+    assert found.figures.said[1].startswith("Before, a scan can't tell: a label stands out")
+
+
 def test_too_few_images_to_scan_are_told_with_the_number_that_will_do(digits: Digits, original: Predictor) -> None:
     few = digits.clean.select(torch.arange(60))
     with pytest.raises(RepairError, match=r"at least 7\d different clean images for auto, .* got 60: add images, or name"):
@@ -370,5 +399,5 @@ def test_a_copy_that_answers_nothing_rightly_any_more_is_no_success_of_the_repai
     monkeypatch.setattr(auto, "red_team", team)
     nothing, settings = Verification(rescan_infected=(), recovered_success=None), RepairSettings(method="gym")
     found, said = auto._with_red_team(nothing, original, digits.clean, cut, settings, Engine(), None, lambda *_: None)
-    assert found.planted_success_after == 1.0
-    assert "still worked on 100%" in said[0]
+    assert found.planted_success_after is None
+    assert "the same repair of a copy with a planted trigger did not do: " in said[0]
