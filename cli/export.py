@@ -69,7 +69,7 @@ def _without_guard(profile: Profile) -> str:
         missing.append("the original that detects")
     spec = profile.input
     takes = f"{spec.layout} {spec.dtype}" + (f", less a mean of {spec.mean}, over {spec.std}" if spec.mean else "")
-    return f"note: this is the model alone, without {', and '.join(missing)}; it takes {takes}"
+    return f"note: this is the model alone, without {', without '.join(missing)}; it takes {takes}"
 
 
 class _ModelConfig(msgspec.Struct, forbid_unknown_fields=True, rename="camel"):

@@ -31,7 +31,11 @@ def list_items(folder: _Folder, as_json: options.JsonOption = False) -> None:
             typer.echo(msgspec.json.encode(item).decode())
     elif items:
         rows = [(item.id, _time(item), f"{item.label}", item.detector, _score(item)) for item in items]
-        show_rows(f"{len(items)} items in {folder}", rows, ("id", "time", "label", "detector", "found"))
+        show_rows(
+            f"{len(items)} {'item' if len(items) == 1 else 'items'} in {folder}",
+            rows,
+            ("id", "time", "label", "detector", "found"),
+        )
     else:
         typer.echo(f"{folder} is empty")
 

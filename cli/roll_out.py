@@ -66,7 +66,7 @@ def roll_out_command(
     TorchServe must have been started with --enable-model-api (guard serve
     --engine torchserve --updates does).
 
-    Example: guard export profile-2 --name signs --version 2.0, then guard roll-out model-store/signs.mar, and where guard serve
+    Example: guard export profile-2 --name signs --version 2.0 --config signs-config.yaml, then guard roll-out model-store/signs.mar, and where guard serve
     started the server, with the options that it prints
     """
     with needs("torchserve"):
@@ -90,8 +90,9 @@ def roll_out_command(
         management_token=keys.get("management"),
         inference_token=keys.get("inference"),
     )
-    guard = json.dumps(config.get("guard") or {}, default=str)
-    typer.echo(f"guard options of {model} {version}: {guard}; what it does not say is as in its profile", err=True)
+    options = config.get("guard")
+    own = "none" if not options else json.dumps(options, default=str)
+    typer.echo(f"guard options of {model} {version}: {own}; else its profile's policy, no quarantine, default limits", err=True)
     bound = "its response timeout" if drain_timeout is None else f"{drain_timeout:g} s"
     typer.echo(f"once it serves, the old version gets up to {bound} to finish what it has taken", err=True)
     given = Capacity(workers=workers, batch_size=batch_size, max_batch_delay=batch_delay)

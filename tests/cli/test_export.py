@@ -119,4 +119,4 @@ def test_what_else_it_lacks_is_said(toy: Path) -> None:
     original = TripwireRecord(model=profile.model, input=profile.input)
     said = _without_guard(msgspec.structs.replace(profile, input=spec, preprocessor=Gym(), tripwire=original))
     assert "the preprocessor that it was tuned for" in said
-    assert "and the original that detects; it takes NCHW float32, less a mean of (0.5,), over (0.25,)" in said
+    assert ", without the original that detects; it takes NCHW float32, less a mean of (0.5,), over (0.25,)" in said

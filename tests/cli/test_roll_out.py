@@ -57,8 +57,8 @@ def test_it_says_what_the_new_version_guards_with(config: str | None, tmp_path: 
     """Before it does anything; here there is no server."""
     run = guard("roll-out", archive(tmp_path / "m.mar", config), "--management", "http://127.0.0.1:1")
     assert "is it running?" in run.problem
-    options = "{}" if config is None else '{"mode": "monitor"}'
-    assert f"guard options of m 2.0: {options}; what it does not say is as in its profile" in run.err
+    options = "none" if config is None else '{"mode": "monitor"}'
+    assert f"guard options of m 2.0: {options}; else its profile's policy, no quarantine, default limits" in run.err
 
 
 @pytest.mark.parametrize("config", ["guard: [", "guard: !!python/object/apply:os.getcwd []"])
