@@ -66,8 +66,8 @@ def roll_out_command(
     TorchServe must have been started with --enable-model-api (guard serve
     --engine torchserve --updates does).
 
-    Example: guard export profile-2 --name signs --version 2.0 --config signs-config.yaml, then guard roll-out model-store/signs.mar, and where guard serve
-    started the server, with the options that it prints
+    Example: guard export profile-2 --name signs --version 2.0 --config signs-config.yaml, then
+    guard roll-out model-store/signs.mar, and where guard serve started the server, with the options that it prints
     """
     with needs("torchserve"):
         from handlers.torchserve_api import Addresses, read_keys
