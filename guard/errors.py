@@ -104,7 +104,7 @@ class CalibrationError(GuardError):
     code = "calibration-failed"
 
 
-class CheckpointError(CalibrationError):
+class CheckpointError(GuardError):
     """Checkpoints can't be written or read, for a full disk or another process: it says nothing of the work itself."""
 
 

@@ -143,8 +143,6 @@ def repair_automatically(
                 progress=progress,
             )
             repaired.check()
-        except CheckpointError:  # no method could go on
-            raise
         except _FAILURES as reason:
             tried.append(f"{choice.method} gave up: {reason}")
             continue
@@ -156,8 +154,6 @@ def repair_automatically(
         candidate = Candidate(repaired.predictor, repaired.preprocessor)
         try:
             found = verify(candidate, known, cut, msgspec.structs.replace(how, seed=how.seed + 1), engine, progress, own)
-        except CheckpointError:
-            raise
         except _FAILURES as reason:
             tried.append(f"{choice.method} can't be verified: {reason}")
             continue
@@ -228,8 +224,6 @@ def _with_red_team(
         own = None if checkpoints is None else checkpoints.within("red-team", weights_sha256(planted))
         try:
             repaired = repair(planted, clean, settings, suspects, engine=engine, checkpoints=own, progress=shown)
-        except CheckpointError:
-            raise
         except RepairError:  # above all, a scan that does not find the trigger: then nothing is repaired
             return Candidate(planted, None)
         except _FAILURES as reason:
@@ -246,7 +240,7 @@ def _with_red_team(
     progress("red team: does the same repair remove a known trigger?", 1, 1)
     try:
         name, before, after = red_team(predictor, cut, again, settings.seed, progress)
-    except CheckpointError:
+    except CheckpointError:  # which says nothing of the trigger
         raise
     except GuardError as reason:
         return found, [f"The red team could not plant a trigger: {reason}."]

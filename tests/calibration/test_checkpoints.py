@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from calibration.checkpoints import Checkpoints
-from guard.errors import CalibrationError
+from guard.errors import CheckpointError
 
 
 def trained(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -60,7 +60,7 @@ def test_a_damaged_one_is_told_and_not_half_read(tmp_path: Path, damage: bytes) 
     if damage.endswith(b"{}      "):  # a valid file of other work
         assert checkpoints.load("a", {"net": net}) is None
     else:
-        with pytest.raises(CalibrationError, match="got a damaged one: delete"):
+        with pytest.raises(CheckpointError, match="got a damaged one: delete"):
             checkpoints.load("a", {"net": net})
     assert all(torch.equal(*pair) for pair in zip(before, net.parameters(), strict=True))
 
@@ -107,7 +107,7 @@ def test_what_is_loaded_does_not_hold_the_file(tmp_path: Path) -> None:
 def test_what_can_not_be_written_is_told_in_one_line(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "work", "key")
     (tmp_path / "work" / ".net.partial").mkdir(parents=True)  # stands in for a full disk
-    with pytest.raises(CalibrationError, match=r"expected room for checkpoints in .*work, got: "):
+    with pytest.raises(CheckpointError, match=r"expected room for checkpoints in .*work, got: "):
         checkpoints.save("net", 1, arrays={"weights": torch.ones(2)})
 
 
@@ -138,7 +138,7 @@ def test_two_works_do_not_share_a_folder(tmp_path: Path) -> None:
             assert other.stdout is not None
             assert other.stdout.readline() == b"there\n"
             mine = Checkpoints(tmp_path / "c", "mine")
-            with pytest.raises(CalibrationError, match="another process that works there: wait until it has ended"):
+            with pytest.raises(CheckpointError, match="another process that works there: wait until it has ended"):
                 mine.save("a", 1, {"net": net})
             mine.remove()
             assert (tmp_path / "c" / "a.safetensors").is_file()

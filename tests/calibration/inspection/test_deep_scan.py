@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -74,9 +75,9 @@ def test_neither_the_model_nor_the_global_generator_moves(suspect: Predictor, ba
 def test_passes_are_those_that_had_gradients(suspect: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: Counter[str] = Counter()
 
-    def watched(answers: nn.Module, *rest: object) -> DeepInspected:
+    def watched(answers: nn.Module, *rest: Any) -> DeepInspected:
         answers.register_forward_pre_hook(lambda _, given: seen.update({"images": len(given[0]) * torch.is_grad_enabled()}))
-        return deep_inspect(answers, *rest)  # type: ignore[arg-type]
+        return deep_inspect(answers, *rest)
 
     monkeypatch.setattr("calibration.inspection.deep_scan.deep_inspect", watched)
     figures = deep_scan(suspect, SHORT).figures

@@ -30,11 +30,13 @@ class Channels(nn.Module):
             for value in self.parameters():
                 value.zero_()
             self.convolution.weight[QUADRANT] = 1.0 / 16.0
-            self.convolution.bias[DEAD] = -1.0  # type: ignore[index]
+            bias = self.convolution.bias
+            assert bias is not None
+            bias[DEAD] = -1.0
             self.convolution.weight[FAINT] = 0.01 / 16.0
             self.convolution.weight[SOUTH_EAST, 0, 2:, 2:] = 10.0
             self.convolution.weight[NORTH_WEST, 0, :2, :2] = 10.0
-            self.convolution.bias[SOUTH_EAST:] = -39.0  # type: ignore[index]
+            bias[SOUTH_EAST:] = -39.0
             heard = self.linear.weight.view(4, 5, 4)
             heard[:, QUADRANT] = 12.0 * torch.eye(4)
             heard[0, SOUTH_EAST, 3] = heard[1, NORTH_WEST, 0] = 100.0
