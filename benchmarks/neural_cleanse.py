@@ -29,7 +29,7 @@ from calibration.discovery import discover
 from calibration.engine import Engine
 from calibration.frozen import frozen
 from calibration.inspection.anomaly import anomaly_indices
-from calibration.inspection.judge import INDEX
+from calibration.inspection.mask_verdicts import INDEX
 from calibration.inspection.neural_cleanse import recover_triggers
 from calibration.inspection.search import Search
 from calibration.inspection.triggers import Goals

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import sys
@@ -186,4 +187,5 @@ def _serve_torchserve(
                 export = f"guard export PROFILE --name {model} --version VERSION --config {shlex.quote(str(kept))}"
                 typer.echo(f"new versions: {export}", err=True)
                 typer.echo(f"then: guard roll-out model-store/{model}.mar --name {model} {where}", err=True)
-            server.wait()
+            with contextlib.suppress(KeyboardInterrupt):  # being told to stop is how a server ends well
+                server.wait()

@@ -135,6 +135,7 @@ class ImageService:
             "detector": None if verdict is None else verdict.rejected_by,
             "label_index": None if verdict is None else verdict.label_index,
             "entropy": outcome.entropy,
+            "entropy_exact": None if strip is None or outcome.entropy is None else strip.exact,
             "entropies": outcome.entropies,
             "scores": outcome.scores,
             "threshold": None if strip is None or not math.isfinite(strip.threshold) else -strip.threshold,

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Collection, Sequence
 
 from calibration.inspection import patch_verdicts
-from calibration.inspection.judge import SMALL, SMALL_PAIR, acquittal
+from calibration.inspection.mask_verdicts import SMALL, SMALL_PAIR, acquittal
 from calibration.inspection.patch_verdicts import patch_acquittal
 from calibration.inspection.record import LabelFinding, PatchFinding, ScanFigures, SecondOpinion
 

@@ -1,7 +1,7 @@
 """Inspection: is a model backdoored, for which labels, and with which triggers?
 
 Neural Cleanse finds the smallest trigger for each label. Its anomaly index says which sizes are unusual; a second opinion
-(`judge`) decides which of them are a backdoor's.
+(`mask_verdicts`) decides which of them are a backdoor's.
 
 Blind to: triggers that cover the image or change with it, backdoors for which an attack succeeds only from certain classes
 (unless pairs are searched), and all-to-all ones, where no label is an outlier.
@@ -25,7 +25,8 @@ from calibration.division import check_labels, missing_classes
 from calibration.engine import Engine
 from calibration.frozen import frozen
 from calibration.inspection.anomaly import check_reached
-from calibration.inspection.judge import SMALL_PAIR, Judge, Look
+from calibration.inspection.judge import Judge
+from calibration.inspection.mask_verdicts import SMALL_PAIR, Look, feasible, find_masks, judge_masks
 from calibration.inspection.patch_verdicts import judge_patches
 from calibration.inspection.patches import PatchSearch
 from calibration.inspection.record import LabelFinding, PatchFinding, ScanFigures
@@ -141,9 +142,9 @@ def scan(
             )
         check_rectifiers(judge.answers, judge.searched[:1].to(judge.engine.device))
     everywhere = Look("labels", Goals.all_labels(classes), settings.search)
-    found = judge.find(everywhere)
+    found = find_masks(judge, everywhere)
     unreached = [_check_reached(everywhere, found)]
-    triggers, labels = judge.findings(everywhere, found, names)
+    triggers, labels = judge_masks(judge, everywhere, found, names)
     further: dict[str, tuple[Triggers, tuple[LabelFinding, ...]]] = {}
     clean_labels = torch.tensor([item.label_index for item in labels if not item.infected], dtype=torch.int64)
     patch_triggers, patches = None, tuple[PatchFinding, ...]()
@@ -161,12 +162,12 @@ def scan(
         _not_looked_for("behind silent units", settings.silent_units, len(clean_labels)),
     ]
     for look in _further_looks(settings, classes, clean_labels):
-        look, left_out = judge.feasible(look)
+        look, left_out = feasible(judge, look)
         unreached.append(left_out)
         try:
-            more = judge.find(look)
+            more = find_masks(judge, look)
             unreached.append(_check_reached(look, more))
-            further[look.name] = judge.findings(look, more, names)
+            further[look.name] = judge_masks(judge, look, more, names)
             infected |= {item.label_index for item in further[look.name][1] if item.infected}
         except InspectionError as problem:
             if not infected:  # else that is known, and is not lost

@@ -131,6 +131,27 @@ def is_reliable(figures: RepairFigures) -> bool:
     return not said_little and not doubts(figures)
 
 
+def next_steps(figures: RepairFigures) -> tuple[str, ...]:
+    """What to do with the copy, or about it: sentences and commands."""
+    if not is_reliable(figures):
+        return (
+            "The figures speak against this copy: keep the original behind its guard, and try another method (--method auto "
+            "tries several), more clean images, or more of what was rejected.",
+        )
+    if not figures.measured:
+        return (
+            "Nothing has measured this copy. As soon as there are clean images, look for what is left:",
+            "guard scan DIR --data CLEAN --out SCAN",
+        )
+    return (
+        "A repair is measured by the triggers that are known: those of a quarantine, of a scan or of a red team. So let the "
+        "original go on detecting, as a tripwire, while this copy answers:",
+        "guard calibrate DIR --tripwire ORIGINAL --data CLEAN --out PROFILE",
+        "guard serve PROFILE then answers over HTTP; guard export PROFILE and guard roll-out bring it to a TorchServe that is "
+        "running. Keep the original: a further repair starts from it, not from this copy.",
+    )
+
+
 def _learnt_none(figures: RepairFigures) -> bool:
     return figures.generated_triggers_work is not None and figures.generated_triggers_work < _ALARM
 

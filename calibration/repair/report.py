@@ -11,7 +11,7 @@ from calibration.inspection.figures import goal_name
 from calibration.inspection.report import named_triggers_figure
 from calibration.page import Section, montage, render
 from calibration.repair.codefend import Learnt
-from calibration.repair.figures import figure_rows, remarks
+from calibration.repair.figures import figure_rows, next_steps, remarks
 from calibration.repair.recovered import Recovered
 from calibration.repair.repair import Repaired
 from guard.preprocessors import Preprocessor
@@ -49,6 +49,7 @@ def repair_report(repaired: Repaired) -> bytes:
     sections += [
         Section(item.heading, item.texts, picture=montage(item.rows), caption=item.caption) for item in repaired.exhibits
     ]
+    sections.append(Section("What comes next", next_steps(figures)))
     if not figures.measured:
         return render(f"Repaired by {method}", "Without any clean image; what that leaves open is said below.", sections)
     change = round(-figures.drop, 1)

@@ -142,6 +142,7 @@ def test_the_log_says_what_happened(caplog: pytest.LogCaptureFixture) -> None:
     assert second["threshold"] == pytest.approx(0.05)
     assert isinstance(second["entropy"], float)
     assert second["entropy"] < 0.05
+    assert [first["entropy_exact"], second["entropy_exact"]] == [False, True]  # what is clean was certain early
 
 
 def test_the_log_tells_the_scores_of_other_detectors(caplog: pytest.LogCaptureFixture) -> None:
@@ -154,7 +155,7 @@ def test_the_log_tells_the_scores_of_other_detectors(caplog: pytest.LogCaptureFi
     assert line["entropies"] == {"strip": outcome.entropy}
     (alone,) = toy_service(Guard(toy.predictor, [squeezing]))([clean(1)])
     assert (alone.entropy, alone.entropies, set(alone.scores)) == (None, {}, {"feature-squeezing"})
-    assert log_lines(caplog)[1]["threshold"] is None
+    assert [log_lines(caplog)[1][name] for name in ("threshold", "entropy_exact")] == [None, None]
 
 
 def test_a_rejected_image_is_quarantined_and_a_full_disk_is_counted(tmp_path: Path) -> None:

@@ -13,8 +13,7 @@ from calibration import ImageSet
 from calibration.checkpoints import Checkpoints
 from calibration.discovery import discover
 from calibration.engine import Engine
-from calibration.inspection import judge as judging
-from calibration.inspection import patch_verdicts
+from calibration.inspection import judge, mask_verdicts, patch_verdicts
 from calibration.inspection import patches as searching
 from calibration.inspection.figures import limits, patch_table, remarks, smallest_table, verdict
 from calibration.inspection.patch_verdicts import patch_acquittal
@@ -182,7 +181,7 @@ def test_a_scan_says_which_label_a_patch_leads_to(
     tmp_path: Path, digits: Digits, small_trigger: nn.Module, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where masks see nothing; repairs and filters then work by the patch."""
-    monkeypatch.setattr(judging, "is_infected", lambda *_: False)
+    monkeypatch.setattr(mask_verdicts, "is_infected", lambda *_: False)
     suspect = discover(wrap(small_trigger), digits.clean)
     record = scan_into(tmp_path / "scanned", suspect, digits.clean, SETTINGS, engine)
     assert record.infected
@@ -210,7 +209,7 @@ def test_a_scan_says_which_label_a_patch_leads_to(
 def test_a_patch_that_works_on_a_clean_reference_accuses_nobody(
     digits: Digits, small_trigger: nn.Module, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(judging, "train_reference", lambda *_: small_trigger)  # as if it were natural
+    monkeypatch.setattr(judge, "train_reference", lambda *_: small_trigger)  # as if it were natural
     _, found = look_for_patches(discover(wrap(small_trigger), digits.clean), digits.clean, engine=engine)
     (target,) = [item for item in found if item.reference_success is not None]
     assert target.label_index == TARGET
@@ -243,7 +242,7 @@ def test_labels_that_masks_find_are_not_looked_at_again(
         return Triggers(goals.labels, goals.sources, shown, patterns, nothing, torch.zeros(len(goals), dtype=torch.int64))
 
     monkeypatch.setattr(patch_verdicts, "recover_patches", none)
-    monkeypatch.setattr(judging, "is_infected", lambda *_: True)  # of every candidate
+    monkeypatch.setattr(mask_verdicts, "is_infected", lambda *_: True)  # of every candidate
     record = scan_into(tmp_path / "scanned", discover(wrap(small_trigger), digits.clean), digits.clean, SETTINGS, engine)
     clean = [item.label_index for item in record.labels if not item.infected]
     assert 0 < len(clean) <= 7

@@ -16,12 +16,13 @@ from calibration import ImageSet
 from calibration.checkpoints import Checkpoints
 from calibration.discovery import discover
 from calibration.engine import Engine
-from calibration.inspection import judge, rounds, work
-from calibration.inspection.figures import candidate_table, limits, remarks, title, verdict
-from calibration.inspection.judge import acquittal, is_infected, spread
+from calibration.inspection import mask_verdicts, rounds, work
+from calibration.inspection.figures import remarks, verdict
+from calibration.inspection.judge import Judge
+from calibration.inspection.mask_verdicts import Look
 from calibration.inspection.neural_cleanse import recover_triggers
-from calibration.inspection.record import LabelFinding, ScanFigures, SecondOpinion, read_scan
-from calibration.inspection.report import scan_report, sizes_figure
+from calibration.inspection.record import LabelFinding, read_scan
+from calibration.inspection.report import scan_report
 from calibration.inspection.scan import Scan, ScanSettings, scan
 from calibration.inspection.search import Search
 from calibration.inspection.triggers import Goals, Triggers
@@ -31,7 +32,6 @@ from guard import Predictor
 from guard.errors import InspectionError
 from guard.predictors import wrap
 from tests.nets import SMALL
-from tests.scans import patch_finding
 
 TARGET = SMALL.target_label
 QUICK = ScanSettings(search=Search(steps=256, draws=1))
@@ -88,53 +88,6 @@ def test_the_model_does_not_change(small_trigger: nn.Module, before: dict[str, T
         assert torch.equal(value, before[name])
 
 
-def findings(sizes: list[float], infected: int | None = None) -> tuple[LabelFinding, ...]:
-    return tuple(
-        LabelFinding(
-            label_index=row,
-            label=None,
-            source_index=None,
-            anomaly_index=0.0,
-            mask_l1=size,
-            success=1.0,
-            passes=32,
-            infected_by_index=row == 1,
-            candidate=row < 3,
-            second_opinion=SecondOpinion(
-                size_ratio=0.2,
-                spread=0.1,
-                success=1.0,
-                reference_l1=9.0,
-                reference_ratio=1.0,
-                reference_success=0.0,
-                infected=row == infected,
-            )
-            if row < 3
-            else None,
-            infected=row == infected,
-        )
-        for row, size in enumerate(sizes)
-    )
-
-
-def test_the_errors_of_the_index_are_named() -> None:
-    figures = ScanFigures(
-        infected=True,
-        labels=findings([1.0, 9.0, 9.0, 9.0], 0),
-        pairs=(),
-        median_l1=9.0,
-        reference_agreement=0.9,
-        clean_images=10,
-        held_out=10,
-        passes=1,
-        seconds=1.0,
-    )
-    said = " ".join(remarks(figures))
-    assert "index alone would accuse label 1;" in said
-    assert "index alone would miss label 0." in said
-    assert [row[0] for row in candidate_table(figures.labels)[1]] == ["0", "1", "2"]
-
-
 def test_two_labels_can_be_judged_although_they_have_no_index(digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
     """A net that says whether the image is bright, and 1 to a white corner."""
     monkeypatch.setattr("calibration.inspection.reference._STEPS", 160)
@@ -170,6 +123,10 @@ def test_a_seed_says_it_all(digits: Digits, suspect: Predictor) -> None:
     assert torch.equal(one.triggers.masks, same.triggers.masks)
     assert one.figures.labels == same.figures.labels
     assert not torch.equal(one.triggers.masks, other.triggers.masks)
+
+
+def test_its_page_has_the_triggers_and_the_sizes(found: Scan) -> None:
+    assert scan_report(found).count(b"data:image/png") == 2
 
 
 def test_the_folder(tmp_path: Path, digits: Digits, suspect: Predictor, found: Scan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,81 +230,6 @@ def test_what_few_unseen_images_can_tell_is_asked_of_the_others_too(digits: Digi
     assert any(f"whether the triggers of {TARGET} work" in line for line in found.said)
 
 
-@pytest.mark.parametrize(
-    ("changes", "why_not"),
-    [
-        ({}, ""),
-        ({"success": 0.8}, "works on fewer than 90%"),
-        ({"reference_ratio": None, "reference_success": None}, "no clean reference"),
-        ({"reference_ratio": 0.5}, "about as small in a clean model"),  # 0.6 times as easy in the reference
-        ({"reference_ratio": 0.6}, ""),
-        ({"reference_ratio": 3.0}, ""),
-        ({"reference_ratio": 3.0, "size_ratio": 0.4}, "not under 36% of the others"),  # hard in the reference is as usual
-        ({"size_ratio": 0.35}, ""),
-        ({"size_ratio": 0.36}, "not under 36% of the others"),
-        ({"reference_success": 0.3}, "works on a clean model, too"),  # without a backdoor
-        ({"size_ratio": 0.1, "spread": 0.9, "reference_ratio": 0.2}, ""),
-    ],
-)
-def test_the_rule(changes: dict[str, float | None], why_not: str) -> None:
-    opinion = SecondOpinion(
-        size_ratio=0.3,
-        spread=0.2,
-        success=0.98,
-        reference_l1=50.0,
-        reference_ratio=1.0,
-        reference_success=0.02,
-        infected=False,
-    )
-    changed = msgspec.structs.replace(opinion, **changes)
-    assert acquittal(changed) == why_not
-    assert is_infected(changed) is (not why_not)
-
-
-def test_what_was_looked_for_is_not_said_to_be_unseen(found: Scan) -> None:
-    plain = limits(found.figures)
-    assert "--pairs looks for them" in plain
-    assert "--silent-units looks there" in plain
-    assert "--patches looks for squares" in plain
-    labels, square, misled = found.figures.labels, patch_finding(), patch_finding(success=0.9, others=0.6)
-    looked = msgspec.structs.replace(found.figures, pairs=labels, silent_units=labels, patches=(square,))
-    assert "--" not in limits(looked)
-    assert "--patches" in limits(msgspec.structs.replace(looked, patches=(misled,)))  # which decided nothing
-    assert limits(looked).endswith("change with it, and backdoors that move every label to the next.")
-
-
-def test_a_pair_is_not_called_infected_for_its_label(found: Scan) -> None:
-    """The label itself is, where another look has found it."""
-    item = next(item for item in found.figures.labels if item.candidate and not item.infected)
-    pair = msgspec.structs.replace(item, source_index=(item.label_index + 1) % 10)
-    verdicts = [candidate_table([one], [item.label_index])[1][0][-1] for one in (item, pair)]
-    assert verdicts[0].startswith("infected, though not by this: ")
-    assert verdicts[1].startswith("clean: ")
-
-
-@pytest.mark.parametrize(("name", "shown"), [(None, "3"), ("3", "3"), ("cat", "3 (cat)")])
-def test_a_name_that_is_the_number_is_said_once(found: Scan, name: str | None, shown: str) -> None:
-    assert title(msgspec.structs.replace(found.figures.labels[3], label=name)) == shown
-
-
-def test_spread_by_hand() -> None:
-    assert spread(torch.ones(8, 8)) == pytest.approx(1.0)
-    assert spread(torch.eye(8)) == pytest.approx(1.0)  # along each axis as even as can be
-    corner = torch.zeros(8, 8)
-    corner[6:, 6:] = 0.5
-    assert spread(corner) == pytest.approx((2 * 0.25 / (2 * 63 / 12)) ** 0.5)
-    single = torch.zeros(5, 9)
-    single[2, 3] = 1.0
-    assert spread(single) == 0.0
-    assert spread(torch.ones(1, 1)) == 1.0  # the whole image
-
-
-def test_many_labels_are_drawn_by_size(found: Scan) -> None:
-    many = sizes_figure(findings([float(row % 90 + 5) for row in range(90)], 1))
-    assert many.startswith(b"\x89PNG")
-    assert scan_report(found).count(b"data:image/png") == 2
-
-
 @pytest.mark.usefixtures("known_reference")
 @pytest.mark.parametrize(("ratio", "suspected"), [(0.3, False), (0.2, True)])
 def test_pairs_must_be_smaller_still_than_labels(
@@ -365,7 +247,7 @@ def test_pairs_must_be_smaller_still_than_labels(
             return found.triggers if len(goals) == 10 else search(answers, images, goals, Search(steps=16, draws=0), *rest)
         return search(answers, images, goals, how, *rest, **named)
 
-    monkeypatch.setattr(judge, "recover_triggers", known)
+    monkeypatch.setattr(mask_verdicts, "recover_triggers", known)
     pairs = scan(suspect, digits.clean, ScanSettings(pairs=True, search=Search(steps=96))).figures.pairs
     assert [(item.source_index, item.label_index) for item in pairs] == [(source, TARGET) for source in (0, 1, 2, 4)]
     opinion = pairs[0].second_opinion
@@ -397,7 +279,7 @@ def pair_search(found: Scan) -> Callable[..., Triggers]:
 def test_pairs_from_a_label_that_no_image_has_are_left_out(
     digits: Digits, suspect: Predictor, found: Scan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(judge, "recover_triggers", pair_search(found))
+    monkeypatch.setattr(mask_verdicts, "recover_triggers", pair_search(found))
     known = digits.clean.select(torch.nonzero(suspect(digits.clean.images(slice(None))).argmax(dim=1) != 3).flatten())
     figures = scan(suspect, known, ScanSettings(pairs=True)).figures
     assert len(figures.pairs) == 81
@@ -415,8 +297,8 @@ def test_a_reference_that_gives_no_image_a_source_loses_no_verdict_on_labels(
         asked.extend([sources] if int(sources.max()) >= 0 else [])
         return (sources < 0) | (len(asked) == 1)  # by the model itself there were some
 
-    monkeypatch.setattr(judge, "recover_triggers", pair_search(found))
-    monkeypatch.setattr(judge, "_there", there)
+    monkeypatch.setattr(mask_verdicts, "recover_triggers", pair_search(found))
+    monkeypatch.setattr(mask_verdicts, "_there", there)
     figures = scan(suspect, digits.clean, ScanSettings(pairs=True)).figures
     assert [item.label_index for item in figures.labels if item.infected] == [TARGET]
     assert len(asked) == 2
@@ -440,7 +322,7 @@ def test_pairs_that_can_not_be_reached_lose_no_verdict_on_labels(
             return replace(one, labels=goals.labels, sources=goals.sources, masks=torch.ones_like(one.masks))
         return labels if len(goals) == 10 else search(answers, images, goals, Search(steps=16, draws=0), *rest)
 
-    monkeypatch.setattr(judge, "recover_triggers", known)
+    monkeypatch.setattr(mask_verdicts, "recover_triggers", known)
     settings = ScanSettings(pairs=True, search=Search(steps=96))
     if infected:
         figures = scan(suspect, digits.clean, settings).figures
@@ -457,17 +339,17 @@ def test_a_pair_that_is_infected_is_not_lost_where_the_next_look_decides_nothing
 ) -> None:
     one, item = found.triggers.select([TARGET]), found.figures.labels[TARGET]
 
-    def findings(_: judge.Judge, look: judge.Look, triggers: Triggers, __: object) -> tuple[Triggers, tuple[LabelFinding, ...]]:
+    def judged(_: Judge, look: Look, triggers: Triggers, __: object) -> tuple[Triggers, tuple[LabelFinding, ...]]:
         pair, clean = look.name == "pairs", msgspec.structs.replace(item, infected=False)
         return triggers, tuple(msgspec.structs.replace(clean, infected=pair and row == 0) for row in range(len(triggers)))
 
-    def check(look: judge.Look, _: Triggers) -> str:
+    def check(look: Look, _: Triggers) -> str:
         if look.name == "silent-units":
             raise InspectionError("expected triggers for more than half")
         return ""
 
-    monkeypatch.setattr(judge.Judge, "find", lambda _, look: one.select([0] * len(look.goals)))
-    monkeypatch.setattr(judge.Judge, "findings", findings)
+    monkeypatch.setattr("calibration.inspection.scan.find_masks", lambda _, look: one.select([0] * len(look.goals)))
+    monkeypatch.setattr("calibration.inspection.scan.judge_masks", judged)
     monkeypatch.setattr("calibration.inspection.scan._check_reached", check)
     figures = scan(suspect, digits.clean, ScanSettings(pairs=True, silent_units=True)).figures
     assert figures.infected
@@ -491,11 +373,6 @@ def test_what_is_infected_is_not_lost_where_a_later_round_decides_nothing(
     figures = rounds.scan_rounds(suspect, digits.clean, ScanSettings(rounds=2)).figures
     assert figures.infected
     assert "Of round 2 nothing is said: expected triggers for more than half." in figures.said
-
-
-def test_names_of_classes_are_no_formulas(found: Scan) -> None:
-    named = [msgspec.structs.replace(item, label="$\\frac{$") for item in found.figures.labels]
-    assert sizes_figure(named).startswith(b"\x89PNG")
 
 
 def test_what_was_done_with_other_labels_or_another_model_is_not_gone_on_with(

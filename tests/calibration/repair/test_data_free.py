@@ -84,6 +84,7 @@ def test_without_data_nothing_is_claimed_to_be_measured(
     assert "what that leaves open is said below" in page
     assert "What the generators drew in the end" in page
     assert "points of clean accuracy" not in page
+    assert "Nothing has measured this copy" in page
 
 
 @pytest.mark.parametrize("labelled", [True, False])

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 import torch
 
-from calibration.repair.figures import figure_rows, is_reliable, preprocessor_words, remarks
+from calibration.repair.figures import figure_rows, is_reliable, next_steps, preprocessor_words, remarks
 from calibration.repair.record import RepairFigures
 from calibration.repair.repair import forgotten
 from guard.preprocessors import Flip, Gym
@@ -67,6 +67,23 @@ def test_one_by_drawings_that_say_little_is_not() -> None:
 
 def test_what_was_not_measured_is_no_reason_to_doubt() -> None:
     assert is_reliable(msgspec.structs.replace(GOOD, attack_success_seen_after=None, generated_triggers_work=None, rounds=0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "step"),
+    [
+        ({}, "guard calibrate DIR --tripwire ORIGINAL"),
+        ({"attack_success_seen_after": 0.8}, "keep the original behind its guard"),
+        (
+            {"attack_success_seen_after": None, "generated_triggers_work": None, "rounds": 0, "held_out_clean": 0},
+            "guard scan DIR",
+        ),
+    ],
+)
+def test_what_comes_next_hangs_on_them(changes: dict[str, float | None], step: str) -> None:
+    steps = " ".join(next_steps(msgspec.structs.replace(GOOD, **changes)))
+    assert step in steps
+    assert ("--tripwire" in steps) == (not changes)
 
 
 def test_accuracies_are_left_out_where_there_are_none() -> None:

@@ -1,9 +1,10 @@
-"""Second opinions: what a clean reference that knows too little may not say."""
+"""Second opinions: the rule, and what a clean reference that knows too little may not say."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,10 @@ from torch import Tensor, nn
 from calibration.data import no_progress
 from calibration.engine import Engine
 from calibration.inspection import judge as judging
-from calibration.inspection.judge import Judge, Look
+from calibration.inspection import mask_verdicts
+from calibration.inspection.judge import Judge
+from calibration.inspection.mask_verdicts import Look, acquittal, is_infected, judge_masks, spread
+from calibration.inspection.record import SecondOpinion
 from calibration.inspection.search import Search
 from calibration.inspection.triggers import Goals, Triggers
 from guard.errors import InspectionError
@@ -78,7 +82,7 @@ def searched(monkeypatch: pytest.MonkeyPatch, *sizes: int) -> None:
         masks, count = masks.view(-1, SIDE, SIDE), len(goals)
         return Triggers(goals.labels, goals.sources, masks, masks.unsqueeze(1), torch.ones(count), torch.ones(count).long())
 
-    monkeypatch.setattr(judging, "recover_triggers", found)
+    monkeypatch.setattr(mask_verdicts, "recover_triggers", found)
     monkeypatch.setattr(judging, "strengthen", lambda _, __, chosen, *___: chosen)
 
 
@@ -88,7 +92,7 @@ def test_what_the_reference_gives_the_label_anyway_is_no_success_of_the_trigger(
     """It counted, and acquitted a backdoor: where a reference gives most images a label, any trigger "works"."""
     searched(monkeypatch, 40, 40, 40, 40)
     poor = judge(monkeypatch, Brightest(confused=True))
-    found = poor.findings(LOOK, white_pixel, ())[1]
+    found = judge_masks(poor, LOOK, white_pixel, ())[1]
     assert poor.agreement == 0.5
     assert [item.infected for item in found] == [True, False, False, False]
     assert found[0].second_opinion is not None
@@ -104,9 +108,9 @@ def test_a_reference_whose_labels_are_not_reached_tells_nothing(
     good = judge(monkeypatch, Brightest())
     if infected is None:
         with pytest.raises(InspectionError, match="in the clean reference triggers were found for 1 of 3 other labels: add"):
-            good.findings(LOOK, white_pixel, ())
+            judge_masks(good, LOOK, white_pixel, ())
     else:
-        assert good.findings(LOOK, white_pixel, ())[1][0].infected == infected
+        assert judge_masks(good, LOOK, white_pixel, ())[1][0].infected == infected
 
 
 @pytest.mark.parametrize("biased", [100.0, -100.0])
@@ -122,4 +126,47 @@ def test_one_that_has_not_learnt_the_task_speaks_for_nothing(
     constant = judge(monkeypatch, Constant())
     for _ in range(2):  # the second time it is there
         with pytest.raises(InspectionError, match=r"the clean reference gives 25% of images .* near chance: add images"):
-            constant.findings(LOOK, white_pixel, ())
+            judge_masks(constant, LOOK, white_pixel, ())
+
+
+@pytest.mark.parametrize(
+    ("changes", "why_not"),
+    [
+        ({}, ""),
+        ({"success": 0.8}, "works on fewer than 90%"),
+        ({"reference_ratio": None, "reference_success": None}, "no clean reference"),
+        ({"reference_ratio": 0.5}, "about as small in a clean model"),  # 0.6 times as easy in the reference
+        ({"reference_ratio": 0.6}, ""),
+        ({"reference_ratio": 3.0}, ""),
+        ({"reference_ratio": 3.0, "size_ratio": 0.4}, "not under 36% of the others"),  # hard in the reference is as usual
+        ({"size_ratio": 0.35}, ""),
+        ({"size_ratio": 0.36}, "not under 36% of the others"),
+        ({"reference_success": 0.3}, "works on a clean model, too"),  # without a backdoor
+        ({"size_ratio": 0.1, "spread": 0.9, "reference_ratio": 0.2}, ""),
+    ],
+)
+def test_the_rule(changes: dict[str, float | None], why_not: str) -> None:
+    opinion = SecondOpinion(
+        size_ratio=0.3,
+        spread=0.2,
+        success=0.98,
+        reference_l1=50.0,
+        reference_ratio=1.0,
+        reference_success=0.02,
+        infected=False,
+    )
+    changed = msgspec.structs.replace(opinion, **changes)
+    assert acquittal(changed) == why_not
+    assert is_infected(changed) is (not why_not)
+
+
+def test_spread_by_hand() -> None:
+    assert spread(torch.ones(8, 8)) == pytest.approx(1.0)
+    assert spread(torch.eye(8)) == pytest.approx(1.0)  # along each axis as even as can be
+    corner = torch.zeros(8, 8)
+    corner[6:, 6:] = 0.5
+    assert spread(corner) == pytest.approx((2 * 0.25 / (2 * 63 / 12)) ** 0.5)
+    single = torch.zeros(5, 9)
+    single[2, 3] = 1.0
+    assert spread(single) == 0.0
+    assert spread(torch.ones(1, 1)) == 1.0  # the whole image
