@@ -260,6 +260,7 @@ def test_an_interrupted_repair_leaves_nothing_half_written_and_is_gone_on_with(
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode in (0, 1), done.stderr  # so few epochs may learn no trigger that works
     assert "learning the trigger 1/6" not in done.stderr  # it went on where it was
+    assert "quarantined images that keep their old answer" in done.stdout
     assert (out / "repair.json").is_file()
     assert not checkpoint.exists()
 

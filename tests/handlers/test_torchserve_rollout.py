@@ -1,4 +1,4 @@
-"""Rolling out against a management API that misbehaves; with a real one: tests/end_to_end/test_loop.py."""
+"""Rolling out against a management API that misbehaves; with a real one: tests/end_to_end/test_demo.py."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from calibration.repair.figures import figure_rows, is_reliable, next_steps, preprocessor_words, remarks
+from calibration.repair.measuring import forgotten
 from calibration.repair.record import RepairFigures
-from calibration.repair.repair import forgotten
 from guard.preprocessors import Flip, Gym
 
 GOOD = RepairFigures(
