@@ -25,8 +25,6 @@ from urllib.parse import quote, urlencode
 from guard.errors import ServingError
 from handlers.torchserve_api import Addresses, ask, describe, error_type, version_path, words
 
-__all__ = ["Addresses", "Capacity", "RollOut", "archive_config", "archive_version", "roll_out"]
-
 _CONFLICT = 409
 _POLL_SECONDS = 0.2
 _QUIET_SECONDS = 2.0  # without a queued request: who asked the old version before the change is in its queue by then

@@ -21,7 +21,8 @@ from types import TracebackType
 from typing import IO, Self, final
 
 from guard.errors import ServingError
-from handlers.torchserve_rollout import Addresses, Capacity, RollOut, archive_config, archive_version, roll_out
+from handlers.torchserve_api import Addresses
+from handlers.torchserve_rollout import Capacity, RollOut, archive_config, archive_version, roll_out
 from handlers.torchserve_setup import (
     HOST,
     STORE,
