@@ -79,25 +79,22 @@ class TrainableCopy:
         Args:
             images: (B, C, H, W), in [0, 1], a few to try it on.
         """
-        backend = self.predictor.backend
-        if not isinstance(backend, ModuleBackend):
-            return self
+        module = trainable(self.predictor.backend)
         before = self.predictor(images)
-        arrange(backend.module, torch.channels_last)
+        arrange(module, torch.channels_last)
         try:
             same = bool(torch.isclose(self.predictor(images), before, atol=1e-3, equal_nan=True).all())
         except ModelError:
             same = False
         if not same:
-            arrange(backend.module, torch.contiguous_format)
+            arrange(module, torch.contiguous_format)
         return self
 
     def settle(self) -> None:
         """Bring the weights back to the CPU and into their usual order, with gradients off."""
         module = trainable(self.predictor.backend)
         module.cpu()
-        if isinstance(self.predictor.backend, ModuleBackend):
-            arrange(module, torch.contiguous_format)
+        arrange(module, torch.contiguous_format)
         for parameter in module.parameters():
             parameter.requires_grad_(False)
             parameter.grad = None

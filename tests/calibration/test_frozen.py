@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from calibration.fine_tuning import Answers, TrainableCopy
 from calibration.frozen import frozen
 from guard.images import InputSpec
 from guard.predictors import Predictor, wrap
+from guard.predictors.exported import ExportedBackend
 
 SPEC = InputSpec(channels=3, height=8, width=8)
 IMAGES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -64,11 +66,45 @@ class SharedConvolution(nn.Module):
         return answers
 
 
+class Unbiased(nn.Module):
+    """Strings for padding, no bias, and a batch norm that only shifts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(2)
+            self.net = nn.Sequential(
+                nn.Conv2d(3, 4, 3, padding="same", bias=False), nn.BatchNorm2d(4, affine=False), nn.Flatten(), nn.Linear(256, 5)
+            )
+        norm = self.net[1]
+        assert isinstance(norm, nn.BatchNorm2d)
+        assert norm.running_mean is not None
+        nn.init.uniform_(norm.running_mean, 0.5, 2.0)
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        answers: Tensor = self.net(images)
+        return answers
+
+
+def _program(model: nn.Module, path: Path, batch: int | None = None) -> Predictor:
+    """It, exported; for one size of batch, or for any."""
+    free = ({0: torch.export.Dim("batch", min=1)},) if batch is None else None
+    torch.export.save(torch.export.export(model, (IMAGES[: batch or 2],), dynamic_shapes=free), path)
+    return Predictor(ExportedBackend.load(path), SPEC, 5, "logits")
+
+
 def _gradient(answers: nn.Module) -> Tensor:
     images = IMAGES.clone().requires_grad_(True)
     answers(images).square().sum().backward()
     assert images.grad is not None
     return images.grad
+
+
+def _norms_left(answers: Answers) -> int:
+    """In a program."""
+    assert isinstance(answers.module, torch.fx.GraphModule)
+    return sum("batch_norm" in str(node.target) for node in answers.module.graph.nodes if node.op == "call_function")
 
 
 def _norms(answers: Answers) -> Iterator[nn.Module]:
@@ -91,3 +127,30 @@ def test_batch_norms_are_folded_where_that_can_be_done() -> None:
     assert not list(_norms(frozen(Predictor(wrap(_net()), SPEC, 5, "logits"), IMAGES[:2])))
     assert list(_norms(frozen(Predictor(wrap(Branching()), SPEC, 5, "logits"), IMAGES[:2])))
     assert list(_norms(frozen(Predictor(wrap(SharedConvolution()), SPEC, 5, "logits"), IMAGES[:2])))
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "left"),
+    [(_net(), None, 0), (_net(), 3, 0), (Unbiased(), None, 0), (SharedConvolution(), None, 2)],
+    ids=["folded", "fixed batch", "unbiased", "shared"],
+)
+def test_programs_are_folded_too(model: nn.Module, batch: int | None, left: int, tmp_path: Path) -> None:
+    predictor = _program(model, tmp_path / "model.pt2", batch)
+    plain, found = TrainableCopy.of(predictor).answers(), frozen(predictor, IMAGES[:2])
+    assert (_norms_left(plain), _norms_left(found)) == (max(left, 1), left)
+    with torch.inference_mode():
+        torch.testing.assert_close(found(IMAGES), plain(IMAGES), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(_gradient(found), _gradient(plain), rtol=1e-3, atol=1e-4)
+    assert not any(parameter.requires_grad for parameter in found.parameters())
+    weights = next(parameter for parameter in found.parameters() if parameter.ndim == 4)
+    assert weights.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_program_that_training_takes_faster_is_saved_as_it_came(tmp_path: Path) -> None:
+    predictor = _program(_net(), tmp_path / "model.pt2")
+    copied = TrainableCopy.of(predictor).faster(IMAGES[:2])
+    weights = next(parameter for parameter in copied.parameters if parameter.ndim == 4)
+    assert weights.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(copied.predictor(IMAGES), predictor(IMAGES))
+    copied.settle()
+    assert weights.is_contiguous()
