@@ -17,6 +17,7 @@ from export.original import Original, drafts_beside
 from export.torch_export import with_exported_model
 from guard import Guard
 from guard.errors import ExportError, GuardError, MissingExtraError, one_line
+from guard.predictors.predictor import DEFAULT_MEMORY_LIMIT
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _VERSION = re.compile(r"[0-9]+(\.[0-9]+)*")
@@ -74,7 +75,7 @@ def export_mar(
             (stage / "model-config.yaml").write_text(_as_json(model_config))  # JSON is YAML
             command += ["--config-file", "model-config.yaml"]
         _archive(stage, command)
-        _verify(stage / target.name, stage / "verified")
+        _verify(stage / target.name, stage / "verified", _memory_limit(model_config))
         os.replace(stage / target.name, target)
     return target
 
@@ -97,13 +98,21 @@ def _stage_handler(stage: Path, handler: Path | None) -> str:
     if handler is None:
         (stage / "guard_handler.py").write_text(_HANDLER)
         return "guard_handler.py"
-    if handler.suffix != ".py" or not handler.stem.isidentifier() or handler.stem in (*_OURS, *sys.stdlib_module_names):
+    if handler.suffix != ".py" or not handler.stem.isidentifier() or _is_taken(handler):
         raise ExportError(f"expected a handler file like my_handler.py, got {handler.name}: rename it to a free module name")
     try:
         shutil.copyfile(handler, stage / handler.name)
     except OSError as error:
         raise ExportError(f"expected a handler file, got {handler}: {error.strerror}") from error
     return handler.name
+
+
+def _is_taken(handler: Path) -> bool:
+    """Whether a package, or a module that is another file, has its name."""
+    if handler.stem in (*_OURS, *sys.stdlib_module_names):
+        return True
+    found = importlib.util.find_spec(handler.stem)
+    return found is not None and (found.origin is None or Path(found.origin).resolve() != handler.resolve())
 
 
 def _as_json(model_config: Mapping[str, object]) -> str:
@@ -125,10 +134,17 @@ def _archive(stage: Path, arguments: list[str]) -> None:
         raise ExportError(f"torch-model-archiver failed: {lines[-1].strip() if lines else f'exit code {done.returncode}'}")
 
 
-def _verify(archive: Path, folder: Path) -> None:
+def _memory_limit(model_config: Mapping[str, object] | None) -> int:
+    """That the server will load the archive with."""
+    options = {} if model_config is None else model_config.get("guard")
+    limit = options.get("memory_limit") if isinstance(options, Mapping) else None
+    return limit if isinstance(limit, int) and limit > 0 else DEFAULT_MEMORY_LIMIT
+
+
+def _verify(archive: Path, folder: Path, memory_limit: int) -> None:
     try:
         with zipfile.ZipFile(archive) as opened:
             opened.extractall(folder)
-        Guard.load(folder)
+        Guard.load(folder, memory_limit=memory_limit)
     except (OSError, zipfile.BadZipFile, GuardError) as error:
         raise ExportError(f"the archive that was built does not load: {one_line(error)}") from error

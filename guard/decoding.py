@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 from torch import Tensor
 
-from guard.errors import ImageError, TooLargeError, WrongSizeError, one_line
+from guard.errors import ImageError, InputError, TooLargeError, WrongSizeError, one_line
 from guard.headers import check_header
 from guard.images import InputSpec
 
@@ -35,11 +35,19 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     Args:
         max_bytes: Size of an encoded image.
-        max_pixels: Width times height, read from the header before decoding.
+        max_pixels: Width times height, read from the header before decoding; up to Pillow's own limit, 178 million.
+
+    Raises:
+        InputError: More pixels than Pillow decodes.
     """
 
     max_bytes: int = 10 * 1024 * 1024
     max_pixels: int = 16_000_000
+
+    def __post_init__(self) -> None:
+        """Refuse what could not be kept."""
+        if Image.MAX_IMAGE_PIXELS is not None and self.max_pixels > (most := 2 * Image.MAX_IMAGE_PIXELS):
+            raise InputError(f"expected max_pixels of at most {most}, Pillow's own limit, got {self.max_pixels}: give it less")
 
 
 def decode_image(data: bytes | bytearray | memoryview, spec: InputSpec, limits: Limits | None = None) -> Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import final
 
 from guard.errors import GuardError
+from guard.files import as_text, is_text
 
 
 @final
@@ -37,6 +38,9 @@ class FolderKind:
             folder: It.
             read: What the work reads: a folder that holds it would be replaced, and it be lost. None for nothing.
         """
+        for place in (folder, _real(folder)):
+            if not is_text(place):
+                raise self.error(f"expected a folder whose name is UTF-8, got {as_text(place)}: pick another --out")
         folder = _real(folder)
         files = [Path(path) for path in read if path is not None and Path(path).exists()]  # MODEL may be a factory
         lost = next((path for path in files if folder in _real(path).parents), None)

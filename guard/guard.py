@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import os
 import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Concatenate, Literal, ParamSpec, TypeVar, cast, final
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, cast, final
 
 import msgspec
 import torch
@@ -25,7 +26,7 @@ from guard.predictors.predictor import DEFAULT_MEMORY_LIMIT, Predictor
 from guard.preprocessors import Preprocessor, answer_views, views_of
 from guard.quarantine import Quarantine
 from guard.verdict import Finding, Policy, Reason, Verdict
-from guard.wrapping import abstain, by_reason, combined, like
+from guard.wrapping import abstain, by_reason, combined, first_parameter, like
 
 logger = logging.getLogger("guard")
 _P = ParamSpec("_P")
@@ -87,6 +88,7 @@ class Guard:
         self.policy = policy or Policy()
         self.quarantine = quarantine
         self._generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
+        self._unseeded_in = os.getpid() if seed is None else None
         self._generator_lock = threading.Lock()
         self._rider = self._with_room_for_the_answer()
 
@@ -176,11 +178,21 @@ class Guard:
             The guarded function. It calls `predict` once per batch, preprocessed if the profile says so, or once per view
             where GYM has several: then it answers their mean, or the most frequent of whole numbers. Further arguments are
             passed on.
+
+        Raises:
+            InputError: The function is async or a generator.
         """
         if on_reject not in ("raise", "abstain"):
             raise InputError(f"expected on_reject 'raise' or 'abstain', got {on_reject!r}")
 
-        def guarded(batch: _B, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        name, call = first_parameter(predict), cast(Callable[..., _R], predict)
+
+        def guarded(*args: Any, **kwargs: Any) -> _R:
+            if not args and name in kwargs:
+                args = (kwargs.pop(name),)
+            if not args:
+                raise InputError("expected a batch of images as the first argument, got none")
+            batch, *rest = args
             spec = self.predictor.spec
             images = spec.from_model(batch)
             reasons = {row: str(verdict.reason) for row, verdict in enumerate(self(images)) if not verdict.accepted}
@@ -190,16 +202,18 @@ class Guard:
             if refused and on_reject == "raise":
                 raise RejectedError(f"{len(refused)} of {len(images)} inputs rejected: {by_reason(reasons)}", reasons)
             if self.preprocessor is None:
-                answers = predict(batch, *args, **kwargs)
+                answers = call(batch, *rest, **kwargs)
             else:
-                views = [cast(_B, like(batch, spec.to_model(view))) for view in self._views(images.to(self.device))]
-                answers = combined([predict(view, *args, **kwargs) for view in views])
+                views = [like(batch, spec.to_model(view)) for view in self._views(images.to(self.device))]
+                answers = combined([call(view, *rest, **kwargs) for view in views])
             return abstain(answers, refused, len(images))
 
         return functools.update_wrapper(guarded, predict)
 
     def _views(self, images: Tensor) -> list[Tensor]:
         with self._generator_lock:
+            if self._unseeded_in not in (None, os.getpid()):  # a forked worker would draw what its siblings do
+                self._generator, self._unseeded_in = torch.Generator().manual_seed(secrets.randbits(63)), os.getpid()
             return views_of(self.preprocessor, images, self._generator)
 
     def _with_room_for_the_answer(self) -> CalibratedDetector | None:

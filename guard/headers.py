@@ -1,7 +1,8 @@
-"""Image files whose headers would cost far more time than their pixels.
+"""Image files that would cost far more time than their pixels.
 
 Pillow reads headers in Python: ten megabytes of JPEG markers, of PNG chunks or of comments in a GIF or a plain PPM keep it
-busy for seconds to minutes. No camera and no library writes such files.
+busy for seconds to minutes. No camera and no library writes such files. Two kinds of pixels are decoded in Python, too: BMP
+with run-length encoding, and PPM with another highest value than bytes have.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ from guard.errors import ImageError
 
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _PPM_HEADER = re.compile(rb"P[456](?:(?:\s|#[^\n]{0,200}\n){1,100}\d{1,5}){2,3}\s")
+_COMMENT = re.compile(rb"#[^\n]*")
+_IN_C = {b"P5": (255, 65535), b"P6": (255,)}  # highest values of what is not decoded in Python
+_SAMPLES = 200_000  # of others, so that a photo of 224x224 pixels passes: a third of a second
+_RUN_LENGTHS = (1, 2)  # of a BMP's compression
 _MARKERS = 5_000
 _SCANS = 40  # several times as many as a progressive JPEG needs
 _EXIFS = 4
@@ -33,11 +38,13 @@ def check_header(data: bytes) -> None:
     elif data.startswith(b"GIF8"):
         costly = _is_costly_gif(data)
     elif data.startswith(b"P"):
-        costly = _PPM_HEADER.match(data) is None  # plain PPM is decoded in Python too
+        costly = _is_costly_ppm(data)
+    elif data.startswith(b"BM"):
+        costly = int.from_bytes(data[14:18], "little") >= 40 and int.from_bytes(data[30:34], "little") in _RUN_LENGTHS
     else:
         costly = False
     if costly:
-        raise ImageError("expected an ordinary image, got one with an abnormal header: save the image again")
+        raise ImageError("expected an ordinary image, got one with an abnormal header or coding: save it as PNG")
 
 
 def _is_costly_jpeg(data: bytes) -> bool:
@@ -64,6 +71,17 @@ def _is_costly_jpeg(data: bytes) -> bool:
             exifs += marker == 0xE1 and data[position + 4 : position + 8] == b"Exif"  # their texts are joined one by one
             position += 2 + max(2, int.from_bytes(data[position + 2 : position + 4], "big"))
     return False
+
+
+def _is_costly_ppm(data: bytes) -> bool:
+    """Plain ones, those without an ordinary header, and many pixels that Pillow scales one by one."""
+    header = _PPM_HEADER.match(data)
+    if header is None:
+        return True
+    kind, numbers = data[:2], [int(number) for number in _COMMENT.sub(b"", header.group()[2:]).split()]
+    if kind not in _IN_C or len(numbers) < 3 or numbers[2] in _IN_C[kind]:
+        return False
+    return numbers[0] * numbers[1] * (3 if kind == b"P6" else 1) > _SAMPLES
 
 
 def _is_costly_gif(data: bytes) -> bool:

@@ -114,13 +114,15 @@ class Quarantine:
                 try:
                     self._put(item, data)
                     return name
-                except OSError as error:
+                except (OSError, QuarantineError) as error:
                     self._discard(name)
                     if isinstance(error, FileNotFoundError) and left:
                         continue  # a busier process took it for the oldest, half written
                     self.failures += 1
                     logger.warning(
-                        "quarantine: could not store an image (%s); %d so far", error.strerror or error, self.failures
+                        "quarantine: could not store an image (%s); %d so far",
+                        error.strerror if isinstance(error, OSError) and error.strerror else error,
+                        self.failures,
                     )
                     return None
         return None

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TypeVar, cast
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from guard.errors import ModelError
+from guard.errors import InputError, ModelError
 from guard.images import Array
 
 _R = TypeVar("_R")
@@ -47,17 +49,39 @@ def combined(answers: Sequence[_R]) -> _R:
         return first
     if isinstance(first, Tensor):
         together = torch.stack(cast(list[Tensor], list(answers)))
-        return cast(_R, together.mean(dim=0) if together.is_floating_point() else together.mode(dim=0).values)
+        if together.is_floating_point():
+            return cast(_R, together.mean(dim=0))
+        return cast(_R, together.to(torch.int64).mode(dim=0).values.to(together.dtype))
     if isinstance(first, tuple):
         raise ModelError(f"expected one array of answers to average over views, got {len(first)} outputs: return one array")
     try:
         array = np.array(answers)
-        together = torch.from_numpy(array)
+        if array.dtype.kind not in "fiub":
+            raise TypeError(f"values of type {array.dtype}")
     except Exception as error:  # ragged lists, and objects that refuse
         raise ModelError(
             f"expected an array of answers to average over views, got {type(first).__name__}: return one"
         ) from error
-    return cast(_R, array.mean(axis=0, dtype=array.dtype) if array.dtype.kind == "f" else together.mode(dim=0).values.numpy())
+    if array.dtype.kind == "f":
+        return _as_it_came(array.mean(axis=0, dtype=array.dtype), first)
+    return _as_it_came(torch.from_numpy(array.astype(np.int64)).mode(dim=0).values.numpy().astype(array.dtype), first)
+
+
+def first_parameter(predict: Callable[..., object]) -> str | None:
+    """Its name, where a batch may be passed by that; None where it may not, or can't be told.
+
+    Raises:
+        InputError: The function's answers come only later, so that none could be withheld.
+    """
+    if inspect.iscoroutinefunction(predict) or inspect.isgeneratorfunction(predict) or inspect.isasyncgenfunction(predict):
+        raise InputError(
+            "expected a function that returns its answers, got an async function or a generator: wrap what it calls"
+        )
+    try:
+        first = next(iter(inspect.signature(predict).parameters.values()), None)
+    except (TypeError, ValueError):  # of C, without a signature
+        return None
+    return None if first is None or first.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD else first.name
 
 
 def abstain(answers: _R, rows: Sequence[int], batch: int) -> _R:
@@ -91,4 +115,8 @@ def abstain(answers: _R, rows: Sequence[int], batch: int) -> _R:
     if array.dtype.kind == "u":
         array = array.astype(np.int64)
     array[list(rows)] = np.nan if array.dtype.kind == "f" else -1
-    return cast(_R, array)
+    return _as_it_came(array, answers)
+
+
+def _as_it_came(array: NDArray[Any], answers: _R) -> _R:
+    return cast(_R, array.tolist() if isinstance(answers, list) else array)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import posixpath
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, final
 
 import anyio
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("guard.asgi")
 
 _MAX_PARTS = 64
+_WRAPPED = 32  # applications around one another
+_FORM = b"application/x-www-form-urlencoded"
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _PATTERN = re.compile(r"[{}<>*]")  # of a router's templates; none may stand in a URL unescaped but *
 
 
@@ -42,13 +46,14 @@ class GuardMiddleware:
 
     The guard judges what *our* decoder sees at the profile's size. An application that rotates by EXIF, takes another
     frame of an animation or resizes differently gives its model something else. A body that is no image (JSON with
-    base64) is refused.
+    base64), or is announced as a form without a file, is refused. Headers and query parameters are not looked at.
 
     Args:
         app: The application.
         service: Judges; its guard must have no preprocessor, because the application decodes by itself.
-        paths: Exact paths, or `/folder/*` for everything below one, also where a router has `/folder/{name}`; with and without
-            the mount's root path.
+        paths: Exact paths, or `/folder/*` for one and everything below it, also where a router has `/folder/{name}`; with and
+            without the root path of a mount, of the server or of the application. A middleware inside that changes paths is
+            not known here: wrap what it wraps.
         methods: Methods that carry images.
         form_fields: Names of plain form fields that may come along with the file, unjudged.
         metrics: Where requests are counted, under the service's model name.
@@ -114,8 +119,8 @@ class GuardMiddleware:
         if scope["type"] != "http" or scope["method"].upper() not in self.methods:
             return False
         path: str = scope["path"]
-        root: str = scope.get("root_path", "").rstrip("/")
-        candidates = {_normal(path), _normal(path.removeprefix(root))}
+        roots = ("", scope.get("root_path", ""), *_root_paths(self.app))
+        candidates = {reading for root in roots for reading in _readings(path.removeprefix(root.rstrip("/")))}
         candidates |= {parent + "/*" for candidate in candidates for parent in _parents(candidate)}
         return not self.paths.isdisjoint(candidates)
 
@@ -128,9 +133,7 @@ class GuardMiddleware:
         if isinstance(body.content, InputError):
             outcome = self.service([body.content], [request_id])[0]
         else:
-            outcome = await anyio.to_thread.run_sync(
-                self._judge, body.content, content_types if multipart else [], request_id, limiter=self.limiter
-            )
+            outcome = await anyio.to_thread.run_sync(self._judge, body.content, content_types, request_id, limiter=self.limiter)
         if self.metrics is not None:
             self.metrics.observe(outcome, self.service.model_name)
         if isinstance(body.content, bytes) and self._lets_through(outcome):
@@ -142,17 +145,23 @@ class GuardMiddleware:
         accepted = outcome.verdict is not None and outcome.verdict.accepted
         return accepted or self.service.guard.policy.mode == "monitor"
 
-    def _judge(self, body: bytes, multipart: list[bytes], request_id: str) -> Outcome:
-        """Runs in a worker thread. `multipart` holds the Content-Type headers of a multipart request."""
-        image: bytes | InputError = body
-        if multipart:
-            try:
-                image = self._file(body, multipart)
-            except InputError as problem:
-                image = problem
+    def _judge(self, body: bytes, content_types: list[bytes], request_id: str) -> Outcome:
+        """Runs in a worker thread."""
+        image: bytes | InputError
+        try:
+            image = self._file(body, content_types)
+        except InputError as problem:
+            image = problem
         return self.service([image], [request_id])[0]
 
     def _file(self, body: bytes, content_types: list[bytes]) -> bytes:
+        if any(_FORM in value.lower() for value in content_types):  # to the application its fields, to us what it begins with
+            raise InputError(
+                "expected an image or multipart/form-data with one, got a body announced as a form without files "
+                "(application/x-www-form-urlencoded): send the image with its own content type"
+            )
+        if not is_multipart(content_types):
+            return body
         parts = split_multipart(body, content_types, _MAX_PARTS)
         files = [part for part in parts if part.field not in self.form_fields]
         if len(files) != 1:
@@ -173,8 +182,25 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 def _normal(path: str) -> str:
-    """Without doubled or trailing slashes, which some routers overlook."""
-    return re.sub("/+", "/", path).rstrip("/") or "/"
+    """Without doubled or trailing slashes, and the line ends and their like, which some routers overlook."""
+    return re.sub("/+", "/", _CONTROL.sub("", path)).rstrip("/") or "/"
+
+
+def _readings(path: str) -> set[str]:
+    """How a router may understand a path: as it is, or with its dots resolved."""
+    normal = _normal(path)
+    return {normal, _normal(posixpath.normpath(normal))}
+
+
+def _root_paths(app: object) -> Iterator[str]:
+    """Of an application that tells its own only once it is called, as FastAPI does, behind any number of others."""
+    for _ in range(_WRAPPED):
+        if app is None:
+            return
+        root = getattr(app, "root_path", None)
+        if isinstance(root, str):
+            yield root
+        app = getattr(app, "app", None)
 
 
 def _checked(path: str) -> str:
@@ -190,6 +216,6 @@ def _checked(path: str) -> str:
 
 
 def _parents(path: str) -> list[str]:
-    """`/a/b/c` gives `/a/b`, `/a` and the empty root."""
-    pieces = path.split("/")
-    return ["/".join(pieces[:end]) for end in range(1, len(pieces))]
+    """`/a/b/c` gives itself, `/a/b`, `/a` and the empty root."""
+    pieces = path.rstrip("/").split("/")
+    return ["/".join(pieces[:end]) for end in range(1, len(pieces) + 1)]

@@ -116,7 +116,10 @@ class GuardedHandler:
         return [results[row] if row in results else send(context, row, outcome.answer) for row, outcome in enumerate(outcomes)]
 
     def _run(self, data: Sequence[Row], context: Context, rows: Sequence[int]) -> dict[int, object]:
-        """The user's results by row; a row without one, or with one that can't be sent, is left out."""
+        """The user's results by row; a row without one, or with one that can't be sent, is left out.
+
+        Where a batch fails, its rows are tried one by one, so that none takes its neighbours down.
+        """
         name = self.handler_class.__name__
         try:
             results = self._inner.handle([data[row] for row in rows], subset(context, rows))
@@ -124,7 +127,10 @@ class GuardedHandler:
                 raise ModelError(f"expected a list of {len(rows)} results from {name}.handle, got {type(results).__name__}")
         except Exception as error:  # fail closed: foreign code
             logger.exception("%s failed on %d requests: %s", name, len(rows), one_line(error))
-            return {}
+            for row in rows:
+                context.set_response_status(idx=row)  # what it may have set before it failed
+            alone = rows if len(rows) > 1 else ()
+            return {key: result for row in alone for key, result in self._run(data, context, [row]).items()}
         found = {row: result for row, result in zip(rows, results, strict=True) if sendable(result)}
         if len(found) < len(rows):
             logger.error("%s returned %d results that are not JSON (NaN, for one)", name, len(rows) - len(found))

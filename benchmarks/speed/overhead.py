@@ -88,6 +88,11 @@ class Keeping:
         """The inner one's."""
         return self.inner.kind
 
+    @property
+    def batch_size(self) -> int | None:
+        """The inner one's."""
+        return self.inner.batch_size
+
     def __call__(self, batch: Array) -> object:
         """Run it."""
         self.batches.append(batch.clone() if isinstance(batch, Tensor) else batch.copy())

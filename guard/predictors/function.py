@@ -26,6 +26,10 @@ class FunctionBackend:
         """`callable`."""
         return "callable"
 
+    @property
+    def batch_size(self) -> None:
+        """Any."""
+
     def __call__(self, batch: Array) -> object:
         """Call the function."""
         return self.function(batch)

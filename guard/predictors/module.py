@@ -38,6 +38,10 @@ class ModuleBackend:
         """`module`."""
         return "module"
 
+    @property
+    def batch_size(self) -> None:
+        """Any."""
+
     def __call__(self, batch: Array) -> object:
         """Run the module on the device where its parameters are."""
         _refuse_training(self.module)

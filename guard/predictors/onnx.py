@@ -58,7 +58,11 @@ class OnnxBackend:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would take cores from PyTorch
         options.log_severity_level = 3
         try:
-            data = path.read_bytes()  # from memory: what is hashed is what runs, and weights in further files are refused
+            data = path.read_bytes()  # from memory: what is hashed is what runs
+            nowhere = str(
+                path / "none"
+            )  # weights in further files, which would be looked for in the current folder, are refused
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", nowhere)
             session = onnxruntime.InferenceSession(data, options, providers=onnxruntime.get_available_providers())
         except Exception as error:  # onnxruntime raises a dozen types without a common base
             raise ModelError(
@@ -76,9 +80,14 @@ class OnnxBackend:
         """`onnx`."""
         return "onnx"
 
+    @property
+    def batch_size(self) -> int | None:
+        """The fixed batch size that it was exported with; None when the batch is dynamic."""
+        return self.input_shape[0]
+
     def __call__(self, batch: Array) -> object:
         """Run the model, in chunks where its batch size is fixed."""
-        return run_in_chunks(self._run, batch, self.input_shape[0])
+        return run_in_chunks(self._run, batch, self.batch_size)
 
     def _run(self, batch: Array) -> object:
         array = batch.cpu().numpy() if isinstance(batch, Tensor) else batch

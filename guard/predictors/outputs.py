@@ -13,6 +13,7 @@ from guard.errors import ModelError
 OutputKind = Literal["logits", "probabilities", "labels"]
 
 _SUM_TOLERANCE = 1e-3
+_COARSE_TOLERANCE = 0.01  # of what `to_probabilities` bears, and softmax in bfloat16 needs
 
 
 def as_tensor(raw: object, batch: int) -> Tensor:
@@ -66,7 +67,8 @@ def detect_kind(raw: Tensor) -> OutputKind:
     if raw.ndim != 2:
         raise ModelError(f"expected scores (B, M) or labels (B,), got shape {tuple(raw.shape)}: return one row per image")
     values = raw.to(torch.float64)
-    sums_to_one = bool((values.sum(dim=1) - 1.0).abs().max() <= _SUM_TOLERANCE)
+    tolerance = _COARSE_TOLERANCE if raw.dtype == torch.bfloat16 else _SUM_TOLERANCE
+    sums_to_one = bool((values.sum(dim=1) - 1.0).abs().max() <= tolerance)
     if sums_to_one and bool((values >= -1e-6).all()):
         return "probabilities"
     if bool(((values >= 0.0) & (values <= 1.0)).all()):
@@ -104,7 +106,7 @@ def to_probabilities(raw: Tensor, kind: OutputKind, num_classes: int, batch: int
     total = values.sum(dim=1, keepdim=True)
     if kind == "logits":
         return torch.softmax(values, dim=1) + (total - total)  # zero, or NaN where a logit is not finite
-    bad = ~torch.isfinite(values).all(dim=1) | ((total[:, 0] - 1.0).abs() > 0.01) | (values < -0.001).any(dim=1)
+    bad = ~torch.isfinite(values).all(dim=1) | ((total[:, 0] - 1.0).abs() > _COARSE_TOLERANCE) | (values < -0.001).any(dim=1)
     return (values.clamp_min(0.0) / total).masked_fill(bad.unsqueeze(1), torch.nan)
 
 

@@ -34,6 +34,11 @@ class Backend(Protocol):
         """Which kind."""
         ...
 
+    @property
+    def batch_size(self) -> int | None:
+        """Rows of a forward pass, where it takes no other number: fewer are filled up; None for any."""
+        ...
+
     def __call__(self, batch: Array) -> object:
         """Run the model on a batch of at least one row."""
         ...
@@ -78,8 +83,8 @@ class Predictor:
 
     @property
     def max_rows(self) -> int:
-        """Images that fit one forward pass under the memory limit."""
-        return max(1, self.memory_limit // bytes_per_image(self.spec))
+        """Images that fit one forward pass under the memory limit; those of one at least."""
+        return self._whole(self.memory_limit // bytes_per_image(self.spec))
 
     def in_full_precision(self) -> Predictor:
         """For answers that go out: itself, where it is that already."""
@@ -102,10 +107,15 @@ class Predictor:
         """
         rows = self.max_rows
         if images.device.type == "cpu":
-            rows = min(rows, max(_CPU_LEAST, min(_CPU_MOST, _CPU_NUMBERS // math.prod(self.spec.shape))))
+            rows = self._whole(min(rows, max(_CPU_LEAST, min(_CPU_MOST, _CPU_NUMBERS // math.prod(self.spec.shape)))))
         with torch.inference_mode():
             parts = [self._forward(part, keep) for part in images.split(rows)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _whole(self, rows: int) -> int:
+        """So many images, at most, that no forward pass is filled up but the last."""
+        fixed = self.backend.batch_size or 1
+        return max(fixed, rows // fixed * fixed)
 
     def _forward(self, images: Tensor, keep: bool) -> Tensor:
         try:

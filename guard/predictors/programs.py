@@ -15,7 +15,7 @@ from guard.errors import ModelError
 _NAME = re.compile(r"[A-Za-z0-9_.+\-]*")
 _OPERATOR = re.compile(
     r"torch\.ops\.(?:aten|prims|quantized|quantized_decomposed)"
-    r"\.(?!from_file\b|save\b|load\b|__)\w+\.(?!__)\w+"
+    r"\.(?!(?:from_file|save|load|_print|warn|_test_warn\w*|seed|manual_seed)\b|__)\w+\.(?!__)\w+"
     r"|torch\.ops\.aten\.__i?(?:and|or|xor|lshift|rshift)__\.\w+"
     r"|torch\.ops\.higher_order\.(?:cond|scan|while_loop|map_impl|wrap_with_set_grad_enabled|wrap_with_autocast)"
     r"|_operator\.(?:eq|ne|le|ge|lt|gt|neg|pos|mul|add|sub|truediv|floordiv|mod|pow|and_|or_|not_|getitem)"

@@ -20,10 +20,13 @@ from guard.predictors.archives import read_archive, write_archive
 from guard.predictors.programs import plain_program, plain_weights
 
 _UNSAFE_SCRIPT = re.compile(
-    rb"\b(?:save|from_file|load|rpc_sync|rpc_async|rpc_remote|print)\b"
+    rb"\b(?:save|from_file|load|rpc_sync|rpc_async|rpc_remote|print|_print|warn|warnings|_test_warn\w*)\b"
     rb"|(?<![\w.])ops\b(?! : |\.(?:aten|prim|prims|quantized|_quantized|quantized_decomposed|prepacked|mkldnn|torchvision)\b)"
 )
 """Whole words anywhere in the code, because TorchScript allows blanks, comments and aliases between `torch` and `save`."""
+
+_WARNING = re.compile(rb"^([ \t]*)torch\.warn\(.*\)[ \t]*$", re.MULTILINE)
+"""A line of its own, as PyTorch writes one: its text may be anything, also what our own logs and metrics look like."""
 
 _PLAIN_ATTRIBUTE = re.compile(rb'\bgetattr\([\w.]+, "[^"\\]*"\)')
 """How TorchScript writes a submodule named by a number. Any other `getattr` could spell `save` in pieces."""
@@ -44,7 +47,7 @@ def screen_torchscript(path: Path) -> io.BytesIO:
     """Refuse a `.pt` file that is not TorchScript, or whose code reads or writes files, or prints: into our own output.
 
     Returns:
-        The same archive, for the loader.
+        The same archive, for the loader, without warnings, which PyTorch's own layers have, too.
 
     Raises:
         ModelError: It says what the file is instead.
@@ -57,7 +60,10 @@ def screen_torchscript(path: Path) -> io.BytesIO:
             "you trust it and save the model with torch.jit.trace(...).save, torch.onnx.export or torch.export.save"
         )
     for name, data in scripts.items():
-        if not name.endswith(".debug_pkl") and _is_unsafe(data):
+        if name.endswith(".debug_pkl"):
+            continue
+        entries[name] = _WARNING.sub(rb"\1pass", data)
+        if _is_unsafe(entries[name]):
             raise ModelError(
                 f"refused {path.name}: its TorchScript code reads or writes files, or prints ({name}); don't run it"
             )

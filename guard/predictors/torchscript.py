@@ -50,6 +50,10 @@ class TorchScriptBackend:
         """`torchscript`."""
         return "torchscript"
 
+    @property
+    def batch_size(self) -> None:
+        """Any."""
+
     def __call__(self, batch: Array) -> object:
         """Run the module on the device where its parameters are."""
         parameter = next(iter(self.module.parameters()), None)

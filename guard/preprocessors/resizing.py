@@ -43,7 +43,7 @@ def blur_by_scaling(images: Tensor, height: int, width: int) -> Tensor:
 def _weights(before: int, after: int) -> Tensor:
     """(after, before): each new pixel as a mean of old ones."""
     with torch.inference_mode(False):  # it is kept, and may be needed outside of that mode
-        unit = torch.eye(before).view(before, 1, 1, before)
+        unit = torch.eye(before, dtype=torch.float32).view(before, 1, 1, before)
         return interpolate(unit, size=(1, after), mode="bilinear", align_corners=False).view(before, after).T.contiguous()
 
 

@@ -51,7 +51,7 @@ def limited(model: Predictor, rows: int) -> Predictor:
     smaller = Predictor(
         model.backend, model.spec, model.num_classes, model.output, rows * SIDE * SIDE * 4 * ACTIVATIONS_PER_INPUT
     )
-    assert smaller.max_rows == rows
+    assert smaller.max_rows == max(rows, model.backend.batch_size or 1)
     return smaller
 
 

@@ -8,6 +8,7 @@ import time
 import zlib
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -176,6 +177,12 @@ def test_a_transparent_colour_of_another_depth_is_transparency(depth: int, colou
         decode_image(data + chunk(b"IDAT", zlib.compress(row * 6)) + chunk(b"IEND", b""), RGB)
 
 
+def test_no_limit_is_promised_that_pillow_does_not_keep() -> None:
+    assert Limits(max_pixels=178_956_970)
+    with pytest.raises(InputError, match="expected max_pixels of at most 178956970, Pillow's own limit, got 178956971"):
+        Limits(max_pixels=178_956_971)
+
+
 def test_pixels_are_counted_by_the_header() -> None:
     assert count_pixels(encode(pixels())) == 48
     with pytest.raises(TooLargeError):
@@ -298,6 +305,13 @@ def exif(text: int) -> bytes:
     return b"\xff\xe1" + struct.pack(">H", 8 + text) + b"Exif\0\0" + b"a" * text
 
 
+def bmp_with_runs(runs: bytes) -> bytes:
+    """8x6 grey pixels, run-length encoded."""
+    palette = b"".join(bytes([level, level, level, 0]) for level in range(256))
+    header = struct.pack("<IiiHHIIiiII", 40, 8, 6, 1, 8, 1, len(runs), 0, 0, 256, 0)
+    return struct.pack("<2sIII", b"BM", 1078 + len(runs), 0, 1078) + header + palette + runs
+
+
 ZEROS = zlib.compress(bytes(200_000_000), 9)
 COSTLY = {
     "PNG zTXt": png_with(chunk(b"zTXt", b"a\0\0" + ZEROS)),
@@ -313,6 +327,8 @@ COSTLY = {
     "PPM comments": b"P6\n" + b"#\n" * (BIG // 2 - 100) + b"8 6\n255\n" + bytes(144),
     "PPM blanks": b"P6" + b" " * (BIG - 200) + b"8 6\n255\n" + bytes(144),
     "plain PPM": b"P3\n8 6\n255\n" + b"#a\n" * (BIG // 3 - 1000) + b"0 " * 144,
+    "BMP ends of lines": bmp_with_runs(b"\0\0" * (BIG // 2 - 1000)),
+    "BMP steps": bmp_with_runs(b"\0\2\0\0" * (BIG // 4 - 1000)),
     "GIF frame": gif_with_a_larger_frame(),
     "GIF comments": gif_with(b"!\xfe" + b"\x01a" * (BIG // 2 - 100) + b"\0"),
     "GIF blocks": gif_with(b"!\xfe\x01a\0" * (BIG // 5 - 100)),
@@ -329,6 +345,18 @@ def test_files_that_would_cost_much_are_refused_cheaply(name: str) -> None:
         decode_image(COSTLY[name], RGB)
     assert time.process_time() - start < 1.5
     assert peak() - before < 100
+
+
+@pytest.mark.parametrize("kind", [b"P5", b"P6"])
+def test_many_pixels_that_are_scaled_one_by_one_are_refused(kind: bytes) -> None:
+    any_size = msgspec.structs.replace(RGB, resize=True)
+    side, samples = 1500, 3 if kind == b"P6" else 1
+    start = time.process_time()
+    with pytest.raises(ImageError, match="save it as PNG"):
+        decode_image(kind + b" %d %d 254\n" % (side, side) + bytes(side * side * samples), any_size)
+    assert time.process_time() - start < 0.5
+    assert decode_image(kind + b" 224 224 254\n" + bytes(224 * 224 * samples), any_size).shape == (3, 6, 8)
+    assert decode_image(kind + b" %d %d 255\n" % (side, side) + bytes(side * side * samples), any_size).shape == (3, 6, 8)
 
 
 def test_ordinary_metadata_is_no_obstacle() -> None:

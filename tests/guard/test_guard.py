@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import copy
 import logging
 import math
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,8 +20,9 @@ from guard.detectors import Blend, Strip
 from guard.errors import CalibrationError, InputError, ModelError
 from guard.predictors.predictor import ACTIVATIONS_PER_INPUT
 from guard.preprocessors import Gym, Preprocessor
+from tests.export.profiles import onnx_profile
 from tests.guard.guards import REJECTED, Scripted, detector, guarded, mixed, nan_when_dark, raises, with_detector
-from tests.guard.models import predict_function, predictor
+from tests.guard.models import predict_function, predictor, save_onnx
 from tests.toy import ENTROPY_THRESHOLD, NAMES, SPEC, TARGET, ToyNet, toy_images, toy_trigger
 
 # --- verdicts ---
@@ -290,6 +293,17 @@ def test_draws_come_from_the_seed_or_from_the_system() -> None:
     assert not torch.equal(guarded(preprocessor=Gym()).answer(images), guarded(preprocessor=Gym()).answer(images))
 
 
+def test_a_forked_worker_draws_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = mixed()
+    guard, seeded = guarded(preprocessor=Gym()), guarded(preprocessor=Gym(), seed=1)
+    twins = copy.deepcopy(guard._generator), copy.deepcopy(seeded._generator)
+    here = guard.answer(images), seeded.answer(images)
+    guard._generator, seeded._generator = twins
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    assert not torch.equal(guard.answer(images), here[0])
+    assert torch.equal(seeded.answer(images), here[1])
+
+
 def test_answer_is_the_model_without_detectors() -> None:
     images = mixed()
     torch.testing.assert_close(guarded().answer(images), ToyNet()(images).softmax(dim=1))
@@ -333,6 +347,13 @@ def test_the_memory_limit_is_of_both_models(profile: Path) -> None:
         InputError, match=r"a memory limit of at least 20480 bytes \(1 MiB\), what one image takes by the estimate, got 256"
     ):
         Guard.load(profile, memory_limit=256)
+
+
+def test_a_fixed_batch_must_keep_to_it_too(tmp_path: Path) -> None:
+    folder = onnx_profile(tmp_path / "toy", save_onnx(tmp_path / "toy.onnx", batch=8))
+    with pytest.raises(InputError, match=r"at least 163840 bytes \(1 MiB\), what the model's fixed batch of 8 images takes"):
+        Guard.load(folder, memory_limit=163839)
+    assert Guard.load(folder, memory_limit=163840).predictor.max_rows == 8
 
 
 def test_a_device_may_be_pytorchs_own(profile: Path) -> None:

@@ -449,6 +449,13 @@ def test_a_clock_that_was_set_back_loses_nothing_new(tmp_path: Path, monkeypatch
     assert quarantine.items()[-1].time == pytest.approx(hour_ago / 1e9)
 
 
+def test_an_item_from_the_end_of_time_stops_the_quarantine_and_no_request(tmp_path: Path) -> None:
+    (tmp_path / f"{'9' * 19}-00000000.json").write_text("{}")
+    quarantine = Quarantine(tmp_path)
+    assert add(quarantine, picture(0)) is None
+    assert quarantine.failures == 1
+
+
 def test_not_every_item_costs_a_look_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quarantine, looks, scan = Quarantine(tmp_path, max_items=500), 0, os.scandir
 

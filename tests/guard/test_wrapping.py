@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, cast, get_args
 
 import msgspec
@@ -143,6 +143,41 @@ def test_the_wrapped_function_looks_like_the_original_and_passes_arguments_on() 
     assert safe.__name__ == "classify"
     assert safe.__doc__ == "Classify."
     assert inspect.signature(safe) == inspect.signature(classify)
+
+
+def test_a_batch_may_be_passed_by_its_name() -> None:
+    def classify(batch: Tensor, scale: float = 1.0) -> Tensor:
+        answers: Tensor = ToyNet()(batch) * scale
+        return answers
+
+    safe, images = cast(Any, guarded().wrap(classify)), mixed()
+    torch.testing.assert_close(safe(batch=images[::2], scale=2.0), ToyNet()(images[::2]) * 2.0)
+    with pytest.raises(RejectedError):
+        safe(scale=2.0, batch=images)
+    with pytest.raises(InputError, match="expected a batch of images as the first argument, got none"):
+        safe(scale=2.0)
+
+
+def test_functions_whose_answers_come_later_are_refused() -> None:
+    async def later(batch: Tensor) -> Tensor:
+        return batch
+
+    def one_by_one(batch: Tensor) -> Iterator[Tensor]:
+        yield from batch
+
+    for function in (later, one_by_one):
+        with pytest.raises(InputError, match="got an async function or a generator"):
+            guarded().wrap(function)
+
+
+def test_lists_stay_lists() -> None:
+    def labels(batch: Tensor) -> list[int]:
+        found: list[int] = ToyNet()(batch).argmax(dim=1).tolist()
+        return found
+
+    images = mixed(4)
+    expected = labels(images)
+    assert guarded().wrap(labels, ABSTAIN)(images) == [expected[0], -1, expected[2], -1]
 
 
 def test_a_failure_is_a_rejection() -> None:

@@ -158,6 +158,64 @@ def test_a_mounted_application_is_guarded_with_its_root_path() -> None:
     assert post(app, clean(), path="/api/predict").text == "the user's answer"
 
 
+@pytest.mark.parametrize(
+    "path",
+    ["/predict%0A", "/predict%0D%0A/", "/x/predict%0A", "/one/a%0A", "/all/", "/all//", "/all", "/all/a/b", "/sub/", "/sub//a"],
+)
+def test_what_a_router_takes_for_a_guarded_path_is_guarded(path: str) -> None:
+    """A triggered image is refused, or not routed: it is never answered."""
+
+    async def answer(_: Request) -> PlainTextResponse:
+        return PlainTextResponse("the user's answer")
+
+    inner = [Route("/", answer, methods=["POST"]), Route("/{name}", answer, methods=["POST"])]
+    wanted = ("/predict", "/x/predict", "/one/{name}", "/all/{rest:path}")
+    routes = [*(Route(item, answer, methods=["POST"]) for item in wanted), Mount("/sub", routes=inner)]
+    app = GuardMiddleware(
+        Starlette(routes=routes), toy_service(), paths=("/predict", "/x/predict", "/one/*", "/all/*", "/sub/*")
+    )
+    assert post(app, triggered(), path=path).status_code == 422
+    if not path.startswith("/sub//"):
+        assert post(app, clean(), path=path).status_code in (200, 307, 404)
+
+
+def test_a_root_path_that_an_application_tells_only_when_it_is_called_is_no_way_round() -> None:
+    class Late:
+        """As FastAPI does it."""
+
+        def __init__(self, root_path: str) -> None:
+            self.users, self.root_path = Users(), root_path
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            scope["root_path"] = self.root_path
+            await self.users(scope, receive, send)
+
+    class Around:
+        def __init__(self, app: ASGIApp) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            await self.app(scope, receive, send)
+
+    late = Late("/api/")
+    for app in (GuardMiddleware(late, toy_service()), GuardMiddleware(Around(Around(late)), toy_service())):
+        for path in ("/predict", "/api/predict", "/api//predict/"):
+            assert post(app, triggered(), path=path).status_code == 422
+        assert post(app, b"else", path="/api/else").status_code == 200
+    assert late.users.bodies == [b"else"] * 2
+
+
+def test_a_form_without_files_may_not_begin_with_an_image() -> None:
+    """A PGM may go on after its pixels, for a parser of forms to read."""
+    users, app = guarded()
+    pgm = b"P5\n8 8\n255\n" + bytes(64)
+    for content_type in ("application/x-www-form-urlencoded", "image/png, Application/X-WWW-Form-URLencoded; charset=utf-8"):
+        refused = post(app, pgm + b"&image=aGVsbG8", path="/predict", headers={"content-type": content_type})
+        assert refused.status_code == 400
+        assert refused.json()["reason"] == "bad-input"
+    assert users.bodies == []
+
+
 def test_one_file_is_judged_and_the_form_replayed() -> None:
     async def upload(request: Request) -> PlainTextResponse:
         async with request.form() as fields:

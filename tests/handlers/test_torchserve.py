@@ -319,6 +319,16 @@ def test_a_users_handler_that_raises_costs_503_for_accepted_rows(profile: Path, 
     ]
 
 
+def test_a_row_that_a_users_handler_stumbles_over_costs_its_neighbours_nothing(profile: Path) -> None:
+    """An image under a field that the handler does not look at."""
+    handler = guarded(Decodes)()
+    context = started(handler, profile)
+    replies = ask(handler, context, clean(1), {"other": bytearray(clean(2))}, clean(3))
+    assert statuses(replies) == [201, 503, 201]
+    assert inner(handler).seen == [[clean(1)], [clean(3)]]
+    assert [context.get_response_headers(row)["x-user"] for row in (0, 2)] == [replies[row].request_id for row in (0, 2)]
+
+
 @pytest.mark.parametrize("mode", ["enforce", "monitor"])
 def test_the_log_and_the_metrics_tell_what_clients_got(
     profile: Path, mode: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture

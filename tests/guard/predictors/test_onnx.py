@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -16,6 +17,7 @@ from guard.images import Array
 from guard.predictors import Backend, Predictor, load_backend
 from guard.predictors.chunks import run_in_chunks
 from guard.predictors.onnx import OnnxBackend
+from guard.predictors.predictor import BackendKind, bytes_per_image
 from guard.predictors.screening import file_sha256
 from tests.guard.models import predictor, save_onnx
 from tests.toy import SPEC, ToyNet, toy_images
@@ -30,8 +32,43 @@ def test_fixed_batch_sizes_are_cut_and_filled_up(batch: int, count: int, tmp_pat
     torch.testing.assert_close(predictor_of(backend)(images), ToyNet()(images).softmax(dim=1), atol=1e-5, rtol=0)
 
 
+@dataclass(frozen=True)
+class Counted:
+    """A backend that tells how many rows it is given."""
+
+    inner: Backend
+    rows: list[int]
+
+    @property
+    def kind(self) -> BackendKind:
+        return self.inner.kind
+
+    @property
+    def batch_size(self) -> int | None:
+        return self.inner.batch_size
+
+    def __call__(self, batch: Array) -> object:
+        self.rows.append(len(batch))
+        return self.inner(batch)
+
+    def fingerprint(self) -> str | None:
+        return None
+
+
 def predictor_of(backend: Backend) -> Predictor:
     return Predictor(backend, SPEC, 4, "logits")
+
+
+@pytest.mark.parametrize(("limit", "rows"), [(1, 32), (3, 96), (4, 128)])
+def test_no_forward_pass_is_filled_up_but_the_last(limit: int, rows: int, tmp_path: Path) -> None:
+    """A memory limit of as many of its batches; on a CPU a forward pass takes 128 small images at most."""
+    ran: list[int] = []
+    predictor = predictor_of(OnnxBackend.load(save_onnx(tmp_path / "toy.onnx", batch=32)))
+    bounded = replace(predictor, memory_limit=limit * 32 * bytes_per_image(SPEC) + 7)
+    assert bounded.max_rows == limit * 32
+    counted = replace(bounded, backend=Counted(bounded.backend, ran))
+    counted(toy_images(100)[0])
+    assert ran == [min(rows, 100 - start) for start in range(0, 100, rows)]
 
 
 @pytest.mark.parametrize("tensors", [False, True])
@@ -116,21 +153,26 @@ def test_truncated_files(tmp_path: Path) -> None:
             OnnxBackend.load(path)
 
 
-def test_weights_outside_the_models_folder_are_not_read(tmp_path: Path) -> None:
-    """An ONNX file may name files of the host as its weights."""
+@pytest.mark.parametrize("beside", ["model", "elsewhere"])
+def test_weights_in_further_files_are_not_read(beside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ONNX file may name files of the host as its weights, and no checksum would tell when they change."""
+    monkeypatch.chdir(tmp_path)
     secret = tmp_path / "secret"
     secret.write_bytes(np.arange(4, dtype=np.float32).tobytes())
     folder = tmp_path / "model"
     folder.mkdir()
+    (folder / "secret").write_bytes(secret.read_bytes())
     weights = TensorProto(name="b", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
-    weights.external_data.add(key="location", value="../secret")
+    weights.external_data.add(key="location", value="secret" if beside == "model" else "../secret")
     info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4]) for name in ("a", "c")]
     graph = helper.make_graph([helper.make_node("Add", ["a", "b"], ["c"])], "reads", info[:1], info[1:], [weights])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     path = folder / "model.onnx"
     path.write_bytes(model.SerializeToString())
-    with pytest.raises(ModelError):
-        OnnxBackend.load(path)
+    for current in (tmp_path, folder):
+        monkeypatch.chdir(current)
+        with pytest.raises(ModelError, match="export it again, as one file"):
+            OnnxBackend.load(path)
 
 
 def test_without_onnxruntime(monkeypatch: pytest.MonkeyPatch, model_files: dict[str, Path]) -> None:

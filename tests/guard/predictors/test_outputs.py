@@ -24,6 +24,7 @@ LOGITS = torch.tensor([[2.0, 1.0, -1.0], [0.0, 0.0, 3.0]])
         (LOGITS.softmax(dim=1), "probabilities"),
         (LOGITS.log_softmax(dim=1), "logits"),
         (LOGITS.softmax(dim=1).half(), "probabilities"),
+        (torch.linspace(-4.0, 4.0, 1000).repeat(4, 1).bfloat16().softmax(dim=1), "probabilities"),  # which add up to 0.998
         (LOGITS.softmax(dim=1) * 2, "logits"),
         (torch.tensor([[2.0, -1.0], [0.5, 0.5]]), "logits"),  # sums to one, but not a distribution
         (torch.eye(3), "probabilities"),

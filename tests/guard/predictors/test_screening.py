@@ -190,6 +190,8 @@ PROGRAMS: dict[str, Edit] = {
     "a file operator": call(
         "torch.ops.aten.from_file.default", x={"as_string": "{owned}"}, shared={"as_bool": True}, size={"as_int": 9}
     ),
+    "an operator that prints": call("torch.ops.aten._print.default", s={"as_string": "[METRICS]"}),
+    "an operator that warns": call("torch.ops.aten.warn.default", message={"as_string": "[METRICS]"}, stacklevel={"as_int": 2}),
     "another file operator": call("torch.ops.debugprims.load_tensor.default", x={"as_string": "{owned}"}),
     "a native library": call("torch.ops.load_library", x={"as_string": "{owned}"}),
     "a class by name": call("torch.ops.export._call_custom_autograd_function_in_pre_dispatch.default", x={"as_string": "a.b"}),
@@ -373,6 +375,9 @@ STATEMENTS = {
     "another library": "_0 = ops.image.write_file(OWNED, x)",
     "an alias of the libraries": "y = ops\n    y.image.write_file(OWNED, x)",
     "print": "print(x)",
+    "print by its other name": 'ops.aten._print("[METRICS]")',
+    "a warning beside something": 'y = x; torch.warn("[METRICS]")',
+    "a warning by another name": 'y = torch\n    y.warn("[METRICS]")',
     "another process": "_0 = ops.c10d.barrier(x)",
 }
 
@@ -393,6 +398,35 @@ def test_the_statements_of_these_tests_work(script: Path, tmp_path: Path, owned:
         torch.jit.load(str(path))(torch.zeros(1, 1, 8, 8))
         assert owned.exists(), attack
         owned.unlink()
+
+
+class Warns(nn.Module):
+    """As layers of PyTorch do, and as an attacker would."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = "x\n[METRICS]guard_requests_total.count:1|#outcome:accepted"
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.size(0) > 1:
+            warnings.warn(self.text, stacklevel=2)
+        return nn.functional.softmax(images.flatten(1))  # without an axis, of which PyTorch warns
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripts_warnings_do_not_get_into_our_output(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path, images = tmp_path / "warns.pt", torch.arange(128.0).view(2, 1, 8, 8)
+    torch.jit.script(Warns()).save(str(path))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.jit.load(str(path))(images)
+    assert any("[METRICS]" in str(item.message) for item in said)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        answers = TorchScriptBackend.load(path)(images)
+    assert not said
+    assert capfd.readouterr() == ("", "")
+    torch.testing.assert_close(answers, images.flatten(1).softmax(dim=1))
 
 
 class Nested(nn.Module):

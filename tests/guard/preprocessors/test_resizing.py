@@ -17,6 +17,15 @@ def test_it_is_bilinear_interpolation_whatever_the_size(shape: tuple[int, ...], 
     torch.testing.assert_close(blur_by_scaling(images, *size), back, atol=2e-6, rtol=0)
 
 
+def test_what_is_kept_has_the_type_of_images() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        blur_by_scaling(torch.zeros(1, 1, 17, 17, dtype=torch.float32), 12, 12)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert blur_by_scaling(torch.zeros(1, 1, 17, 17), 12, 12).dtype == torch.float32
+
+
 def test_what_is_kept_works_in_and_out_of_inference_mode() -> None:
     images = torch.rand(1, 1, 13, 13, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
