@@ -124,9 +124,9 @@ def red_team(
     right = float((answered == labels).double().mean())
     if near_chance(right, predictor.num_classes):
         raise CalibrationError(f"the model answers {right:.0%} of the clean images as labelled, near chance: {NEAR_CHANCE}")
-    if len(labels.unique()) < 2:
-        raise CalibrationError("red-teaming needs clean images of several classes, got one class: add images of others")
     superimposed, tuning, choosing = _parts(labels, frr, overlays, generator)
+    if min(len(labels[part].unique()) for part in (tuning, choosing)) < 2:
+        raise CalibrationError("red-teaming needs several clean images of several classes, got one class: add images of others")
     trials = []
     plants = draw_plants(predictor.spec.shape, predictor.num_classes, generator)
     for number, plant in enumerate(plants):

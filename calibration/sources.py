@@ -144,6 +144,10 @@ def open_tripwire(
         known = Hints(mean=hints.mean, std=hints.std, class_names=hints.class_names, resize=hints.resize)
     if source.file is None:
         raise ModelError(f"expected a model in a file or a factory of a module for a tripwire, got {name}: save it first")
+    if source.repair is not None:
+        swapped = repaired is not None and source.repair.original_sha256 == repaired.backend.fingerprint()
+        advice = "swap the two: MODEL is the repaired one" if swapped else "pass the model that it was made from"
+        raise ModelError(f"expected the original of a repaired model as the tripwire, got a repaired one, {name}: {advice}")
     if repaired is not None and repaired.repair is not None:
         if source.backend.fingerprint() != repaired.repair.original_sha256:
             raise ModelError(f"expected the model that was repaired as the tripwire, got another, {name}: pass the original")

@@ -28,7 +28,7 @@ def export(
     ] = "mar",
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the result.")] = Path("model-store"),
     name: Annotated[str | None, typer.Option(help="Of the model.", show_default="the profile folder's name")] = None,
-    version: Annotated[str, typer.Option(help="Of the archive.")] = "1.0",
+    version: Annotated[str | None, typer.Option(help="Of the archive.", show_default="1.0")] = None,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -46,8 +46,9 @@ def export(
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is None:
         raise ExportError(f"expected a model name of letters, digits, '.', '_' and '-', got {name!r}: pass another --name")
     if kind == "onnx":
-        if config is not None:
-            raise ExportError("expected --config with --format mar, got it with onnx, which has no room for it: drop it")
+        for option, value in (("--config", config), ("--version", version)):
+            if value is not None:
+                raise ExportError(f"expected {option} with --format mar, got it with onnx, which has no room for it: drop it")
         with needs("onnx"):
             from export import export_onnx
 
@@ -57,7 +58,7 @@ def export(
     from export import export_mar
 
     model_config = None if config is None else read_model_config(config, profile)
-    typer.echo(str(export_mar(profile, out, name, version, model_config)))
+    typer.echo(str(export_mar(profile, out, name, version or "1.0", model_config)))
 
 
 def _without_guard(profile: Profile) -> str:

@@ -71,13 +71,16 @@ def red_team_command(
         source = open_model(model, weights, Path(scratch))
         trainable(source.backend)
         size = options.shape(shape) or (source.image_shape if data.is_dir() else None)
-        clean = load_images(data, size, skip_unreadable=skip_unreadable, progress=progress)
+        loaded = load_images(data, size, skip_unreadable=skip_unreadable, progress=progress)
+        clean = loaded.distinct()
         check_images(len(clean), frr, overlays)
         predictor = discover(source.backend, clean, source.hints(hints))
         settle_threads(predictor)
         found = red_team(predictor, clean, frr, overlays, seed, progress=progress)
-    for name, reason in clean.skipped:
+    for name, reason in loaded.skipped:
         typer.echo(f"skipped {name}: {reason}", err=True)
+    if len(clean) < len(loaded):
+        typer.echo(f"{len(loaded) - len(clean)} of {len(loaded)} clean images equal others, and were left out", err=True)
     if as_json:
         typer.echo(msgspec.json.encode(found).decode())
     else:

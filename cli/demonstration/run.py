@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -27,10 +28,15 @@ from cli.demonstration.repairing import Repair, repair_digits
 from cli.display import progress_bars, show_rows
 from cli.extras import needs
 from guard import Guard, GuardError, Quarantine
-from guard.errors import ServingError
+from guard.errors import InputError, ServingError
+from guard.folders import FolderKind
 from guard.profile import load_profile, save_profile
 
 _GUARDED, _BARE = "digits", "digits-unguarded"
+_MARKER = "guard-demo.txt"
+_OURS = re.compile(  # and what an interruption leaves
+    r"(clean|triggered)\.npz|images|model\.pt2|profile|rejected|repaired(-profile)?|report\.html|entropy\.png|result\.json|\..+"
+)
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,11 +65,18 @@ def run(out: Path, model_store: Path, engine: Literal["auto", "torchserve", "asg
     """Train, calibrate, export, serve, ask, repair, show; whatever was started is stopped in the end.
 
     Args:
-        out: Folder for everything but the archive.
+        out: Folder for everything but the archive: new, empty, or of an earlier demo, which is replaced.
         model_store: Folder for the archive.
         engine: `auto` takes TorchServe, or ASGI where Java is missing.
         seed: Of split, training and calibration.
+
+    Raises:
+        InputError: The folder holds something else, or can't be written.
     """
+    kind = FolderKind("demo", _MARKER, lambda name: _OURS.fullmatch(name) is not None or out / name == model_store, InputError)
+    kind.check_target(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / _MARKER).write_text("Written by guard demo, which replaces all of it when it runs again.\n")
     torch.set_num_threads(1)  # so small a net only waits for a second core
     digits = load_digits(seed)
     with progress_bars() as progress:
@@ -90,7 +103,6 @@ def run(out: Path, model_store: Path, engine: Literal["auto", "torchserve", "asg
 def _prepare(digits: Digits, out: Path, seed: int, progress: Callable[[str, int, int], None]) -> Path:
     """Train the victim and calibrate it from its file, as a user would; returns the profile's folder."""
     net = train_backdoored(digits.train, seed, progress)
-    out.mkdir(parents=True, exist_ok=True)
     file, profile = out / "model.pt2", out / "profile"
     save_exported(net, digits.train.images(slice(0, 2)), file)
     with tempfile.TemporaryDirectory(prefix="guard-") as scratch:

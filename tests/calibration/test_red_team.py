@@ -155,6 +155,15 @@ def test_images_of_one_class_are_refused_whatever_the_seed(toy: Predictor) -> No
             run(toy, same, seed)
 
 
+def test_a_rare_class_that_is_all_overlays_is_none_to_compare_on(toy: Predictor) -> None:
+    clean = toy_set(1_600)
+    rows = torch.nonzero(clean.known_labels == 3).squeeze(1)
+    rare = torch.nonzero(clean.known_labels == 1).squeeze(1)[:1]
+    for seed in range(4):
+        with pytest.raises(CalibrationError, match="several clean images of several classes, got one class"):
+            run(toy, clean.select(torch.cat([rows, rare])), seed)
+
+
 def test_labels_in_another_order_are_refused(toy: Predictor) -> None:
     clean = toy_set(400)
     with pytest.raises(CalibrationError, match=r"answers 0% of .*near chance: check .*order of labels"):

@@ -77,6 +77,11 @@ def test_rates_out_of_range_are_refused(frr: float) -> None:
         set_threshold(draws(100, 0), frr)
 
 
+def test_a_normal_fit_of_equal_scores_would_reject_them_all() -> None:
+    with pytest.raises(CalibrationError, match="a normal fit needs scores that differ, got 50 equal ones"):
+        set_threshold(np.full(50, -0.1, np.float32), 0.01, "normal")
+
+
 def test_confidence_with_normal_is_refused() -> None:
     with pytest.raises(CalibrationError, match="conformal method only"):
         set_threshold(draws(100, 0), 0.01, "normal", confidence=0.9)

@@ -63,6 +63,15 @@ def test_the_one_in_the_documentation_is_taken_and_names_every_option(toy: Path,
     assert kept == {name: getattr(Options(), name) for name in kept}  # "as above", it says of those that are left out
 
 
+@pytest.mark.parametrize("option", [("--config", "c.yaml"), ("--version", "2.0")])
+def test_what_only_an_archive_has_room_for_is_refused_with_onnx(
+    option: tuple[str, str], toy: Path, tmp_path: Path, guard: Command
+) -> None:
+    run = guard("export", toy, "--format", "onnx", "--out", tmp_path, *option)
+    assert f"expected {option[0]} with --format mar, got it with onnx" in run.problem
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_one_an_archive_has_no_config(toy: Path, tmp_path: Path, guard: Command) -> None:
     assert guard("export", toy, "--out", tmp_path).code == 0
     assert archive_config(tmp_path / "toy.mar") == {}

@@ -63,6 +63,16 @@ def test_the_table_the_page_and_the_next_command(tmp_path: Path, guard: Command,
         assert (folder / "red_team.json").exists() == (name == "or")
 
 
+def test_equal_images_count_once(tmp_path: Path, guard: Command) -> None:
+    """Also where the next command is told: twice 220 are too few to be cut in two."""
+    loaded = np.load(save_toy_images(tmp_path / "few.npz", 220))
+    np.savez(tmp_path / "twice.npz", x=np.concatenate([loaded["x"]] * 2), y=np.concatenate([loaded["y"]] * 2))
+    run = guard("red-team", TOY, "--data", tmp_path / "twice.npz", "--overlays", 8, "--frr", 0.1)
+    assert run.code == 0, run.err
+    assert "of 440 clean images equal others, and were left out" in run.err
+    assert "--data CLEAN" in run.out
+
+
 def test_json_is_what_was_found_and_the_file_stays(tmp_path: Path, guard: Command, clean: Path) -> None:
     model = save_exported(LearningToy(), tmp_path / "toy.pt2")
     before = model.read_bytes()

@@ -82,6 +82,8 @@ def test_what_the_other_commands_make_of_its_repair(
     model, repaired = demo.folder / "model.pt2", demo.folder / "repaired"
     assert sorted(path.name for path in repaired.iterdir()) == ["learnt.json", "model.pt2", "repair.json", "report.html"]
     assert b"The trigger that was learnt" in (repaired / "report.html").read_bytes()
+    run = guard("calibrate", model, "--tripwire", repaired, "--data", files.clean, "--out", tmp_path / "swapped")
+    assert "swap the two: MODEL is the repaired one" in run.problem  # it would detect nothing
     run = guard("calibrate", repaired, "--tripwire", model, "--data", files.clean, "--out", tmp_path / "profile", "--json")
     assert run.code == 0, run.err
     assert run.lines[0]["clean_accuracy"] >= 0.9
@@ -97,6 +99,28 @@ def test_what_the_other_commands_make_of_its_repair(
     sparing = ("--overlays", 20, "--frr", 0.2)
     run = guard("calibrate", repaired, "--red-team", "--data", files.clean, "--out", tmp_path / "p", *sparing, "--json")
     assert "--red-team takes 59 of 119 clean images" in run.problem  # that the repair has not seen
+
+
+@pytest.mark.parametrize("name", ["images/holiday.png", "rejected/note.txt", "model.pt2"])
+def test_what_is_not_the_demos_is_left_alone(name: str, tmp_path: Path, guard: Command) -> None:
+    kept = tmp_path / "mine" / name
+    kept.parent.mkdir(parents=True)
+    kept.write_text("precious")
+    run = guard("demo", "--engine", "asgi", "--out", tmp_path / "mine", "--model-store", tmp_path / "store")
+    assert f"which holds something else ({Path(name).parts[0]}): pick another --out" in run.problem
+    assert kept.read_text() == "precious"
+
+
+def test_it_may_run_again(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    class StartedError(Exception):
+        pass
+
+    def started(_: int) -> None:
+        raise StartedError
+
+    monkeypatch.setattr(demonstration, "load_digits", started)
+    with pytest.raises(StartedError):
+        demonstration.run(demo.folder, demo.folder.parent / "store", "asgi", 0)
 
 
 def test_a_repair_that_is_refused_spoils_nothing_else(
