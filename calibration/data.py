@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -18,11 +19,14 @@ from torch import Tensor
 
 from guard.arrays import load_arrays
 from guard.decoding import FORMATS, SUFFIXES, Limits, decode_image
-from guard.errors import CalibrationError, InputError
+from guard.errors import CalibrationError, InputError, WrongSizeError
+from guard.files import as_text, is_text, list_images
 from guard.images import InputSpec
 
 _MOST_LABELS = 2**31
 _AT_ONCE = 256  # images
+_SLACK = 1e-6  # of float pixels, whose last bits depend on who divided them
+_LIMITS = Limits(max_bytes=100 * 1024**2, max_pixels=100_000_000)
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much is done, and of how much."""
@@ -45,6 +49,7 @@ class ImageSet:
         class_names: In label order; empty when unknown.
         names: One per image, for reports; empty when there are none.
         skipped: Files that could not be read, each with the reason.
+        resized: How many images were of another size, which serving refuses unless it resizes, too.
     """
 
     pixels: Tensor
@@ -52,6 +57,7 @@ class ImageSet:
     class_names: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
+    resized: int = 0
 
     def __len__(self) -> int:
         return int(self.pixels.shape[0])
@@ -157,7 +163,7 @@ def load_npz(path: Path) -> ImageSet:
         InputError: Damaged, or arrays of another shape, type or range.
     """
     arrays = load_arrays(path)
-    names = tuple(str(name) for name in arrays["class_names"].reshape(-1)) if "class_names" in arrays else ()
+    names = _to_names(arrays["class_names"], path.name) if "class_names" in arrays else ()
     pixels = _to_pixels(arrays["x"], path.name)
     labels = _to_labels(arrays["y"], len(pixels), path.name) if "y" in arrays else None
     if names and labels is not None and int(labels.max()) >= len(names):
@@ -183,10 +189,10 @@ def _to_pixels(x: NDArray[np.generic], name: str) -> Tensor:
     if len(bad):
         shown = ", ".join(map(str, bad[:5])) + (" ..." if len(bad) > 5 else "")
         raise InputError(f"expected finite pixels, got NaN or Inf in {len(bad)} images of {name} (rows {shown}): drop them")
-    if values.min() < 0.0 or values.max() > 1.0:
-        got = f"{values.min():.4g} to {values.max():.4g}"
+    if values.min() < -_SLACK or values.max() > 1.0 + _SLACK:
+        got = f"{values.min():.7g} to {values.max():.7g}"
         raise InputError(f"expected float pixels in [0, 1], got {got} in {name}: divide by what white is, 255 of bytes")
-    return torch.from_numpy(values)
+    return torch.from_numpy(values.clip(0.0, 1.0, out=values))
 
 
 def _to_labels(y: NDArray[np.generic], count: int, name: str) -> Tensor:
@@ -198,36 +204,30 @@ def _to_labels(y: NDArray[np.generic], count: int, name: str) -> Tensor:
     return torch.from_numpy(labels.astype(np.int64))
 
 
-def list_images(folder: Path, deep: bool = False) -> list[Path]:
-    """Image files in a folder, and with `deep` in the folders below it, sorted by name."""
-    found = folder.rglob("*") if deep else folder.iterdir()
-    return sorted(item for item in found if item.suffix.lower() in SUFFIXES and item.is_file())
+def _to_names(values: NDArray[np.generic], name: str) -> tuple[str, ...]:
+    try:
+        names = tuple(item.decode() if isinstance(item, bytes) else str(item) for item in values.reshape(-1).tolist())
+        "".join(names).encode()
+    except UnicodeError as error:
+        raise InputError(f"expected class_names in UTF-8, got other bytes in {name}: save them as str") from error
+    return names
 
 
 def _load_folder(folder: Path, shape: tuple[int, int, int] | None, skip: bool, progress: Progress) -> ImageSet:
-    classes = sorted(item for item in folder.iterdir() if item.is_dir() and not item.name.startswith("."))
-    files: list[tuple[Path, int]] = [
-        (path, label) for label, item in enumerate(classes) for path in list_images(item, deep=True)
-    ]
-    loose = list_images(folder)
-    if files and loose:
-        raise CalibrationError(
-            f"expected images in class folders only, got {len(loose)} beside them in {folder}, first {loose[0].name}: move them"
-        )
-    if not files:
-        classes = []
-        files = [(path, -1) for path in loose]
-    if not files:
-        raise CalibrationError(f"expected images ({', '.join(SUFFIXES)}) in {folder} or its class folders, got none")
+    classes, files = _list_folder(folder)
     spec = _common_spec([path for path, _ in files], shape)
-    pixels, labels, names, skipped = [], [], [], []
+    pixels, labels, names, skipped, resized = [], [], [], [], 0
     for done, (path, label) in enumerate(files, start=1):
+        name = as_text(path.relative_to(folder))
         try:
-            pixels.append(decode_image(path.read_bytes(), spec, Limits(max_bytes=100 * 1024**2, max_pixels=100_000_000)))
-            labels.append(label)
-            names.append(str(path.relative_to(folder)))
+            image, fits = _decode(path, spec)
         except (InputError, OSError) as error:
-            skipped.append((str(path.relative_to(folder)), str(error)))
+            skipped.append((name, as_text(str(error))))
+        else:
+            pixels.append(image)
+            labels.append(label)
+            names.append(name)
+            resized += not fits
         progress("reading images", done, len(files))
     if skipped and (not skip or not pixels):
         first, reason = skipped[0]
@@ -243,7 +243,41 @@ def _load_folder(folder: Path, shape: tuple[int, int, int] | None, skip: bool, p
         tuple(item.name for item in classes),
         tuple(names),
         tuple(skipped),
+        resized,
     )
+
+
+def _list_folder(folder: Path) -> tuple[list[Path], list[tuple[Path, int]]]:
+    """Class folders, none where images are without classes, and image files, each with its label, -1 where it has none."""
+    try:
+        classes = sorted(item for item in folder.iterdir() if item.is_dir() and not item.name.startswith("."))
+        files = [(path, label) for label, item in enumerate(classes) for path in list_images(item, deep=True)]
+        loose = list_images(folder)
+    except OSError as error:
+        raise CalibrationError(f"expected a folder that can be read, got {error.filename}: {error.strerror}") from error
+    if files and loose:
+        raise CalibrationError(
+            f"expected images in class folders only, got {len(loose)} beside them in {folder}, first {loose[0].name}: move them"
+        )
+    if not files and not loose:
+        raise CalibrationError(f"expected images ({', '.join(SUFFIXES)}) in {folder} or its class folders, got none")
+    if not files:
+        return [], [(path, -1) for path in loose]
+    odd = next((item.name for item in classes if not is_text(item.name)), None)
+    if odd is not None:
+        raise CalibrationError(f"expected class folders with names in UTF-8, got {as_text(odd)}: rename it")
+    return classes, files
+
+
+def _decode(path: Path, spec: InputSpec) -> tuple[Tensor, bool]:
+    """An image, (C, H, W), and whether it was of that size."""
+    data = path.read_bytes()
+    try:
+        return decode_image(data, msgspec.structs.replace(spec, resize=False), _LIMITS), True
+    except WrongSizeError:
+        if not spec.resize:
+            raise
+        return decode_image(data, spec, _LIMITS), False
 
 
 def _common_spec(files: Sequence[Path], shape: tuple[int, int, int] | None) -> InputSpec:

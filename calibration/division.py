@@ -19,6 +19,8 @@ from calibration.settings import Settings, check_settings, for_boundaries, set_a
 from guard import Predictor
 from guard.errors import CalibrationError, ModelError, TooFewImagesError
 
+_ALLOW = "pass --allow-missing-classes; inputs of those classes may be rejected more often"
+
 
 def without(clean: ImageSet, learnt: Collection[str], settings: Settings) -> ImageSet:
     """The images that a repair has not learnt from.
@@ -62,13 +64,22 @@ def divide(clean: ImageSet, predictor: Predictor, settings: Settings, preferred:
         ModelError: Labels over the model's.
     """
     check_labels(clean, predictor)
-    _check_missing(clean, predictor, settings)
+    missing = _missing(clean, predictor, settings)
+    if missing:
+        raise CalibrationError(
+            f"expected clean images of all {predictor.num_classes} classes, got none of {missing}: add some, or {_ALLOW}"
+        )
     labels = clean.labels if clean.labels is not None else answers(predictor, clean)
     chosen = choose_overlays(labels, set_aside(settings), torch.Generator().manual_seed(settings.seed), preferred)
     left = torch.ones(len(clean), dtype=torch.bool)
     left[chosen] = False
     rest = torch.nonzero(left).squeeze(1)
-    _check_missing(clean.select(rest), predictor, settings)  # the overlays may have taken the last image of one
+    missing = _missing(clean.select(rest), predictor, settings)
+    if missing:
+        raise CalibrationError(
+            f"expected clean images of all {predictor.num_classes} classes besides the {len(chosen)} overlays, got no other of "
+            f"{missing}, whose only images became overlays: add more of them, or {_ALLOW}"
+        )
     return chosen, rest
 
 
@@ -83,12 +94,16 @@ def check_labels(clean: ImageSet, predictor: Predictor) -> None:
     """Refuse labels that are not this model's.
 
     Raises:
-        CalibrationError: Another number of class folders.
+        CalibrationError: Another number of class folders, or of class names.
         ModelError: Labels over the model's.
     """
-    if clean.labels is None:
-        return
     classes = predictor.num_classes
+    if clean.labels is None:
+        if clean.class_names and len(clean.class_names) != classes:
+            raise CalibrationError(
+                f"expected {classes} class_names, one per output of the model, got {len(clean.class_names)}: name all, or none"
+            )
+        return
     if clean.class_names and len(clean.class_names) != classes:
         raise CalibrationError(
             f"expected {classes} class folders, one per output of the model, got {len(clean.class_names)}: "
@@ -108,12 +123,6 @@ def missing_classes(labels: Tensor, predictor: Predictor) -> str:
     return f"{len(missing)} ({shown})" if missing else ""
 
 
-def _check_missing(clean: ImageSet, predictor: Predictor, settings: Settings) -> None:
-    if clean.labels is None or settings.allow_missing_classes:
-        return
-    missing = missing_classes(clean.labels, predictor)
-    if missing:
-        raise CalibrationError(
-            f"expected clean images of all {predictor.num_classes} classes, got none of {missing}: "
-            "add some, or pass --allow-missing-classes; inputs of those classes may be rejected more often"
-        )
+def _missing(clean: ImageSet, predictor: Predictor, settings: Settings) -> str:
+    """See `missing_classes`; empty where that is unknown, or allowed."""
+    return "" if clean.labels is None or settings.allow_missing_classes else missing_classes(clean.labels, predictor)

@@ -23,6 +23,7 @@ from guard import Guard
 from guard.detectors.detector import at_or_over
 from guard.errors import InputError
 
+_NO_OTHERS = "expected triggered images of classes other than the target, got none"
 _BATCH = 64
 
 
@@ -206,7 +207,7 @@ def _with_attack(result: Evaluation, clean: Judged, triggered: Judged, wanted: T
     counted = wanted >= 0
     total = int(counted.sum())
     if total == 0:
-        raise InputError("expected triggered images of classes other than the target, got none")
+        raise InputError(_NO_OTHERS)
     accepted = counted & ~triggered.rejected
     success = counted & (triggered.answers == wanted)
     successes, passed, both = int(success.sum()), int(accepted.sum()), int((success & accepted).sum())
@@ -234,10 +235,10 @@ def align_sets(
 ) -> tuple[ImageSet, ImageSet | None]:
     """Bring both sets' labels to the model's order, and refuse sets that don't fit.
 
-    Labels of a folder are positions of its sub-folders; where the profile knows class names, they are matched by name.
+    Labels of a folder are positions of its sub-folders; where the profile knows other class names, they are matched by name.
 
     Returns:
-        The sets, labels in the model's order.
+        The sets, labels in the model's order; triggered images of the target's own class, which no figure counts, are left out.
 
     Raises:
         InputError: See `evaluate`.
@@ -252,7 +253,11 @@ def align_sets(
         )
     if triggered.labels is None:
         raise InputError("expected the true labels y of the triggered images: rates leave out those of the target class")
-    return aligned, _align(guard, triggered)
+    attacked = _align(guard, triggered)
+    others = torch.nonzero(attacked.known_labels != target_label).squeeze(1)
+    if not len(others):
+        raise InputError(_NO_OTHERS)
+    return aligned, attacked.select(others)
 
 
 def _align(guard: Guard, images: ImageSet) -> ImageSet:
@@ -263,10 +268,8 @@ def _align(guard: Guard, images: ImageSet) -> ImageSet:
         return images
     labels = images.labels
     if images.class_names and spec.class_names:
-        unknown = [name for name in images.class_names if name not in spec.class_names]
-        if unknown:
-            raise InputError(f"expected class folders that the profile knows, got {unknown[0]!r}: name them as at calibration")
-        labels = torch.tensor([spec.class_names.index(name) for name in images.class_names])[labels]
+        if images.class_names != spec.class_names:
+            labels = torch.tensor(_positions(images.class_names, spec.class_names))[labels]
     elif images.class_names and len(images.class_names) != classes:
         raise InputError(
             f"expected {classes} class folders, one per output of the model, got {len(images.class_names)}: "
@@ -275,3 +278,21 @@ def _align(guard: Guard, images: ImageSet) -> ImageSet:
     if int(labels.max()) >= classes:
         raise InputError(f"expected labels from 0 to {classes - 1}, got {int(labels.max())}: is it another data set?")
     return ImageSet(images.pixels, labels, spec.class_names, images.names)
+
+
+def _positions(names: Sequence[str], known: Sequence[str]) -> list[int]:
+    """Where the profile has each class of a set.
+
+    Raises:
+        InputError: It does not have one, or one of that name is not the only one.
+    """
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise InputError(f"expected class folders that the profile knows, got {unknown[0]!r}: name them as at calibration")
+    several = [name for name in names if max(names.count(name), known.count(name)) > 1]
+    if several:
+        raise InputError(
+            f"expected class names that differ, or the profile's own in the same order, got {several[0]!r} of several classes: "
+            "use an .npz without class_names, whose y are the model's outputs"
+        )
+    return [known.index(name) for name in names]

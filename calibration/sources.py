@@ -51,6 +51,18 @@ class ModelSource:
         """(C, H, W) of the images, where the file declares it or a repaired model's folder knows."""
         return declared_shape(self.backend) if self.repair is None else self.repair.input.shape
 
+    def check_not_repaired(self) -> None:
+        """Refuse to repair a repaired model: a further repair starts from the original.
+
+        Raises:
+            RepairError: It says so.
+        """
+        if self.repair is not None:
+            raise RepairError(
+                "expected a model that was not repaired yet, got one that was: repair its original, with all that was "
+                "quarantined"
+            )
+
     def hints(self, given: Hints) -> Hints:
         """What the user says and, for what he leaves open, what a repaired model's folder knows of its input."""
         if self.repair is None:

@@ -16,6 +16,7 @@ from cli import options
 from cli.calibrated import Calibrated, show_calibrated
 from cli.display import progress_bars
 from cli.extras import needs
+from cli.inputs import tell_resized
 from cli.repairing import Repairing, check_repair, repair_first
 from cli.threads import settle_threads
 from guard.errors import CalibrationError, InputError
@@ -271,6 +272,7 @@ def calibrate_command(
         calibration.save(out, source.file, pages, None if watched is None else watched[1])
     if equal:
         typer.echo(f"{equal} of {len(loaded)} clean images equal others, and were left out", err=True)
+    tell_resized(loaded.resized, len(loaded), calibration.profile.input)
     if first is not None:
         shutil.rmtree(first.work, ignore_errors=True)
     show_calibrated(

@@ -10,6 +10,7 @@ import msgspec
 import typer
 
 from cli.display import show_rows
+from cli.inputs import tell_skipped
 from cli.red_team import show_red_team
 from cli.repaired import show_repaired
 from guard.detectors import ActivationFilter, Strip
@@ -55,8 +56,7 @@ def show_calibrated(made: Calibrated, as_json: bool) -> None:
     if as_json:
         typer.echo(msgspec.json.encode(_summary(made)).decode())
         return
-    for name, reason in made.skipped:
-        typer.echo(f"skipped {name}: {reason}", err=True)
+    tell_skipped(made.skipped)
     if made.repaired is not None and made.repaired_now:
         show_repaired(made.repaired, "Repaired model", ("report", str(out / "repair.html")))
         typer.echo()

@@ -16,6 +16,7 @@ from cli import options
 from cli.inputs import read_images
 from cli.threads import settle_threads
 from guard import Finding, Guard, GuardError, Limits, Policy, Quarantine, Verdict
+from guard.files import as_text, printable
 from guard.readings import reading_of
 from guard.verdict import FAILURES, method_of
 
@@ -98,7 +99,7 @@ def _judge(guard: Guard, batch: list[tuple[str, Tensor | GuardError]]) -> list[L
     return [
         _line(name, next(verdicts))
         if isinstance(item, Tensor)
-        else Line(image=name, verdict="rejected", reason=item.code, message=str(item))
+        else Line(image=name, verdict="rejected", reason=item.code, message=as_text(str(item)))
         for name, item in batch
     ]
 
@@ -138,7 +139,7 @@ def _found(item: Finding) -> Found:
 
 def _print(lines: list[Line], as_json: bool) -> None:
     for line in lines:
-        typer.echo(msgspec.json.encode(line).decode() if as_json else _for_people(line))
+        typer.echo(msgspec.json.encode(line).decode() if as_json else printable(_for_people(line)))
 
 
 def _for_people(line: Line) -> str:

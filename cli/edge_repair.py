@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, final
@@ -14,19 +14,19 @@ import typer
 
 from cli import options as common
 from cli.display import progress_bars
-from cli.edge_sending import declared, write_images, write_model
+from cli.edge_sending import check_options, check_same, declared, named, write_images, write_model
 from cli.edge_token import VARIABLE, read_token
 from cli.extras import needs
+from cli.inputs import tell_skipped
 from cli.repaired import calibrate_with_tripwire, exit_code, show_next, show_repaired
 from guard import Guard, load_profile
-from guard.errors import EdgeError
+from guard.errors import EdgeError, InputError
 from guard.loading import load_profile_backend
 from guard.readings import reading_of
 from guard.records import DetectorRecord
 from handlers.edge_protocol import CLEAN, QUARANTINE, FileInfo, JobRequest, JobStatus, Manifest, RepairOptions, check_job_id
 
 if TYPE_CHECKING:
-    from calibration import Hints
     from calibration.data import Progress
     from calibration.repair.record import RepairRecord
     from calibration.sources import ModelSource
@@ -89,9 +89,9 @@ def repair_on_edge(
     out: Path,
     asked: RepairOptions,
     *,
+    given: Collection[str] = (),
     weights: Path | None = None,
     quarantine: Path | None = None,
-    hints: Hints | None = None,
     shape: str | None = None,
     skip_unreadable: bool = False,
     as_json: bool = False,
@@ -105,18 +105,21 @@ def repair_on_edge(
         model: As MODEL.
         data: As CLEAN.
         out: Folder to write; a repaired model that is there is replaced.
-        asked: How to repair; the model's input is filled in.
+        asked: How to repair.
+        given: Options of the command line, like `--seed`; a job that was sent before must agree with their values.
         weights: For a factory's module.
         quarantine: What the guard rejected.
-        hints: What the user says about the model's input.
         shape: As text; to bring images of a folder to.
         skip_unreadable: Leave out files that are no images.
         as_json: Print JSON instead of a table.
 
     Raises:
         EdgeError: The server refuses, fails or stays away, or what it sent can't be trusted.
-        GuardError: The model, the images or the target can't be used.
+        GuardError: The model, the images, the options or the target can't be used.
     """
+    check_options(asked)
+    _check_images(data, quarantine)
+    sent_before = None if edge.job is None else check_job_id(edge.job)
     with needs("device"):
         from calibration.fine_tuning import trainable
         from calibration.repair.record import KIND
@@ -128,51 +131,33 @@ def repair_on_edge(
         raise EdgeError(f"expected the edge's token, got none: pass --edge-token-file FILE, or set {VARIABLE}")
     KIND.check_target(out, model, weights)
     images = _Images(data, quarantine, common.shape(shape), skip_unreadable)
+    values = {**named(asked), "--quarantine": quarantine, "--shape": images.shape}
+    expected = {} if sent_before is None else {name: value for name, value in values.items() if name in given}
     with (
         tempfile.TemporaryDirectory(prefix="guard-") as scratch,
         EdgeClient(edge.url, token, insecure=edge.insecure) as client,
         progress_bars() as progress,
     ):
         source = open_model(model, weights, Path(scratch))
+        source.check_not_repaired()
         trainable(source.backend)
         (Path(scratch) / "sent").mkdir()
         file = write_model(source, Path(scratch) / "sent")
-        job = check_job_id(edge.job) if edge.job else _submit(client, file, source, images, asked, hints, progress)
+        job = sent_before or _submit(client, file, source, images, asked, progress)
         with _fetched_later(client, job):
             status = client.wait(job, progress)
-            record, manifest = _fetch(client, status, source, file, out, progress)
+            record, manifest = _fetch(client, status, source, file, out, expected, progress)
         with contextlib.suppress(EdgeError):  # it expires by itself
             client.delete(job)
-    _show(record, manifest, out, calibrate_with_tripwire(out, model, weights, data), as_json)
+    _show(record, manifest, out, calibrate_with_tripwire(out, model, weights, data, skip_unreadable), as_json)
 
 
 def _submit(
-    client: EdgeClient,
-    file: Path,
-    source: ModelSource,
-    images: _Images,
-    asked: RepairOptions,
-    hints: Hints | None,
-    progress: Progress,
+    client: EdgeClient, file: Path, source: ModelSource, images: _Images, asked: RepairOptions, progress: Progress
 ) -> str:
     """Send all that the job needs, and have it run; returns its id."""
-    from calibration.discovery import Hints
-
-    known = source.hints(hints or Hints())
-    files = {file.name: file} | _write_sets(file.parent, source, images, known.class_names, progress)
-    request = JobRequest(
-        options=msgspec.structs.replace(
-            asked,
-            mean=known.mean,
-            std=known.std,
-            output=known.output,
-            layout=known.layout,
-            dtype=known.dtype,
-            container=known.container,
-        ),
-        files=tuple(declared(path) for path in files.values()),
-        factory=source.record.factory,
-    )
+    files = {file.name: file} | _write_sets(file.parent, source, images, progress)
+    request = JobRequest(options=asked, files=tuple(declared(path) for path in files.values()), factory=source.record.factory)
     job = client.create(request)
     try:
         client.upload(job, files, progress)
@@ -185,25 +170,28 @@ def _submit(
     return job
 
 
-def _write_sets(
-    folder: Path, source: ModelSource, images: _Images, class_names: tuple[str, ...], progress: Progress
-) -> dict[str, Path]:
+def _check_images(*places: Path | None) -> None:
+    """Refuse, before any work, images that are not there."""
+    for place in places:
+        if place is not None and not place.exists():
+            raise InputError(f"expected a folder of images or an .npz, got {place}, which does not exist: check the path")
+
+
+def _write_sets(folder: Path, source: ModelSource, images: _Images, progress: Progress) -> dict[str, Path]:
     """The clean set and the quarantine as `.npz`, by name."""
-    from calibration.data import ImageSet, load_images
+    from calibration.data import load_images
     from calibration.repair.cases import check_enough, load_quarantined
 
     size = images.shape or (source.image_shape if images.clean.is_dir() else None)
     clean = load_images(images.clean, size, skip_unreadable=images.skip_unreadable, progress=progress)
-    for name, reason in clean.skipped:
-        typer.echo(f"skipped {name}: {reason}", err=True)
+    tell_skipped(clean.skipped)
     found = None
     if images.quarantine is not None:
         found = load_quarantined(images.quarantine, clean.shape, skip_unreadable=images.skip_unreadable, progress=progress)
-        for name, reason in found.skipped:
-            typer.echo(f"skipped {name}: {reason}", err=True)
+        tell_skipped(found.skipped)
     check_enough(clean, found)
     written = {CLEAN: folder / CLEAN}
-    write_images(ImageSet(clean.pixels, clean.labels, clean.class_names or class_names), written[CLEAN])
+    write_images(clean, written[CLEAN])
     if found is not None:
         written[QUARANTINE] = folder / QUARANTINE
         write_images(found, written[QUARANTINE])
@@ -226,7 +214,13 @@ def _fetched_later(client: EdgeClient, job: str) -> Iterator[None]:
 
 
 def _fetch(
-    client: EdgeClient, status: JobStatus, source: ModelSource, file: Path, out: Path, progress: Progress
+    client: EdgeClient,
+    status: JobStatus,
+    source: ModelSource,
+    file: Path,
+    out: Path,
+    expected: Mapping[str, object],
+    progress: Progress,
 ) -> tuple[RepairRecord, Manifest]:
     """Write the folder, all of it or nothing, once every file of it was verified and the models in it load."""
     from calibration.repair.record import KIND
@@ -236,6 +230,7 @@ def _fetch(
     with KIND.writing(out) as draft:
         client.fetch(manifest, draft, progress)
         record = _check(draft, source, sent)
+        check_same(record, expected, f"job {status.id} at {client.url}")
     return record, manifest
 
 

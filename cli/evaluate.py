@@ -11,9 +11,11 @@ import typer
 from cli import options
 from cli.display import make_room, progress_bars, show_rows
 from cli.extras import needs
+from cli.inputs import tell_resized, tell_skipped
 from cli.threads import settle_threads
 from guard import Guard
 from guard.errors import InputError
+from guard.files import as_text
 
 if TYPE_CHECKING:
     from calibration import Evaluation
@@ -59,15 +61,15 @@ def evaluate_command(
             attacked = load_images(
                 triggered, shape if triggered.is_dir() else None, skip_unreadable=skip_unreadable, progress=progress
             )
-        skipped = (*clean.skipped, *(() if attacked is None else attacked.skipped))
+        sets = [clean] if attacked is None else [clean, attacked]
         clean, attacked = align_sets(guard, clean, attacked, target)
         clean_judged = judge(guard, clean, "clean images", progress)
         attacked_judged = None if attacked is None else judge(guard, attacked, "triggered images", progress)
         costs = measure_speed(guard, clean, progress) if speed else ()
     result = summarise(clean_judged, clean.labels, attacked_judged, None if attacked is None else attacked.labels, target)
     result = msgspec.structs.replace(result, speed=costs)
-    for name, reason in skipped:
-        typer.echo(f"skipped {name}: {reason}", err=True)
+    tell_skipped(item for images in sets for item in images.skipped)
+    tell_resized(sum(images.resized for images in sets), sum(map(len, sets)), guard.predictor.spec)
     if as_json:
         typer.echo(msgspec.json.encode(result).decode())
     else:
@@ -85,7 +87,7 @@ def _show(result: Evaluation, profile: Path) -> None:
         estimate = getattr(result, name)
         if estimate is not None:
             rows.append((title, f"{estimate.value:.4f}", f"{estimate.low:.4f} to {estimate.high:.4f}"))
-    show_rows(f"Guard {profile}", rows, ("", "value", "95% interval"))
+    show_rows(f"Guard {as_text(profile)}", rows, ("", "value", "95% interval"))
     if result.far is not None and result.far.value > _MANY:
         typer.echo(
             "Many triggered inputs pass. guard red-team looks for a better setting; calibrate --scan, after guard scan, adds a "

@@ -12,6 +12,7 @@ import typer
 from cli import calibrate, check, demo, edge, evaluate, export, quarantine, red_team, repair, roll_out, scan, serve
 from cli.stopping import stopped_by_sigterm
 from guard import GuardError, __version__
+from guard.files import printable
 
 _UNREAD = 128 + signal.SIGPIPE  # what a shell says of a program that wrote to a closed pipe
 
@@ -109,7 +110,7 @@ def _main() -> None:
 
 
 def _fail(message: str) -> None:
-    typer.echo(f"guard: {' '.join(message.split())}", err=True)
+    typer.echo(f"guard: {printable(' '.join(message.split()))}", err=True)
     sys.exit(2)
 
 

@@ -13,6 +13,7 @@ from cli import options
 from cli.display import show_rows
 from guard import Quarantine
 from guard.errors import QuarantineError
+from guard.files import as_text
 from guard.quarantine import Item
 from guard.readings import reading_of
 
@@ -32,12 +33,12 @@ def list_items(folder: _Folder, as_json: options.JsonOption = False) -> None:
     elif items:
         rows = [(item.id, _time(item), f"{item.label}", item.detector, _score(item)) for item in items]
         show_rows(
-            f"{len(items)} {'item' if len(items) == 1 else 'items'} in {folder}",
+            f"{len(items)} {'item' if len(items) == 1 else 'items'} in {as_text(folder)}",
             rows,
             ("id", "time", "label", "detector", "found"),
         )
     else:
-        typer.echo(f"{folder} is empty")
+        typer.echo(f"{as_text(folder)} is empty")
 
 
 @app.command("show")
@@ -46,7 +47,7 @@ def show_item(
 ) -> None:
     """All that is known of one item, and where its picture lies."""
     item = _open(folder).get(item_id)
-    picture = str(folder / item.image)
+    picture = as_text(folder / item.image)
     if as_json:
         typer.echo(msgspec.json.encode({**msgspec.to_builtins(item), "path": picture}).decode())
         return
@@ -71,9 +72,9 @@ def release_items(
 ) -> None:
     """Take false alarms out: move their pictures into a folder of clean images."""
     quarantine = _open(folder)
-    for item in [quarantine.get(item_id) for item_id in ids]:
+    for item in [quarantine.get(item_id) for item_id in dict.fromkeys(ids)]:
         name = label if label is not None else item.label or "unlabelled"
-        typer.echo(str(quarantine.release(item.id, to / _safe(name))))
+        typer.echo(as_text(quarantine.release(item.id, to / _safe(name))))
 
 
 @app.command("delete")
@@ -86,7 +87,8 @@ def delete_items(
     quarantine = _open(folder)
     if bool(ids) == everything:
         raise QuarantineError("expected the ids of items, or --all for every item")
-    chosen = [item.id for item in quarantine.items()] if everything else [quarantine.get(name).id for name in ids or []]
+    named = dict.fromkeys(ids or [])
+    chosen = [item.id for item in quarantine.items()] if everything else [quarantine.get(name).id for name in named]
     for item_id in chosen:
         quarantine.delete(item_id)
     typer.echo(f"deleted {len(chosen)}")

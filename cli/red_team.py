@@ -14,6 +14,7 @@ import typer
 from cli import options
 from cli.display import make_room, progress_bars, show_rows
 from cli.extras import needs
+from cli.inputs import tell_skipped
 from cli.memory import keep_freed_memory
 from cli.threads import settle_threads
 
@@ -77,8 +78,7 @@ def red_team_command(
         predictor = discover(source.backend, clean, source.hints(hints))
         settle_threads(predictor)
         found = red_team(predictor, clean, frr, overlays, seed, progress=progress)
-    for name, reason in loaded.skipped:
-        typer.echo(f"skipped {name}: {reason}", err=True)
+    tell_skipped(loaded.skipped)
     if len(clean) < len(loaded):
         typer.echo(f"{len(loaded) - len(clean)} of {len(loaded)} clean images equal others, and were left out", err=True)
     if as_json:

@@ -17,6 +17,7 @@ from cli import options
 from cli.display import progress_bars
 from cli.edge_repair import EdgeChoice, EdgeJobOption, EdgeOption, EdgeTokenOption, InsecureEdgeOption, repair_on_edge
 from cli.extras import needs
+from cli.inputs import tell_skipped
 from cli.memory import keep_freed_memory
 from cli.repair_inputs import METHODS, RepairMethod, check_choice, check_options, read_inputs
 from cli.repaired import calibrate_with_tripwire, exit_code, show_next, show_repaired
@@ -149,13 +150,15 @@ def repair_command(
     pip install 'backdoor-guard\[device]'.
     """
     check_choice(method, data, quarantine, scan, edge_job is not None)
-    check_options(method, options.given(context))
+    given = options.given(context)
+    check_options(method, given)
     if edge is None and (edge_job is not None or edge_token_file is not None or insecure_edge):
         raise InputError("expected --edge URL with --edge-job, --edge-token-file and --insecure-edge, got none: name it")
     if method == "auto" and devices > 1:
         raise InputError(f"expected --devices with a method of repair, got --method auto and --devices {devices}: name one")
     if edge is not None and devices > 1:
         raise InputError(f"expected --devices without --edge, whose server has its own, got --devices {devices}: drop it")
+    hints = options.hints(mean, std, output, layout, dtype, container)
     if edge is not None:
         if data is None or (method != "gym" and method != "codefend"):
             raise InputError(f"expected --method gym or codefend with --edge, got {method}: repair here, without --edge")
@@ -175,10 +178,16 @@ def repair_command(
                 max_accuracy_drop=max_accuracy_drop,
                 allow_missing_classes=allow_missing_classes,
                 seed=seed,
+                mean=hints.mean,
+                std=hints.std,
+                output=hints.output,
+                layout=hints.layout,
+                dtype=hints.dtype,
+                container=hints.container,
             ),
+            given=given,
             weights=weights,
             quarantine=quarantine,
-            hints=options.hints(mean, std, output, layout, dtype, container),
             shape=shape,
             skip_unreadable=skip_unreadable,
             as_json=as_json,
@@ -213,12 +222,11 @@ def repair_command(
             "no clean images: chose dhbe; how long it takes will be said after its first epoch",
             err=True,
         )
-    given = options.hints(mean, std, output, layout, dtype, container)
     with tempfile.TemporaryDirectory(prefix="guard-") as scratch:
         source = open_model(model, weights, Path(scratch))
         trainable(source.backend)
         with Engine(devices) as engine, _only_the_first_speaks(engine.leads), progress_bars() as progress:
-            found = read_inputs(source, data, quarantine, options.shape(shape), given, skip_unreadable, progress)
+            found = read_inputs(source, data, quarantine, options.shape(shape), hints, skip_unreadable, progress)
             predictor, clean = found.predictor, found.clean
             settle_threads(predictor)
             triggers = None if scan is None else read_infected(scan, predictor.backend, pairs=True, spec=predictor.spec)
@@ -241,13 +249,12 @@ def repair_command(
                 raise
         if record is None:
             return
-    for name, reason in found.skipped:
-        typer.echo(f"skipped {name}: {reason}", err=True)
+    tell_skipped(found.skipped)
     if as_json:
         typer.echo(msgspec.json.encode({**msgspec.to_builtins(record), "out": str(out)}).decode())
     else:
         show_repaired(record, f"Repaired model {out}", ("report", str(out / "report.html")))
-        show_next(record, calibrate_with_tripwire(out, model, weights, data))
+        show_next(record, calibrate_with_tripwire(out, model, weights, data, skip_unreadable))
     raise typer.Exit(exit_code(record))
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from cli.display import show_rows
+from guard.files import as_text
 
 if TYPE_CHECKING:
     from calibration.repair.record import RepairRecord
@@ -29,11 +30,14 @@ def show_repaired(record: RepairRecord, title: str, *more: tuple[str, str]) -> N
         typer.echo(text, err=True)
 
 
-def calibrate_with_tripwire(out: Path, model: str, weights: Path | None, data: Path | None) -> str:
+def calibrate_with_tripwire(
+    out: Path, model: str, weights: Path | None, data: Path | None, skip_unreadable: bool = False
+) -> str:
     """The command that makes a profile of a repaired model, whose original goes on detecting; that needs clean images."""
     original = ["--tripwire", model, *([] if weights is None else ["--tripwire-weights", str(weights)])]
     clean, profile = "CLEAN" if data is None else str(data), out.absolute().name + "-profile"
-    return shlex.join(["guard", "calibrate", str(out), *original, "--data", clean, "--out", str(out.parent / profile)])
+    images = ["--data", clean, *(["--skip-unreadable"] if skip_unreadable else [])]
+    return as_text(shlex.join(["guard", "calibrate", str(out), *original, *images, "--out", str(out.parent / profile)]))
 
 
 def show_next(record: RepairRecord, command: str) -> None:

@@ -13,9 +13,11 @@ import typer
 from cli import options
 from cli.display import progress_bars, show_rows
 from cli.extras import needs
+from cli.inputs import tell_skipped
 from cli.memory import keep_freed_memory
 from cli.threads import settle_threads
 from guard.errors import InputError
+from guard.files import as_text
 
 if TYPE_CHECKING:
     from calibration import Hints
@@ -190,21 +192,21 @@ def scan_command(
         settle_threads(predictor)
         try:
             if clean is None:
-                record = deep_scan_into(out, predictor, deep, Engine(), progress, model)
+                record = deep_scan_into(out, predictor, deep, Engine(), progress, as_text(model))
             else:
-                record = scan_into(out, predictor, clean, settings, Engine(), progress, model)
+                record = scan_into(out, predictor, clean, settings, Engine(), progress, as_text(model))
         except KeyboardInterrupt:
             typer.echo("interrupted: the same command goes on from there", err=True)
             raise
-    for name, reason in () if clean is None else clean.skipped:
-        typer.echo(f"skipped {name}: {reason}", err=True)
+    tell_skipped(() if clean is None else clean.skipped)
     if as_json:
         typer.echo(msgspec.json.encode({**msgspec.to_builtins(record), "out": str(out)}).decode())
     else:
         _show(record, out)
         same = {"--weights": weights, "--mean": mean, "--std": std, "--output": output, "--layout": layout}
         same |= {"--dtype": dtype, "--container": container, "--shape": shape if clean is not None or record.infected else None}
-        typer.echo(f"next: {shlex.join(_next_command(record, [model, *options.again(same)], data, out))}")
+        known = [model, *options.again(same), *(["--skip-unreadable"] if skip_unreadable else [])]
+        typer.echo(as_text(f"next: {shlex.join(_next_command(record, known, data, out))}"))
     return 1 if record.infected else 0
 
 

@@ -21,7 +21,6 @@ from calibration.repair.report import repair_report
 from calibration.repair.settings import DATA_FREE, RepairSettings
 from calibration.sources import ModelSource
 from guard import Predictor
-from guard.errors import RepairError
 
 _COMPARED = 16
 
@@ -61,10 +60,7 @@ def repair_into(
         RepairError: Too few images, too high a price, or a folder that can't be written.
         ModelError: The model can't be trained.
     """
-    if source.repair is not None:
-        raise RepairError(
-            "expected a model that was not repaired yet, got one that was: repair its original, with all that was quarantined"
-        )
+    source.check_not_repaired()
     key = [*_key(source, predictor, clean, settings, quarantined, triggers), *(["automatic"] if automatic else [])]
     checkpoints = Checkpoints(work or checkpoints_beside(out), key, writes=engine.leads)
     checkpoints.tell(progress)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from calibration.data import ImageSet, digests, load_images
+from calibration.division import check_labels, divide
+from calibration.settings import Settings
 from guard.errors import CalibrationError, GuardError, InputError
+from guard.predictors import Predictor, wrap
+from tests.toy import NAMES, SPEC, ToyNet, toy_images
 
 
 def grey(seed: int, side: int = 6) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
@@ -103,6 +109,8 @@ def test_bad_npz_are_refused_in_one_line(tmp_path: Path) -> None:
         ({"images": x}, "expected arrays x and y"),
         ({"x": bad, "y": np.arange(4)}, r"NaN or Inf in 1 images .*rows 2"),
         ({"x": x + 7, "y": np.arange(4)}, r"in \[0, 1\], got 7 to 7"),
+        ({"x": x + np.float32(1.00001)}, r"in \[0, 1\], got 1\.00001 to 1\.00001"),
+        ({"x": x, "class_names": np.array([b"caf\xe9"])}, "class_names in UTF-8"),
         ({"x": x.astype(np.int32), "y": np.arange(4)}, "uint8 0..255 or float 0..1"),
         ({"x": x, "y": np.arange(3)}, "expected 4 whole-number labels"),
         ({"x": x, "y": np.array([0.5, 1, 2, 3])}, "whole numbers"),
@@ -154,3 +162,80 @@ def test_an_image_in_bytes_and_as_numbers_is_the_same_image() -> None:
     changed = divided.clone()
     changed[0, 0, 3, 3] += 1.0 / 255.0
     assert digests(changed) != digests(divided)
+
+
+def test_hidden_files_are_left_out_and_links_followed(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    write_folder(root)
+    (root / "cat" / ".ipynb_checkpoints").mkdir()
+    for hidden in (".ipynb_checkpoints/h.png", ".hidden.png"):
+        Image.fromarray(grey(7)).save(root / "cat" / hidden)
+    (tmp_path / "elsewhere").mkdir()
+    Image.fromarray(grey(8)).save(tmp_path / "elsewhere" / "8.png")
+    for link, target in (("more", tmp_path / "elsewhere"), ("again", root / "cat"), ("up", root), ("more-again", "more")):
+        (root / "cat" / link).symlink_to(target)
+    loaded = load_images(root)
+    assert [name for name in loaded.names if name.startswith("cat")] == [
+        "cat/0.png",
+        "cat/1.png",
+        "cat/2.png",
+        "cat/more/8.png",
+    ]
+    assert len(loaded) == 7
+
+
+def test_names_that_are_not_utf_8_are_escaped(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    odd = os.fsdecode(b"caf\xe9.png")
+    Image.fromarray(grey(7)).save(tmp_path / "cat" / odd)
+    (tmp_path / "dog" / odd).write_bytes(b"nothing")
+    loaded = load_images(tmp_path, skip_unreadable=True)
+    assert "cat/caf\\xe9.png" in loaded.names
+    assert loaded.skipped[0][0] == "dog/caf\\xe9.png"
+    assert msgspec.json.encode((loaded.names, loaded.skipped))
+    (tmp_path / os.fsdecode(b"caf\xe9")).mkdir()
+    with pytest.raises(CalibrationError, match=r"names in UTF-8, got caf\\xe9: rename it"):
+        load_images(tmp_path, skip_unreadable=True)
+
+
+def test_pixels_that_are_white_but_for_the_last_bits_are_clipped(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", x=np.full((2, 5, 6), 1.0000001, np.float32) * np.array([[[1.0]], [[-1e-8]]], np.float32))
+    pixels = load_images(tmp_path / "d.npz").pixels
+    assert (float(pixels.min()), float(pixels.max())) == (0.0, 1.0)
+
+
+def test_how_many_were_resized_is_told(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    Image.fromarray(grey(5, side=9)).save(tmp_path / "cat" / "9.png")
+    assert load_images(tmp_path, (1, 6, 6)).resized == 1
+    assert load_images(tmp_path, (1, 9, 9)).resized == 6
+
+
+def test_class_names_of_an_npz_may_be_bytes(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", x=np.zeros((2, 5, 6), np.uint8), class_names=np.array(["c3", "café"]).astype("U"))
+    expected = load_images(tmp_path / "d.npz").class_names
+    np.savez(tmp_path / "d.npz", x=np.zeros((2, 5, 6), np.uint8), class_names=np.array([b"c3", "café".encode()]))
+    assert load_images(tmp_path / "d.npz").class_names == expected == ("c3", "café")
+
+
+def toy(labelled: bool, *names: str) -> ImageSet:
+    images, labels = toy_images(40)
+    return ImageSet(images, labels if labelled else None, names)
+
+
+def toy_predictor() -> Predictor:
+    return Predictor(wrap(ToyNet()), SPEC, 4, "logits")
+
+
+def test_class_names_must_be_as_many_as_the_models_outputs() -> None:
+    check_labels(toy(False, *NAMES), toy_predictor())
+    with pytest.raises(CalibrationError, match="expected 4 class_names, one per output of the model, got 2"):
+        check_labels(toy(False, "a", "b"), toy_predictor())
+
+
+def test_a_class_whose_only_image_became_an_overlay_is_told_as_such() -> None:
+    everything = toy(True, *NAMES)
+    of_one = torch.nonzero(everything.known_labels == 2).flatten()
+    clean = everything.select(torch.tensor([row for row in range(40) if row not in of_one[1:].tolist()]))
+    with pytest.raises(CalibrationError, match=r"no other of 1 \(south-west\), whose only images became overlays: add more"):
+        divide(clean, toy_predictor(), Settings(overlays=8))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ import torch
 from calibration import Calibration, ImageSet
 from calibration.evaluation import Judged, align_sets, evaluate, judge, summarise
 from cli.demonstration.digits import ATTACK, Digits
+from guard import Guard
 from guard.errors import InputError
 
 
@@ -115,3 +119,26 @@ def test_labels_of_folders_are_matched_by_name(digits: Digits, calibration: Cali
         align_sets(guard, ImageSet(digits.test.pixels, digits.test.labels, ("eleven",) * 10), None, None)
     with pytest.raises(InputError, match="expected labels from 0 to 9, got 10"):
         align_sets(guard, ImageSet(digits.test.pixels, digits.test.known_labels + 1), None, None)
+
+
+def test_triggered_images_that_no_figure_counts_are_in_no_picture_either(digits: Digits, calibration: Calibration) -> None:
+    guard, triggered = calibration.guard(), digits.triggered
+    _, counted = align_sets(guard, digits.test, triggered, 3)
+    assert counted is not None
+    assert torch.equal(counted.pixels, triggered.pixels[triggered.known_labels != 3])
+    assert len(counted) < len(triggered)
+    own = triggered.select(torch.nonzero(triggered.known_labels == 3).squeeze(1))
+    with pytest.raises(InputError, match="other than the target"):
+        align_sets(guard, digits.test, own, 3)
+
+
+def test_equal_class_names_stay_where_they_are(calibration: Calibration, digits: Digits) -> None:
+    """ImageNet has two cranes."""
+    names = ("crane", *map(str, range(1, 9)), "crane")
+    spec = msgspec.structs.replace(calibration.predictor.spec, class_names=names)
+    guard = Guard(replace(calibration.predictor, spec=spec), [])
+    test = replace(digits.test, class_names=names)
+    aligned, _ = align_sets(guard, test, None, None)
+    assert torch.equal(aligned.known_labels, digits.test.known_labels)
+    with pytest.raises(InputError, match=r"expected class names that differ, .*got 'crane' of several classes"):
+        align_sets(guard, replace(test, class_names=(names[1], names[0], *names[2:])), None, None)

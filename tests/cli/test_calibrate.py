@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import time
@@ -346,6 +347,44 @@ def test_calibrating_again_replaces_the_profile(tmp_path: Path, guard: Command, 
 
 
 TOY = "tests.toy:LearningToy"
+NO_WEIGHTS = "tests.toy:ToyNet"
+
+
+def toy_folder(path: Path, side: int = 8) -> Path:
+    """The toy's images, the first one `side` wide."""
+    images, labels = toy_images(60)
+    for row, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+        (path / str(label)).mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray((image[0] * 255).round().to(torch.uint8).numpy())
+        (picture.resize((side, 8)) if row == 0 else picture).save(path / str(label) / f"{row}.png")
+    return path
+
+
+QUICK = ("--overlays", 8, "--frr", 0.05)
+
+
+def test_resized_images_are_told(tmp_path: Path, guard: Command) -> None:
+    data, out = toy_folder(tmp_path / "clean", side=11), tmp_path / "p"
+    remark = "1 of 60 images were of another size than 8x8 and were resized: serving and guard check refuse such images unless"
+    shaped = ("calibrate", NO_WEIGHTS, "--data", data, "--out", out, "--shape", "1,8,8", *QUICK, "--json")
+    run = guard(*shaped)
+    assert remark in run.err
+    assert len(run.lines) == 1
+    assert remark in guard("evaluate", out, "--data", data, "--json").err
+    assert "another size" not in guard(*shaped, "--resize").err
+    assert "another size" not in guard("evaluate", out, "--data", data, "--json").err
+
+
+def test_names_that_are_not_utf_8(tmp_path: Path, guard: Command) -> None:
+    data, odd = toy_folder(tmp_path / "clean"), os.fsdecode(b"caf\xe9")
+    (data / "0" / f"{odd}.png").write_bytes(b"nothing")
+    given = ("calibrate", NO_WEIGHTS, "--data", data, *QUICK, "--skip-unreadable", "--out")
+    run = guard(*given, tmp_path / "p", "--json")
+    assert run.lines[0]["skipped"][0]["file"] == "0/caf\\xe9.png"
+    assert "expected a folder whose name is UTF-8" in guard(*given, tmp_path / odd, "--json").problem
+    (data / odd).mkdir()
+    assert "expected class folders with names in UTF-8" in guard(*given, tmp_path / "p").problem
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["clean", "p"]
 
 
 def toy_pixels(path: Path, count: int) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from cli.demonstration.digits import Digits
 from guard import Quarantine
 from tests.cli.conftest import Command
+from tests.toy import SIDE, save_toy_profile
 
 FIELDS = {"image", "verdict", "label", "label_index", "probability", "entropy", "entropy_exact", "threshold", "passes"}
 
@@ -161,3 +163,52 @@ def test_no_profile(guard: Command, tmp_path: Path) -> None:
 
 def test_no_cuda(guard: Command, profile: Path, pictures: Path) -> None:
     assert "without CUDA" in guard("check", profile, pictures, "--device", "cuda").problem
+
+
+@pytest.fixture(scope="module")
+def toy_profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_toy_profile(tmp_path_factory.mktemp("toy") / "profile")
+
+
+def picture(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((SIDE, SIDE), 90, np.uint8)).save(path)
+
+
+def test_names_that_are_not_utf_8_are_escaped(guard: Command, toy_profile: Path, tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    picture(odd / os.fsdecode(b"\xe9.png"))
+    (odd / "empty").mkdir()
+    (odd / "bad.npz").write_bytes(b"PK")
+    inputs = (odd, odd / "empty", odd / "none.png", odd / "bad.npz")
+    run = guard("check", toy_profile, *inputs, "--json")
+    assert "3 of 4 inputs could not be read" in run.problem
+    names = ["\\xe9.png", "empty", "none.png", "bad.npz"]
+    assert [line["image"] for line in run.lines[1:]] == [f"{tmp_path}/caf\\xe9/{name}" for name in names[1:]]
+    assert run.lines[0]["image"] == f"{tmp_path}/caf\\xe9/\\xe9.png"
+    assert guard("check", toy_profile, *inputs).out.count("/caf\\xe9/") >= 4
+
+
+def test_an_npz_without_images_is_no_success(guard: Command, toy_profile: Path, tmp_path: Path) -> None:
+    for x in (np.zeros((0, SIDE, SIDE), np.uint8), np.zeros((), np.uint8)):
+        np.savez(tmp_path / "a.npz", x=x)
+        run = guard("check", toy_profile, tmp_path / "a.npz")
+        assert "1 of 1 inputs could not be read" in run.problem
+        assert f"a.npz: rejected as unreadable, expected images in x, got none in a.npz, of shape {x.shape}" in run.out
+
+
+def test_names_do_not_steer_the_terminal(guard: Command, toy_profile: Path, tmp_path: Path) -> None:
+    picture(tmp_path / "a\n\x1b[2Jb.png")
+    run = guard("check", toy_profile, tmp_path)
+    assert len(run.out.splitlines()) == 1
+    assert r"a\n\x1b[2Jb.png: " in run.out
+    assert guard("check", toy_profile, tmp_path, "--json").lines[0]["image"].endswith("a\n\x1b[2Jb.png")
+
+
+def test_folders_are_searched_as_for_calibration(guard: Command, toy_profile: Path, tmp_path: Path) -> None:
+    for name in ("set/a.png", "set/.checkpoints/b.png", "elsewhere/c.png"):
+        picture(tmp_path / name)
+    (tmp_path / "set" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "link" / "up").symlink_to(tmp_path / "set")
+    run = guard("check", toy_profile, tmp_path / "set", "--json")
+    assert [Path(line["image"]).relative_to(tmp_path / "set") for line in run.lines] == [Path("a.png"), Path("link/c.png")]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -11,21 +14,29 @@ import pytest
 import torch
 
 from calibration.data import ImageSet, load_npz
-from calibration.repair.record import is_repaired, read_record
+from calibration.repair.record import JSON, RepairRecord, is_repaired, read_record
+from calibration.repair.settings import RepairSettings
 from calibration.sources import open_model
 from cli.edge import edge_steps
 from cli.edge_repair import _check
-from cli.edge_sending import declared, write_images, write_model
+from cli.edge_sending import check_same, declared, write_images, write_model
 from cli.edge_token import made_token, read_token
-from guard.errors import EdgeError
+from guard import InputSpec
+from guard.errors import EdgeError, InputError
 from guard.predictors import load_backend
 from guard.predictors.screening import file_sha256
+from guard.profile import ModelRecord
+from handlers.asgi_server import AsgiServer
+from handlers.edge_client import EdgeClient
 from handlers.edge_commands import Step
-from handlers.edge_jobs import JobStore
+from handlers.edge_jobs import Job, JobStore
 from handlers.edge_protocol import FileInfo, JobRequest, RepairOptions
 from tests.cli.conftest import Command, Files
+from tests.cli.test_json_documented import DOCS
+from tests.handlers.toy_edge import FAILS, Edge, edge_server, running
 
 TOKEN = "a-token-of-some-length"
+SPEC = InputSpec(channels=1, height=8, width=8)
 
 
 @pytest.fixture(autouse=True)
@@ -160,3 +171,138 @@ def test_a_profile_of_other_models_is_refused(tmp_path: Path, guard: Command, fi
         profile(*wrong)
         with pytest.raises(EdgeError, match="its profile is not of our model and the repaired one"):
             _check(draft, source, sent)
+
+
+def write_repaired(folder: Path, model: Path, settings: RepairSettings, spec: InputSpec = SPEC) -> None:
+    """What `guard repair` could have written, of a model that it left as it was."""
+    folder.mkdir(exist_ok=True)
+    shutil.copy(model, folder / "model.pt2")
+    sha256 = file_sha256(model)
+    record = RepairRecord(
+        clean_accuracy_before=None, clean_accuracy_after=None, agreement=1.0, attack_success_seen_before=None,
+        attack_success_seen_after=None, generated_triggers_work=None, rounds=1, clean_images=100, quarantined_images=0,
+        held_out_clean=20, held_out_quarantined=0, seconds=1.0, schema=1, created="2026-01-01T00:00:00Z", method="gym",
+        model=ModelRecord(kind="torch-export", output="logits", num_classes=10, file="model.pt2", sha256=sha256),
+        original_sha256=sha256, input=spec, preprocessor=None,
+        settings=msgspec.to_builtins(settings), max_accuracy_drop=settings.allowed_drop, libraries={},
+    )  # fmt: skip
+    (folder / JSON).write_bytes(msgspec.json.encode(record))
+
+
+def test_a_repaired_model_is_refused_before_anything_is_sent(tmp_path: Path, guard: Command, files: Files) -> None:
+    (tmp_path / "token").write_text(TOKEN)
+    write_repaired(tmp_path / "repaired", files.model, RepairSettings(method="gym"))
+    run = guard(
+        "repair", tmp_path / "repaired", "--method", "gym", "--data", files.clean, "--out", tmp_path / "again",
+        "--edge", "http://127.0.0.1:1", "--edge-token-file", tmp_path / "token",
+    )  # fmt: skip
+    assert "expected a model that was not repaired yet, got one that was: repair its original" in run.problem
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        (("--max-accuracy-drop", "nan"), "expected --max-accuracy-drop that an edge server takes (finite numbers), got nan"),
+        (("--max-accuracy-drop", 101), "expected --max-accuracy-drop that an edge server takes (float <= 100.0), got 101"),
+        (("--max-accuracy-drop", -1), "expected --max-accuracy-drop that an edge server takes (float >= 0.0), got -1"),
+        (("--views", 5000), "expected --views that an edge server takes (int <= 1000), got 5000"),
+        (("--epochs", 200_000), "expected --epochs that an edge server takes (int <= 100000), got 200000"),
+        (("--mean", "inf", "--std", 1), "expected --mean that an edge server takes (finite numbers), got inf"),
+        (("--mean", 0, "--std", "1,1,1,1"), "expected --std that an edge server takes (array of length <= 3), got 1,1,1,1"),
+        (("--data", "nowhere.npz"), "expected a folder of images or an .npz, got nowhere.npz, which does not exist"),
+        (("--quarantine", "nowhere"), "expected a folder of images or an .npz, got nowhere, which does not exist"),
+        (("--edge-job", ""), "expected a job's id of 32 hexadecimal digits"),
+        (("--edge-job", "0" * 32, "--data", "nowhere.npz"), "got nowhere.npz, which does not exist"),
+    ],
+)
+def test_options_that_cannot_be_sent_are_named_before_the_model_is_read(
+    tmp_path: Path, guard: Command, files: Files, given: tuple[object, ...], problem: str
+) -> None:
+    (tmp_path / "token").write_text(TOKEN)
+    run = guard(
+        "repair", "no-such-model.pt2", "--method", "gym", "--data", files.clean, "--out", tmp_path / "out",
+        "--edge", "http://127.0.0.1:1", "--edge-token-file", tmp_path / "token", *given,
+    )  # fmt: skip
+    assert problem in run.problem
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A job that was sent before, and the command that fetches it."""
+
+    edge: Edge
+    job: str
+    command: tuple[object, ...]
+
+
+@pytest.fixture
+def sent_before(tmp_path: Path, files: Files) -> Iterator[Sent]:
+    """A gym job whose server could not make a profile."""
+    settings = RepairSettings(method="gym", epochs=4, seed=3, views=2, max_accuracy_drop=7.5)
+    spec = msgspec.structs.replace(SPEC, mean=(0.5,), std=(0.25,))
+
+    def plan(job: Job, store: JobStore) -> Iterator[Step]:
+        write_repaired(store.result(job.id), store.sent(job.id) / "model.pt2", settings, spec)
+        yield from running(FAILS, required=False)(job, store)
+
+    (tmp_path / "device").mkdir()
+    (tmp_path / "token").write_text(TOKEN)
+    model = write_model(open_model(str(files.model), None, tmp_path), tmp_path / "device")
+    sent = {"model.pt2": model, "clean.npz": files.clean}
+    infos = tuple(msgspec.structs.replace(declared(path), name=name) for name, path in sent.items())
+    with (
+        edge_server(tmp_path / "edge", plan) as edge,
+        AsgiServer(edge.app, port=0) as server,
+        EdgeClient(server.url, TOKEN) as client,
+    ):
+        job = client.create(JobRequest(options=RepairOptions(method="gym"), files=infos))
+        client.upload(job, sent, lambda *_: None)
+        client.start(job)
+        assert edge.ended(job).state == "done"
+        command = (
+            "repair", files.model, "--data", files.clean, "--out", tmp_path / "out", "--edge", server.url,
+            "--edge-token-file", tmp_path / "token", "--edge-job", job,
+        )  # fmt: skip
+        yield Sent(edge, job, command)
+
+
+def test_a_job_is_fetched_with_its_own_options_alone(tmp_path: Path, guard: Command, sent_before: Sent, files: Files) -> None:
+    gym = ("--method", "gym")
+    for given, problem in (
+        (("--method", "codefend", "--gan-epochs", 7), "expected --method gym, which job {} at http://127.0.0.1"),
+        ((*gym, "--seed", 5), "expected --seed 3, which"),
+        ((*gym, "--seed", 5), "got --seed 5: give the job's, or repair again without --edge-job; the job stays there"),
+        ((*gym, "--epochs", 5), "expected --epochs 4, which"),
+        ((*gym, "--views", 1), "expected --views 2, which"),
+        ((*gym, "--recipe", "paper"), "expected --recipe distilled, which"),
+        ((*gym, "--max-accuracy-drop", 8), "expected --max-accuracy-drop 7.5, which"),
+        ((*gym, "--allow-missing-classes"), "expected no --allow-missing-classes, which"),
+        ((*gym, "--mean", "0.4", "--std", "0.25"), "expected --mean 0.5, which"),
+        ((*gym, "--output", "probabilities"), "expected --output logits, which"),
+        ((*gym, "--layout", "NHW"), "expected --layout NCHW, which"),
+        ((*gym, "--shape", "1,9,9"), "expected --shape 1,8,8, which"),
+        ((*gym, "--quarantine", files.clean), "expected no --quarantine, which"),
+    ):
+        assert problem.format(sent_before.job) in guard(*sent_before.command, *given).problem
+        assert not (tmp_path / "out").exists()
+        assert sent_before.edge.status(sent_before.job).state == "done"  # nothing is lost
+    own = ("--seed", 3, "--epochs", 4, "--views", 2, "--max-accuracy-drop", 7.5, "--mean", "0.5", "--std", "0.25")
+    run = guard(*sent_before.command, *gym, *own, "--json")
+    assert run.code == 0, run.err
+    assert read_record(tmp_path / "out").method == "gym"
+    assert list(sent_before.edge.store.jobs()) == []
+
+
+def test_a_records_text_cannot_steer_a_terminal(tmp_path: Path, files: Files) -> None:
+    write_repaired(tmp_path, files.model, RepairSettings(method="gym"))
+    record = msgspec.structs.replace(read_record(tmp_path), settings={"recipe": "\x1b[31mred\nlines"})
+    check_same(record, {"--method": "gym", "--seed": 5}, "it")  # of the seed nothing is told
+    with pytest.raises(InputError, match=r"^expected --recipe \[31mred lines, which it was sent with, got --recipe paper: "):
+        check_same(record, {"--recipe": "paper"}, "it")
+
+
+def test_what_is_printed_of_an_edge_servers_repair_is_documented(guard: Command, sent_before: Sent) -> None:
+    (printed,) = guard(*sent_before.command, "--method", "gym", "--json").lines
+    assert (printed["profile"], printed["note"]) == (None, "expected more of sent/clean.npz, got less")
+    section = DOCS.read_text(encoding="utf-8").split("## guard repair\n")[1].split("\n## ")[0]
+    assert not [name for name in printed if f"`{name}`" not in section]

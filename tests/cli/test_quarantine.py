@@ -55,6 +55,14 @@ def test_delete_one_or_all(guard: Command, folder: Path) -> None:
     assert "is empty" in guard("quarantine", "list", folder).out
 
 
+def test_an_id_that_is_named_twice_counts_once(guard: Command, folder: Path, tmp_path: Path) -> None:
+    first, second, _ = (item.id for item in Quarantine(folder).items())
+    assert guard("quarantine", "delete", folder, first, first).out.strip() == "deleted 1"
+    run = guard("quarantine", "release", folder, second, second, "--to", tmp_path / "clean")
+    assert (run.code, len(run.out.split())) == (0, 1)
+    assert len(Quarantine(folder).items()) == 1
+
+
 def test_wrong_ids_and_folders(guard: Command, folder: Path, tmp_path: Path) -> None:
     assert "no such folder" in guard("quarantine", "list", tmp_path / "none").problem
     assert "expected an item's id" in guard("quarantine", "show", folder, "../../etc/passwd").problem

@@ -18,6 +18,7 @@ from torch import nn
 
 from calibration.inspection.record import read_scan
 from cli.demonstration.digits import Digits, save_exported
+from cli.repaired import calibrate_with_tripwire
 from tests.cli.conftest import Command, Files
 from tests.guard.models import save_onnx
 from tests.nets import SMALL
@@ -51,6 +52,11 @@ def test_an_infected_model_ends_with_1(
 
     record = read_scan(out)
     monkeypatch.setattr("calibration.inspection.work.scan_into", lambda *_: record)
+    again = guard(*given, "--skip-unreadable").out.replace("\n", "")
+    assert f"--output logits --skip-unreadable --method auto --scan {out}" in again
+    assert " --data clean --skip-unreadable --out p-profile" in calibrate_with_tripwire(
+        Path("p"), "m", None, Path("clean"), True
+    )
     run = guard(*given, "--json")
     assert run.code == 1, run.err
     assert run.lines == [{**written, "out": str(out)}]  # and no next command
