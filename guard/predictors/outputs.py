@@ -53,7 +53,7 @@ def detect_kind(raw: Tensor) -> OutputKind:
         `logits` otherwise (log-probabilities are logits too).
 
     Raises:
-        ModelError: Another shape, or one fractional number per image.
+        ModelError: Another shape, one fractional number per image, or scores that are neither.
     """
     if raw.numel() == 0:
         raise ModelError(f"expected one answer per image, got none, shape {tuple(raw.shape)}: return one row per image")
@@ -75,6 +75,11 @@ def detect_kind(raw: Tensor) -> OutputKind:
         raise ModelError(
             "expected logits, or probabilities that sum to one, got values in [0, 1] that don't: one sigmoid per class "
             "can't be guarded; if they are logits, say so with --output logits"
+        )
+    if bool((values >= 0.0).all()) and bool(((values.sum(dim=1) - 100.0).abs() <= 100.0 * _SUM_TOLERANCE).all()):
+        raise ModelError(
+            "expected logits, or probabilities that sum to one, got what sums to 100 for each image, as percentages do: divide "
+            "by 100; if they are logits, say so with --output logits"
         )
     return "logits"
 

@@ -50,6 +50,7 @@ def test_kinds_are_told_apart(raw: Tensor, kind: OutputKind) -> None:
         (torch.zeros(0, 3), "got none"),
         (torch.zeros(0), "got none"),
         (torch.zeros(2, 0), "got none"),
+        (LOGITS.softmax(dim=1) * 100, "as percentages do: divide by 100"),
     ],
 )
 def test_answers_that_are_no_classifiers(raw: Tensor, message: str) -> None:
