@@ -263,6 +263,13 @@ def _list_folder(folder: Path) -> tuple[list[Path], list[tuple[Path, int]]]:
         raise CalibrationError(f"expected images ({', '.join(SUFFIXES)}) in {folder} or its class folders, got none")
     if not files:
         return [], [(path, -1) for path in loose]
+    seen: dict[Path, int] = {}
+    for path, label in files:
+        other = seen.setdefault(path.resolve(), label)
+        if other != label:
+            raise CalibrationError(
+                f"expected images of one class each, got {as_text(path)} in {classes[other].name}, too, by a link: remove it"
+            )
     odd = next((item.name for item in classes if not is_text(item.name)), None)
     if odd is not None:
         raise CalibrationError(f"expected class folders with names in UTF-8, got {as_text(odd)}: rename it")

@@ -161,13 +161,13 @@ def _conformal(scores: NDArray[np.float32], frr: float, confidence: float | None
 
 
 def _normal(scores: NDArray[np.float32], frr: float) -> ThresholdRecord:
-    if not np.ptp(scores):
-        raise CalibrationError(
-            f"a normal fit needs scores that differ, got {len(scores)} equal ones, all of which its threshold would reject: "
-            "use --method conformal, or another --blend"
-        )
     mean, deviation = stats.norm.fit(scores.astype(np.float64))
-    value = float(np.float32(stats.norm.ppf(1.0 - frr, mean, deviation)))
+    value = float(np.float32(stats.norm.ppf(1.0 - frr, mean, max(deviation, np.finfo(np.float64).tiny))))
+    if value == np.float32(mean):
+        raise CalibrationError(
+            f"a normal fit needs scores that differ, got {len(scores)} that hardly do, most of which its threshold would "
+            "reject: use --method conformal, or another --blend"
+        )
     seen = proportion(int((scores >= np.float32(value)).sum()), len(scores))
     return ThresholdRecord(
         value=value, method="normal", frr=frr, images=len(scores), rank=None, frr_low=seen.low, frr_high=seen.high

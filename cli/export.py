@@ -58,7 +58,7 @@ def export(
     from export import export_mar
 
     model_config = None if config is None else read_model_config(config, profile)
-    typer.echo(str(export_mar(profile, out, name, version or "1.0", model_config)))
+    typer.echo(str(export_mar(profile, out, name, "1.0" if version is None else version, model_config)))
 
 
 def _without_guard(profile: Profile) -> str:

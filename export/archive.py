@@ -111,8 +111,11 @@ def _is_taken(handler: Path) -> bool:
     """Whether a package, or a module that is another file, has its name."""
     if handler.stem in (*_OURS, *sys.stdlib_module_names):
         return True
-    found = importlib.util.find_spec(handler.stem)
-    return found is not None and (found.origin is None or Path(found.origin).resolve() != handler.resolve())
+    try:
+        found = importlib.util.find_spec(handler.stem)
+    except ValueError:  # `__main__`
+        return True
+    return found is not None and found.origin is not None and Path(found.origin).resolve() != handler.resolve()
 
 
 def _as_json(model_config: Mapping[str, object]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 from guard.decoding import SUFFIXES
@@ -41,5 +42,8 @@ def as_text(name: str | Path) -> str:
 
 
 def printable(text: str) -> str:
-    r"""Text on one line, without what steers a terminal: a newline becomes `\n`."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+    r"""Text on one line, without what steers a terminal: a newline becomes `\n`. Blanks of any width stay."""
+    return "".join(
+        character if character.isprintable() or unicodedata.category(character) == "Zs" else repr(character)[1:-1]
+        for character in text
+    )

@@ -26,7 +26,7 @@ from guard.predictors.predictor import DEFAULT_MEMORY_LIMIT, Predictor
 from guard.preprocessors import Preprocessor, answer_views, views_of
 from guard.quarantine import Quarantine
 from guard.verdict import Finding, Policy, Reason, Verdict
-from guard.wrapping import abstain, by_reason, combined, first_parameter, like
+from guard.wrapping import abstain, answers_later, by_reason, combined, first_parameter, like
 
 logger = logging.getLogger("guard")
 _P = ParamSpec("_P")
@@ -148,9 +148,10 @@ class Guard:
         self.predictor.spec.check(images)
         images = images.to(self.device)
         deadline = None if self.policy.latency_budget is None else time.monotonic() + self.policy.latency_budget
-        verdicts = self._judge(images, deadline)
-        if len(images) > 1:  # one bad image must not take its neighbours down
-            verdicts = [self._second_look(images[row : row + 1], item, deadline) for row, item in enumerate(verdicts)]
+        with self._own_precision():
+            verdicts = self._judge(images, deadline)
+            if len(images) > 1:  # one bad image must not take its neighbours down
+                verdicts = [self._second_look(images[row : row + 1], item, deadline) for row, item in enumerate(verdicts)]
         return tuple(self._store(image, verdict) for image, verdict in zip(images, verdicts, strict=True))
 
     def answer(self, images: Tensor) -> Tensor:
@@ -162,7 +163,8 @@ class Guard:
         Returns:
             (B, M), float32 probabilities.
         """
-        return answer_views(self.predictor, self._views(images.to(self.device)))
+        with self._own_precision():
+            return answer_views(self.predictor, self._views(images.to(self.device)))
 
     def wrap(
         self, predict: Callable[Concatenate[_B, _P], _R], on_reject: Literal["raise", "abstain"] = "raise"
@@ -180,18 +182,22 @@ class Guard:
             passed on.
 
         Raises:
-            InputError: The function is async or a generator.
+            InputError: The function is async or a generator, and its answers would have to be changed.
         """
         if on_reject not in ("raise", "abstain"):
             raise InputError(f"expected on_reject 'raise' or 'abstain', got {on_reject!r}")
 
+        if (on_reject == "abstain" or self.preprocessor is not None) and answers_later(predict):
+            raise InputError(
+                "expected a function that returns its answers, got an async function or a generator: wrap what it calls"
+            )
         name, call = first_parameter(predict), cast(Callable[..., _R], predict)
 
         def guarded(*args: Any, **kwargs: Any) -> _R:
             if not args and name in kwargs:
                 args = (kwargs.pop(name),)
             if not args:
-                raise InputError("expected a batch of images as the first argument, got none")
+                raise InputError("expected a batch of images as the first argument, got none: pass it by position")
             batch, *rest = args
             spec = self.predictor.spec
             images = spec.from_model(batch)
@@ -214,7 +220,12 @@ class Guard:
         with self._generator_lock:
             if self._unseeded_in not in (None, os.getpid()):  # a forked worker would draw what its siblings do
                 self._generator, self._unseeded_in = torch.Generator().manual_seed(secrets.randbits(63)), os.getpid()
-            return views_of(self.preprocessor, images, self._generator)
+            with self._own_precision():
+                return views_of(self.preprocessor, images, self._generator)
+
+    def _own_precision(self) -> torch.autocast:
+        """Without the caller's autocast, with which thresholds were not set."""
+        return torch.autocast(torch.device(self.device).type, enabled=False)
 
     def _with_room_for_the_answer(self) -> CalibratedDetector | None:
         """A STRIP over the very model that answers, without a preprocessor: its first batch may answer as well."""

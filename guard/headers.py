@@ -12,11 +12,11 @@ import re
 from guard.errors import ImageError
 
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
-_PPM_HEADER = re.compile(rb"P[456](?:(?:\s|#[^\n]{0,200}\n){1,100}\d{1,5}){2,3}\s")
-_COMMENT = re.compile(rb"#[^\n]*")
+_PPM_NUMBER = rb"\s(?:\s|#[^\r\n]{0,200}[\r\n]){0,100}([1-9]\d{0,4})"
+_PPM_HEADER = re.compile(rb"P(?:4" + _PPM_NUMBER * 2 + rb"|[56]" + _PPM_NUMBER * 3 + rb")\s")
 _IN_C = {b"P5": (255, 65535), b"P6": (255,)}  # highest values of what is not decoded in Python
-_SAMPLES = 200_000  # of others, so that a photo of 224x224 pixels passes: a third of a second
-_RUN_LENGTHS = (1, 2)  # of a BMP's compression
+_SAMPLES = 200_000  # of others, and bytes of run lengths, so that a photo of 224x224 pixels passes: a third of a second
+_BMP_HEADER, _RUN_LENGTHS = 40, (1, 2)  # bytes of the first that names a compression, and the two that cost
 _MARKERS = 5_000
 _SCANS = 40  # several times as many as a progressive JPEG needs
 _EXIFS = 4
@@ -26,7 +26,7 @@ _CHUNKS = 20_000
 
 
 def check_header(data: bytes) -> None:
-    """Raise when a file's header is of a kind that only attacks have.
+    """Raise when a file would cost far more than its pixels: few but attackers make such files.
 
     Raises:
         ImageError: It says which.
@@ -40,7 +40,7 @@ def check_header(data: bytes) -> None:
     elif data.startswith(b"P"):
         costly = _is_costly_ppm(data)
     elif data.startswith(b"BM"):
-        costly = int.from_bytes(data[14:18], "little") >= 40 and int.from_bytes(data[30:34], "little") in _RUN_LENGTHS
+        costly = len(data) > _SAMPLES and _has_run_lengths(data)
     else:
         costly = False
     if costly:
@@ -75,13 +75,18 @@ def _is_costly_jpeg(data: bytes) -> bool:
 
 def _is_costly_ppm(data: bytes) -> bool:
     """Plain ones, those without an ordinary header, and many pixels that Pillow scales one by one."""
-    header = _PPM_HEADER.match(data)
+    header, kind = _PPM_HEADER.match(data), data[:2]
     if header is None:
         return True
-    kind, numbers = data[:2], [int(number) for number in _COMMENT.sub(b"", header.group()[2:]).split()]
-    if kind not in _IN_C or len(numbers) < 3 or numbers[2] in _IN_C[kind]:
+    width, height, *highest = (int(number) for number in header.groups() if number is not None)
+    if kind not in _IN_C or highest[0] in _IN_C[kind]:
         return False
-    return numbers[0] * numbers[1] * (3 if kind == b"P6" else 1) > _SAMPLES
+    return width * height * (3 if kind == b"P6" else 1) > _SAMPLES
+
+
+def _has_run_lengths(data: bytes) -> bool:
+    """Of a BMP."""
+    return int.from_bytes(data[14:18], "little") >= _BMP_HEADER and int.from_bytes(data[30:34], "little") in _RUN_LENGTHS
 
 
 def _is_costly_gif(data: bytes) -> bool:

@@ -55,7 +55,6 @@ def load_guard(
     profile, arrays = load_profile(folder)
     check_memory_limit(memory_limit, profile.input)
     watched = replace(load_predictor(folder, profile.model, profile.input, model, device), memory_limit=memory_limit)
-    check_memory_limit(memory_limit, profile.input, watched.backend.batch_size or 1)
     predictor = watched.in_full_precision()
     images = probe_images(profile, arrays)
     _check_probe(predictor, images, arrays, PROBE, folder)
@@ -78,21 +77,15 @@ def load_guard(
     )
 
 
-def check_memory_limit(limit: int, spec: InputSpec, rows: int = 1) -> None:
-    """Refuse a limit that not even the smallest forward pass keeps to, by the estimate that limits go by.
-
-    Args:
-        limit: Bytes.
-        spec: Of an image.
-        rows: Images that the model takes at least.
+def check_memory_limit(limit: int, spec: InputSpec) -> None:
+    """Refuse a limit, in bytes, that not even one image keeps to, by the estimate that limits go by.
 
     Raises:
         InputError: It says how many bytes would do.
     """
-    if limit < (needed := rows * bytes_per_image(spec)):
+    if limit < (needed := bytes_per_image(spec)):
         enough = f"{needed} bytes ({math.ceil(needed / 1024**2)} MiB)"
-        what = "one image takes" if rows == 1 else f"the model's fixed batch of {rows} images takes"
-        raise InputError(f"expected a memory limit of at least {enough}, what {what} by the estimate, got {limit}")
+        raise InputError(f"expected a memory limit of at least {enough}, what one image takes by the estimate, got {limit}")
 
 
 def load_predictor(

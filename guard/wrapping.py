@@ -9,9 +9,9 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from guard.errors import InputError, ModelError
+from guard.errors import ModelError
 from guard.images import Array
 
 _R = TypeVar("_R")
@@ -49,6 +49,8 @@ def combined(answers: Sequence[_R]) -> _R:
         return first
     if isinstance(first, Tensor):
         together = torch.stack(cast(list[Tensor], list(answers)))
+        if together.is_complex():
+            raise ModelError(f"expected numbers to average over views, got {together.dtype}: return one real array")
         if together.is_floating_point():
             return cast(_R, together.mean(dim=0))
         return cast(_R, together.to(torch.int64).mode(dim=0).values.to(together.dtype))
@@ -67,20 +69,20 @@ def combined(answers: Sequence[_R]) -> _R:
     return _as_it_came(torch.from_numpy(array.astype(np.int64)).mode(dim=0).values.numpy().astype(array.dtype), first)
 
 
-def first_parameter(predict: Callable[..., object]) -> str | None:
-    """Its name, where a batch may be passed by that; None where it may not, or can't be told.
+def answers_later(predict: Callable[..., object]) -> bool:
+    """Whether what it returns has yet to be awaited, or gone through."""
+    calls = (predict, type(predict).__call__)
+    kinds = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+    return any(kind(call) for call in calls for kind in kinds)
 
-    Raises:
-        InputError: The function's answers come only later, so that none could be withheld.
-    """
-    if inspect.iscoroutinefunction(predict) or inspect.isgeneratorfunction(predict) or inspect.isasyncgenfunction(predict):
-        raise InputError(
-            "expected a function that returns its answers, got an async function or a generator: wrap what it calls"
-        )
+
+def first_parameter(predict: Callable[..., object]) -> str | None:
+    """Its name, where a batch may be passed by that; None where it may not, or can't be told."""
     try:
-        first = next(iter(inspect.signature(predict).parameters.values()), None)
+        known = inspect.signature(predict.forward if isinstance(predict, nn.Module) else predict, follow_wrapped=False)
     except (TypeError, ValueError):  # of C, without a signature
         return None
+    first = next(iter(known.parameters.values()), None)
     return None if first is None or first.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD else first.name
 
 

@@ -31,9 +31,9 @@ logger = logging.getLogger("guard.asgi")
 
 _MAX_PARTS = 64
 _WRAPPED = 32  # applications around one another
-_FORM = b"application/x-www-form-urlencoded"
+_FORM = re.compile(rb"form|url-?encoded")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_PATTERN = re.compile(r"[{}<>*]")  # of a router's templates; none may stand in a URL unescaped but *
+_PATTERN = re.compile(r"[{}<>*%]")  # of a router's templates; none may stand in a URL unescaped but *
 
 
 @final
@@ -51,9 +51,9 @@ class GuardMiddleware:
     Args:
         app: The application.
         service: Judges; its guard must have no preprocessor, because the application decodes by itself.
-        paths: Exact paths, or `/folder/*` for one and everything below it, also where a router has `/folder/{name}`; with and
-            without the root path of a mount, of the server or of the application. A middleware inside that changes paths is
-            not known here: wrap what it wraps.
+        paths: Exact paths, or `/folder/*` for one and everything below it, also where a router has `/folder/{name}`. They count
+            behind any prefix, too: `/predict` guards `/api/predict`, whatever root path the application sets. A middleware
+            inside that changes the end of a path is not known here: wrap what it wraps.
         methods: Methods that carry images.
         form_fields: Names of plain form fields that may come along with the file, unjudged.
         metrics: Where requests are counted, under the service's model name.
@@ -119,8 +119,10 @@ class GuardMiddleware:
         if scope["type"] != "http" or scope["method"].upper() not in self.methods:
             return False
         path: str = scope["path"]
-        roots = ("", scope.get("root_path", ""), *_root_paths(self.app))
-        candidates = {reading for root in roots for reading in _readings(path.removeprefix(root.rstrip("/")))}
+        roots = {root.rstrip("/") for root in ("", scope.get("root_path", ""), *_root_paths(self.app))}
+        paths = {found for root in roots for found in (path.removeprefix(root), f"{root}/{path}")}
+        readings = {reading for found in paths for reading in _readings(found)}
+        candidates = readings | {end for reading in readings for end in _ends(reading)}
         candidates |= {parent + "/*" for candidate in candidates for parent in _parents(candidate)}
         return not self.paths.isdisjoint(candidates)
 
@@ -155,12 +157,15 @@ class GuardMiddleware:
         return self.service([image], [request_id])[0]
 
     def _file(self, body: bytes, content_types: list[bytes]) -> bytes:
-        if any(_FORM in value.lower() for value in content_types):  # to the application its fields, to us what it begins with
+        multipart = is_multipart(content_types)
+        if not multipart and any(
+            _FORM.search(value.lower()) for value in content_types
+        ):  # to us an image, to others its fields
             raise InputError(
                 "expected an image or multipart/form-data with one, got a body announced as a form without files "
                 "(application/x-www-form-urlencoded): send the image with its own content type"
             )
-        if not is_multipart(content_types):
+        if not multipart:
             return body
         parts = split_multipart(body, content_types, _MAX_PARTS)
         files = [part for part in parts if part.field not in self.form_fields]
@@ -213,6 +218,12 @@ def _checked(path: str) -> str:
             f"expected exact paths, or /folder/* for all below one, got {path!r}, which would guard nothing: write {below!r}"
         )
     return normal
+
+
+def _ends(path: str) -> list[str]:
+    """`/a/b/c` gives itself, `/b/c` and `/c`."""
+    pieces = path.rstrip("/").split("/")
+    return ["/" + "/".join(pieces[start:]) for start in range(1, len(pieces))]
 
 
 def _parents(path: str) -> list[str]:

@@ -36,12 +36,7 @@ class Execution(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     def run(self, backend: Callable[[Array], object], batch: Array) -> object:
         """Call a backend with a batch in the model's own layout and type."""
-        if not isinstance(batch, Tensor):
-            return backend(batch)
-        if torch.is_autocast_enabled(batch.device.type):  # the caller's, with which thresholds were not set
-            with torch.autocast(batch.device.type, enabled=False):
-                return self.run(backend, batch)
-        if batch.device.type != "cpu":
+        if not isinstance(batch, Tensor) or batch.device.type != "cpu":
             return backend(batch)
         if self.memory_format == "channels-last" and batch.ndim == 4:
             batch = batch.contiguous(memory_format=torch.channels_last)

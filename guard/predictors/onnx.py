@@ -59,9 +59,8 @@ class OnnxBackend:
         options.log_severity_level = 3
         try:
             data = path.read_bytes()  # from memory: what is hashed is what runs
-            nowhere = str(
-                path / "none"
-            )  # weights in further files, which would be looked for in the current folder, are refused
+            # Weights in further files are refused: they would be looked for in the current folder.
+            nowhere = str(path / "none")
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", nowhere)
             session = onnxruntime.InferenceSession(data, options, providers=onnxruntime.get_available_providers())
         except Exception as error:  # onnxruntime raises a dozen types without a common base

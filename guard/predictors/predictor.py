@@ -60,7 +60,8 @@ class Predictor:
         spec: Maps images to the model's input.
         num_classes: M.
         output: What the model returns.
-        memory_limit: Bytes that one forward pass may take, estimated as 80 times its input.
+        memory_limit: Bytes that one forward pass may take, estimated as 80 times its input. A model whose batch is fixed takes
+            one batch at least.
         execution: How PyTorch runs it.
     """
 

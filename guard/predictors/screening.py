@@ -20,13 +20,18 @@ from guard.predictors.archives import read_archive, write_archive
 from guard.predictors.programs import plain_program, plain_weights
 
 _UNSAFE_SCRIPT = re.compile(
-    rb"\b(?:save|from_file|load|rpc_sync|rpc_async|rpc_remote|print|_print|warn|warnings|_test_warn\w*)\b"
+    rb"\b(?:save|from_file|load|rpc_sync|rpc_async|rpc_remote|[Pp]rint|_print|warn|warnings|_test_warn\w*|manual_seed)\b"
     rb"|(?<![\w.])ops\b(?! : |\.(?:aten|prim|prims|quantized|_quantized|quantized_decomposed|prepacked|mkldnn|torchvision)\b)"
 )
 """Whole words anywhere in the code, because TorchScript allows blanks, comments and aliases between `torch` and `save`."""
 
-_WARNING = re.compile(rb"^([ \t]*)torch\.warn\(.*\)[ \t]*$", re.MULTILINE)
-"""A line of its own, as PyTorch writes one: its text may be anything, also what our own logs and metrics look like."""
+_TEXT = rb'(?:[\w.]+|"[^"\\\n]*")'
+_WARNING = re.compile(
+    rb"^([ \t]*)torch\.warn\((?:" + _TEXT + rb"|torch\.format\(" + _TEXT + rb"(?:, " + _TEXT + rb")*\))(?:, \w+)?\)[ \t]*$",
+    re.MULTILINE,
+)
+"""A line of its own without a call but of `format`, as PyTorch's layers have them: its text may be anything, also what our own
+logs and metrics look like."""
 
 _PLAIN_ATTRIBUTE = re.compile(rb'\bgetattr\([\w.]+, "[^"\\]*"\)')
 """How TorchScript writes a submodule named by a number. Any other `getattr` could spell `save` in pieces."""
@@ -44,10 +49,10 @@ def file_sha256(path: Path) -> str:
 
 
 def screen_torchscript(path: Path) -> io.BytesIO:
-    """Refuse a `.pt` file that is not TorchScript, or whose code reads or writes files, or prints: into our own output.
+    """Refuse a `.pt` file that is not TorchScript, or whose code reads or writes files, or prints or warns: into our output.
 
     Returns:
-        The same archive, for the loader, without warnings, which PyTorch's own layers have, too.
+        The same archive, for the loader, without the plain warnings that PyTorch's own layers have.
 
     Raises:
         ModelError: It says what the file is instead.
@@ -63,20 +68,24 @@ def screen_torchscript(path: Path) -> io.BytesIO:
         if name.endswith(".debug_pkl"):
             continue
         entries[name] = _WARNING.sub(rb"\1pass", data)
-        if _is_unsafe(entries[name]):
+        word = _unsafe(entries[name])
+        if word:
             raise ModelError(
-                f"refused {path.name}: its TorchScript code reads or writes files, or prints ({name}); don't run it"
+                f"refused {path.name}: its TorchScript code reads or writes files, prints or warns ({word!r} in {name}); don't "
+                "run it, or, where that is but a name or a text, export it anew with another"
             )
     return write_archive(entries)
 
 
-def _is_unsafe(code: bytes) -> bool:
-    if _UNSAFE_SCRIPT.search(code):
-        return True
+def _unsafe(code: bytes) -> str:
+    """What in it may not be there; empty for nothing."""
+    found = _UNSAFE_SCRIPT.search(code)
+    if found is not None:
+        return found.group().decode()
     plain, nested = code, 1
     while nested:
         plain, nested = _PLAIN_ATTRIBUTE.subn(b"_", plain)
-    return b"getattr" in plain
+    return "getattr" if b"getattr" in plain else ""
 
 
 def screen_exported(path: Path) -> io.BytesIO:

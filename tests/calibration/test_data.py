@@ -182,6 +182,9 @@ def test_hidden_files_are_left_out_and_links_followed(tmp_path: Path) -> None:
         "cat/more/8.png",
     ]
     assert len(loaded) == 7
+    (root / "dog" / "cats").symlink_to(root / "cat")
+    with pytest.raises(CalibrationError, match=r"expected images of one class each, got .* in cat, too, by a link: remove it"):
+        load_images(root)
 
 
 def test_names_that_are_not_utf_8_are_escaped(tmp_path: Path) -> None:

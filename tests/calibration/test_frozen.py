@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from calibration.fine_tuning import Answers, TrainableCopy
+from calibration.fine_tuning import Answers, TrainableCopy, trainable
 from calibration.frozen import frozen
 from guard.images import InputSpec
 from guard.predictors import Predictor, wrap
 from guard.predictors.exported import ExportedBackend
+from guard.predictors.torchscript import TorchScriptBackend
 
 SPEC = InputSpec(channels=3, height=8, width=8)
 IMAGES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -154,3 +155,38 @@ def test_a_program_that_training_takes_faster_is_saved_as_it_came(tmp_path: Path
     torch.testing.assert_close(copied.predictor(IMAGES), predictor(IMAGES))
     copied.settle()
     assert weights.is_contiguous()
+    before, after = (trainable(item.backend).state_dict() for item in (predictor, copied.predictor))
+    assert all(torch.equal(value, after[name]) and value.stride() == after[name].stride() for name, value in before.items())
+
+
+class Grid(nn.Module):
+    """With a buffer of five axes, which knows no channels last, and a convolution of groups before its batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            self.convolution = nn.Conv2d(3, 6, 3, groups=3)
+            self.norm, self.last = nn.BatchNorm2d(6), nn.Linear(216, 5)
+            self.register_buffer("grid", torch.rand(1, 1, 6, 6, 6))
+        assert self.norm.running_var is not None
+        nn.init.constant_(self.norm.running_var, 0.05)
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        answers: Tensor = self.last((self.norm(self.convolution(images)) + self.get_buffer("grid")[0]).flatten(1))
+        return answers
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", ["module", "exported", "script"])
+def test_weights_of_other_axes_stay_as_they_are(kind: str, tmp_path: Path) -> None:
+    if kind == "exported":
+        predictor = _program(Grid(), tmp_path / "model.pt2")
+    elif kind == "script":
+        torch.jit.trace(Grid(), IMAGES).save(str(tmp_path / "model.pt"))
+        predictor = Predictor(TorchScriptBackend.load(tmp_path / "model.pt"), SPEC, 5, "logits")
+    else:
+        predictor = Predictor(wrap(Grid()), SPEC, 5, "logits")
+    found = frozen(predictor, IMAGES[:2])
+    torch.testing.assert_close(found(IMAGES.clone().requires_grad_(True)), Grid()(IMAGES), rtol=1e-4, atol=1e-4)

@@ -78,8 +78,11 @@ def test_rates_out_of_range_are_refused(frr: float) -> None:
 
 
 def test_a_normal_fit_of_equal_scores_would_reject_them_all() -> None:
-    with pytest.raises(CalibrationError, match="a normal fit needs scores that differ, got 50 equal ones"):
-        set_threshold(np.full(50, -0.1, np.float32), 0.01, "normal")
+    equal = np.full(50, -0.1, np.float32)
+    nearly = np.append(equal, np.nextafter(equal[0], np.float32(0.0)))
+    for scores in (equal, nearly):
+        with pytest.raises(CalibrationError, match=r"a normal fit needs scores that differ, got 5[01] that hardly do"):
+            set_threshold(scores, 0.01, "normal")
 
 
 def test_confidence_with_normal_is_refused() -> None:

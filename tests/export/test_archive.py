@@ -110,7 +110,7 @@ def test_a_handler_of_the_users(profile: Path, tmp_path: Path) -> None:
     folder = unpack(export_mar(profile, tmp_path / "store", "toy", handler=handler), tmp_path / "unpacked")
     assert (folder / "my_handler.py").read_text() == handler.read_text()
     assert not (folder / "guard_handler.py").exists()
-    for name in ("guard.py", "json.py", "torch.py", "yaml.py", "no-module.py", "handler.txt", "missing.py"):
+    for name in ("guard.py", "json.py", "torch.py", "yaml.py", "__main__.py", "no-module.py", "handler.txt", "missing.py"):
         with pytest.raises(ExportError, match="handler file"):
             export_mar(profile, tmp_path / "store", "toy", handler=tmp_path / name)
 
@@ -124,6 +124,7 @@ def test_it_is_tried_with_the_memory_that_it_will_have(profile: Path, tmp_path: 
 
 def test_a_handler_may_lie_where_python_looks(profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_own_handler").mkdir()  # no package
     handler = tmp_path / "my_own_handler.py"
     handler.write_text("class Handler:\n    pass\n")
     assert export_mar(profile, tmp_path / "store", "toy", handler=handler).exists()

@@ -355,6 +355,9 @@ def test_many_pixels_that_are_scaled_one_by_one_are_refused(kind: bytes) -> None
     with pytest.raises(ImageError, match="save it as PNG"):
         decode_image(kind + b" %d %d 254\n" % (side, side) + bytes(side * side * samples), any_size)
     assert time.process_time() - start < 0.5
+    for header in (b"%d %d 0000254\n", b"%d %d +254\n", b"%d %d 2_54\n", b"%d %d 2#\n54\n", b"#\r%d %d 254 #\n8 8\n255\n"):
+        with pytest.raises(ImageError, match="save it as PNG"):
+            decode_image(kind + b"\n" + header % (side, side) + bytes(side * side * samples), any_size)
     assert decode_image(kind + b" 224 224 254\n" + bytes(224 * 224 * samples), any_size).shape == (3, 6, 8)
     assert decode_image(kind + b" %d %d 255\n" % (side, side) + bytes(side * side * samples), any_size).shape == (3, 6, 8)
 
@@ -368,6 +371,7 @@ def test_ordinary_metadata_is_no_obstacle() -> None:
     assert decode_image(png_with(chunk(b"tEXt", b"Author\0me") * 100), RGB).shape == (3, 6, 8)
     assert decode_image(b"P6 # made by hand\n8\t6 # size\n255\n" + bytes(144), RGB).shape == (3, 6, 8)
     assert decode_image(b"P4\n8 6\n" + bytes(6), GREY).shape == (1, 6, 8)
+    assert decode_image(bmp_with_runs(b"\x08\x10\0\0" * 6 + b"\0\1"), GREY).shape == (1, 6, 8)
 
 
 def test_other_sizes_are_refused_or_resized() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from guard.errors import RepairError
+from guard.files import printable
 from guard.folders import FolderKind
 
 KIND = FolderKind("basket's", "basket.json", lambda name: name == "apple", RepairError)
@@ -48,3 +49,8 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "model.pt2").write_text("precious")
     with pytest.raises(RepairError, match=r"a folder to write the basket's to, got .*model\.pt2, a file: pick another"):
         KIND.check_target(tmp_path / "model.pt2")
+
+
+def test_what_steers_a_terminal_is_escaped_and_blanks_stay() -> None:
+    assert printable("new\nline\x1b[31mred\u202e.png") == "new\\nline\\x1b[31mred\\u202e.png"
+    assert printable("Screenshot 3.45\u202fPM.png") == "Screenshot 3.45\u202fPM.png"

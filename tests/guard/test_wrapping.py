@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, cast, get_args
@@ -165,9 +167,27 @@ def test_functions_whose_answers_come_later_are_refused() -> None:
     def one_by_one(batch: Tensor) -> Iterator[Tensor]:
         yield from batch
 
-    for function in (later, one_by_one):
+    class Later:
+        async def __call__(self, batch: Tensor) -> Tensor:
+            return batch
+
+    images = mixed()
+    for function in (later, one_by_one, Later()):
         with pytest.raises(InputError, match="got an async function or a generator"):
-            guarded().wrap(function)
+            guarded().wrap(function, ABSTAIN)
+        with pytest.raises(InputError, match="got an async function or a generator"):
+            guarded(preprocessor=Gym()).wrap(function)
+    safe = guarded().wrap(later)  # what is rejected is never called
+    assert torch.equal(asyncio.run(safe(images[::2])), images[::2])
+    with pytest.raises(RejectedError):
+        asyncio.run(safe(images))
+
+
+def test_a_module_takes_its_batch_by_name_too_and_what_takes_none_says_so() -> None:
+    images = mixed()[::2]
+    torch.testing.assert_close(cast(Any, guarded().wrap(ToyNet()))(images=images), ToyNet()(images))
+    with pytest.raises(InputError, match="got none: pass it by position"):
+        cast(Any, guarded().wrap(functools.partial(torch.mul, other=2.0)))(input=images)
 
 
 def test_lists_stay_lists() -> None:

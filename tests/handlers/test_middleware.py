@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from typing import cast
 
 import anyio
 import httpx
@@ -197,19 +198,39 @@ def test_a_root_path_that_an_application_tells_only_when_it_is_called_is_no_way_
         async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
             await self.app(scope, receive, send)
 
+    async def hidden(scope: Scope, receive: Receive, send: Send) -> None:
+        await late(scope, receive, send)
+
     late = Late("/api/")
-    for app in (GuardMiddleware(late, toy_service()), GuardMiddleware(Around(Around(late)), toy_service())):
-        for path in ("/predict", "/api/predict", "/api//predict/"):
-            assert post(app, triggered(), path=path).status_code == 422
-        assert post(app, b"else", path="/api/else").status_code == 200
-    assert late.users.bodies == [b"else"] * 2
+    mounted, apps = Starlette(routes=[Mount("/", app=late)]), list[ASGIApp]([late, Around(Around(late)), hidden])
+    for inner in [*apps, cast(ASGIApp, mounted)]:
+        for paths in (("/predict",), ("/", "/predict")):
+            app = GuardMiddleware(inner, toy_service(), paths=paths)
+            for path in ("/predict", "/api/predict", "/api//predict/", "/any/where/predict"):
+                assert post(app, triggered(), path=path).status_code == 422
+            assert post(app, b"else", path="/api/else").status_code == 200
+    for inner in apps[:2]:
+        app = GuardMiddleware(inner, toy_service(), paths=("/api/predict",))
+        assert post(app, triggered(), path="/predict").status_code == 422  # as a proxy sends it that takes the prefix away
+    assert late.users.bodies == [b"else"] * 8
+
+
+@pytest.mark.parametrize("path", ["http://host/predict", "/a/../predict", "/predict;x/../../predict"])
+def test_targets_in_other_forms_are_guarded(path: str) -> None:
+    users, app = guarded()
+    assert drive(app, [chunk(triggered())], path)[0]["status"] == 422
+    assert users.bodies == []
 
 
 def test_a_form_without_files_may_not_begin_with_an_image() -> None:
     """A PGM may go on after its pixels, for a parser of forms to read."""
     users, app = guarded()
     pgm = b"P5\n8 8\n255\n" + bytes(64)
-    for content_type in ("application/x-www-form-urlencoded", "image/png, Application/X-WWW-Form-URLencoded; charset=utf-8"):
+    for content_type in (
+        "application/x-www-form-urlencoded",
+        "image/png, Application/X-WWW-Form-URLencoded; charset=utf-8",
+        "x/url-encoded",
+    ):
         refused = post(app, pgm + b"&image=aGVsbG8", path="/predict", headers={"content-type": content_type})
         assert refused.status_code == 400
         assert refused.json()["reason"] == "bad-input"

@@ -62,16 +62,6 @@ def test_the_model_is_run_as_told_and_answers_the_same(
     torch.testing.assert_close(answers, expected, atol=1e-6 if execution is LAST else 1e-2, rtol=0.0)
 
 
-def test_a_callers_autocast_changes_no_verdict(model: Seeing) -> None:
-    images = noise(5)
-    for execution, computed in ((Execution(), torch.float32), (REDUCED, torch.bfloat16)):
-        expected = predictor(model, execution)(images)
-        with torch.autocast("cpu", torch.bfloat16):
-            answers = predictor(model, execution)(images)
-        assert model.computed == computed
-        assert torch.equal(answers, expected)
-
-
 def test_answers_that_go_out_are_in_full_precision(model: Seeing) -> None:
     fast = predictor(model, Execution(memory_format="channels-last", precision="bfloat16"))
     fast.in_full_precision()(noise(2))
