@@ -176,7 +176,10 @@ def _serve_torchserve(
             model_api=updates,
             echo=sys.stderr,
         )
-        with TorchServeProcess(Path(store), {model: f"{model}.mar"}, choices) as server:
+        with (
+            contextlib.suppress(KeyboardInterrupt),  # being told to stop is how a server ends well
+            TorchServeProcess(Path(store), {model: f"{model}.mar"}, choices) as server,
+        ):
             typer.echo(f"serving {server.url}/predictions/{model}, metrics at {server.metrics_url}; stop with Ctrl-C", err=True)
             if updates:
                 kept = server.store.with_name(f"{model}-config.yaml")  # goes when the server does
@@ -187,5 +190,4 @@ def _serve_torchserve(
                 export = f"guard export PROFILE --name {model} --version VERSION --config {shlex.quote(str(kept))}"
                 typer.echo(f"new versions: {export}", err=True)
                 typer.echo(f"then: guard roll-out model-store/{model}.mar --name {model} {where}", err=True)
-            with contextlib.suppress(KeyboardInterrupt):  # being told to stop is how a server ends well
-                server.wait()
+            server.wait()

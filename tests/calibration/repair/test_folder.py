@@ -362,9 +362,14 @@ def test_only_the_original_is_taken_for_a_tripwire(tmp_path: Path, engine: Engin
     save_repaired(made, source, tmp_path / "out", toys(8).images(slice(None)))
     again, original, other = open_model(str(tmp_path / "out"), None, tmp_path), str(tmp_path / "toy.pt2"), _factory(tmp_path)
     assert open_tripwire(original, None, tmp_path, Hints(), again)[0].backend.fingerprint() == source.backend.fingerprint()
-    for wrong in (str(tmp_path / "out"), other):
-        with pytest.raises(ModelError, match="expected the model that was repaired as the tripwire, got another"):
-            open_tripwire(wrong, None, tmp_path, Hints(), again)
+    with pytest.raises(ModelError, match="expected the model that was repaired as the tripwire, got another"):
+        open_tripwire(other, None, tmp_path, Hints(), again)
+    for answers, advice in (
+        (again, "pass the model that it was made from"),
+        (source, "swap the two: MODEL is the repaired one"),
+    ):
+        with pytest.raises(ModelError, match=f"expected the original of a repaired model .* got a repaired one, .*: {advice}"):
+            open_tripwire(str(tmp_path / "out"), None, tmp_path, Hints(), answers)
     with pytest.raises(ModelError, match="got the same model twice"):
         open_tripwire(original, None, tmp_path, Hints(), source)
 
