@@ -39,6 +39,7 @@ from handlers.torchserve_setup import (
 __all__ = ["ServerOptions", "TorchServeProcess"]
 
 _LINES = 10_000
+_TRACEBACK_SECONDS = 5.0  # until a crashed worker's is in the log, at most
 _ERROR = re.compile(r"\b\w+(?:Error|Exception): ")
 _CRASHED = ("Backend worker process died", "Failed to start workers", "Load model failed")
 
@@ -240,7 +241,10 @@ class TorchServeProcess:
         if process is not None and process.poll() is not None:
             raise ServingError(f"TorchServe ended with exit code {process.returncode}: {self._last_words()}")
         if any(sign in self.log() for sign in _CRASHED):
-            time.sleep(0.5)  # the traceback follows
+            deadline = time.monotonic() + _TRACEBACK_SECONDS
+            while not _ERROR.search(self.log()) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            time.sleep(0.5)  # so that all of it is there
             raise ServingError(f"a TorchServe worker crashed while it loaded its model: {self._last_words()}")
 
     def _workers_ready(self, name: str) -> bool:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import socket
+import threading
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from guard.errors import MissingExtraError, ServingError
+from handlers.torchserve_server import TorchServeProcess
 from handlers.torchserve_setup import ServerOptions, environment, find_java, pick_ports, stage_store
 
 
@@ -79,3 +81,13 @@ def test_workers_run_this_code_in_private_folders(tmp_path: Path, monkeypatch: p
     assert {variables["TMPDIR"], variables["TEMP"]} == {str(tmp_path / "tmp")}
     assert "TS_CONFIG_FILE" not in variables
     assert variables["EXTRA"] == "1"
+
+
+def test_a_crash_is_told_with_its_traceback_however_late_that_comes(tmp_path: Path) -> None:
+    server = TorchServeProcess(tmp_path, {"m": "m.mar"})
+    server._lines.append("Backend worker process died.\n")
+    late = threading.Timer(1.0, server._lines.append, ["MODEL_LOG - ModuleNotFoundError: No module named 'x'\n"])
+    late.start()
+    with pytest.raises(ServingError, match=r"crashed while it loaded its model: .*No module named 'x'"):
+        server._check_alive()
+    late.join()
