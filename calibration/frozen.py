@@ -44,19 +44,21 @@ def frozen(predictor: Predictor, images: Tensor) -> Answers:
 
 
 def _folded(copied: TrainableCopy, images: Tensor) -> TrainableCopy:
-    folded = TrainableCopy.of(copied.predictor)
-    backend = folded.predictor.backend
+    before = copied.predictor
     try:
-        if isinstance(backend, ModuleBackend):
-            folded = TrainableCopy(dataclasses.replace(copied.predictor, backend=ModuleBackend(_fold(backend.module))), [])
-        elif isinstance(backend, ExportedBackend):
-            _fold_program(trainable(backend))
-        same = all(_alike(folded.predictor, copied.predictor, some) for some in (images, images[:1]))
+        if isinstance(before.backend, ModuleBackend):
+            folded = dataclasses.replace(before, backend=ModuleBackend(_fold(before.backend.module)))
+        elif isinstance(before.backend, ExportedBackend):
+            folded = TrainableCopy.of(before).predictor  # a program changes in place, and the two are compared
+            _fold_program(trainable(folded.backend))
+        else:
+            return copied
+        same = all(_alike(folded, before, some) for some in (images, images[:1]))
     except ModelError:
-        same = False
-    for parameter in trainable(folded.predictor.backend).parameters():
+        return copied
+    for parameter in trainable(folded.backend).parameters():
         parameter.requires_grad_(False)
-    return folded if same else copied
+    return TrainableCopy(folded, []) if same else copied
 
 
 def _fold(module: nn.Module) -> nn.Module:
@@ -107,9 +109,8 @@ def _into(program: fx.GraphModule, convolution: fx.Node, weight: fx.Node, norm: 
 
     arguments = [*convolution.args, None][:3]
     scale, shift, mean, variance = (value(node) for node in norm.args[1:5])
-    kernel, bias = fuse_conv_bn_weights(
-        value(weight), value(arguments[2]), mean, variance, cast(float, norm.args[7]), scale, shift
-    )
+    own = program.get_parameter(str(weight.target))  # nothing else is replaced
+    kernel, bias = fuse_conv_bn_weights(own, value(arguments[2]), mean, variance, cast(float, norm.args[7]), scale, shift)
     folder, _, name = str(weight.target).rpartition(".")
     setattr(program.get_submodule(folder), name, kernel)
     program.register_parameter(f"_folded_{convolution.name}", bias)

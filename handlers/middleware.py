@@ -158,9 +158,8 @@ class GuardMiddleware:
 
     def _file(self, body: bytes, content_types: list[bytes]) -> bytes:
         multipart = is_multipart(content_types)
-        if not multipart and any(
-            _FORM.search(value.lower()) for value in content_types
-        ):  # to us an image, to others its fields
+        announced = any(_FORM.search(value.lower()) for value in content_types)
+        if announced and not multipart:  # to us it may be an image, to others its fields
             raise InputError(
                 "expected an image or multipart/form-data with one, got a body announced as a form without files "
                 "(application/x-www-form-urlencoded): send the image with its own content type"

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -17,7 +17,7 @@ from guard.images import Array
 from guard.predictors import Backend, Predictor, load_backend
 from guard.predictors.chunks import run_in_chunks
 from guard.predictors.onnx import OnnxBackend
-from guard.predictors.predictor import BackendKind, bytes_per_image
+from guard.predictors.predictor import bytes_per_image
 from guard.predictors.screening import file_sha256
 from tests.guard.models import predictor, save_onnx
 from tests.toy import SPEC, ToyNet, toy_images
@@ -32,42 +32,26 @@ def test_fixed_batch_sizes_are_cut_and_filled_up(batch: int, count: int, tmp_pat
     torch.testing.assert_close(predictor_of(backend)(images), ToyNet()(images).softmax(dim=1), atol=1e-5, rtol=0)
 
 
-@dataclass(frozen=True)
-class Counted:
-    """A backend that tells how many rows it is given."""
-
-    inner: Backend
-    rows: list[int]
-
-    @property
-    def kind(self) -> BackendKind:
-        return self.inner.kind
-
-    @property
-    def batch_size(self) -> int | None:
-        return self.inner.batch_size
-
-    def __call__(self, batch: Array) -> object:
-        self.rows.append(len(batch))
-        return self.inner(batch)
-
-    def fingerprint(self) -> str | None:
-        return None
-
-
 def predictor_of(backend: Backend) -> Predictor:
     return Predictor(backend, SPEC, 4, "logits")
 
 
 @pytest.mark.parametrize(("limit", "rows"), [(1, 32), (3, 96), (4, 128)])
-def test_no_forward_pass_is_filled_up_but_the_last(limit: int, rows: int, tmp_path: Path) -> None:
+def test_no_forward_pass_is_filled_up_but_the_last(
+    limit: int, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A memory limit of as many of its batches; on a CPU a forward pass takes 128 small images at most."""
-    ran: list[int] = []
+    ran, run = list[int](), OnnxBackend.__call__
+
+    def counted(backend: OnnxBackend, batch: Array) -> object:
+        ran.append(len(batch))
+        return run(backend, batch)
+
     predictor = predictor_of(OnnxBackend.load(save_onnx(tmp_path / "toy.onnx", batch=32)))
     bounded = replace(predictor, memory_limit=limit * 32 * bytes_per_image(SPEC) + 7)
     assert bounded.max_rows == limit * 32
-    counted = replace(bounded, backend=Counted(bounded.backend, ran))
-    counted(toy_images(100)[0])
+    monkeypatch.setattr(OnnxBackend, "__call__", counted)
+    bounded(toy_images(100)[0])
     assert ran == [min(rows, 100 - start) for start in range(0, 100, rows)]
 
 
