@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from torch import nn
 from calibration import Calibration, Settings, calibrate
 from calibration.inspection import judge
 from cli.demonstration.digits import Digits, load_digits
-from tests.nets import load_net, load_reference
+from tests.nets import load_net
 
 torch.set_num_threads(1)  # the nets are tiny, and servers run beside them
 
@@ -51,9 +53,9 @@ def calibration(digits: Digits, backdoored: nn.Sequential) -> Calibration:
 
 
 @pytest.fixture(scope="session")
-def reference() -> nn.Module:
-    """The clean reference that a scan of it trains."""
-    return load_reference()
+def reference(clean_twin: nn.Sequential) -> nn.Module:
+    """A clean model of the task, as a scan trains one; smaller, for a scan spends most of its time on searches through it."""
+    return copy.deepcopy(clean_twin).requires_grad_(False)
 
 
 @pytest.fixture

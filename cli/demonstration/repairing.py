@@ -55,6 +55,7 @@ def repair_digits(digits: Digits, out: Path, rejected: Path, seed: int, progress
     with needs("repair"):
         from calibration.engine import Engine
         from calibration.repair.cases import load_quarantined
+        from calibration.repair.cyclegan import Training
         from calibration.repair.record import read_record
         from calibration.repair.settings import RepairSettings
         from calibration.repair.work import repair_into
@@ -64,7 +65,8 @@ def repair_digits(digits: Digits, out: Path, rejected: Path, seed: int, progress
         source = open_model(str(model), None, Path(scratch))
         predictor = discover(source.backend, digits.clean)
         quarantined = load_quarantined(rejected, predictor.spec.shape, progress=progress)
-        settings = RepairSettings(method="codefend", epochs=25, seed=seed % 2**31)  # enough for digits
+        gan = Training(width=12, blocks=1, rate=5e-4)  # these, and so few epochs, are enough for digits
+        settings = RepairSettings(method="codefend", epochs=25, gan=gan, seed=seed % 2**31)
         images = quarantined.images(slice(None))
         repair_into(repaired, source, predictor, digits.clean, settings, images, Engine(), progress)
         source = open_model(str(repaired), None, Path(scratch))

@@ -8,13 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from calibration.attacks import BadNets, Patch
-from calibration.engine import Engine
-from calibration.inspection.reference import ReferenceNet, train_reference
 from cli.demonstration.digits import digit_net, load_digits, train_backdoored, train_clean
 
 SMALL = BadNets(target_label=3, ratio=0.1, patches=(Patch.rectangle(2),))
@@ -30,14 +27,6 @@ def load_net(name: str) -> nn.Sequential:
     return _filled(digit_net(), name)
 
 
-def load_reference() -> nn.Module:
-    """The clean reference that a scan of `small_trigger` trains, from its answers alone."""
-    net = _filled(ReferenceNet((1, 8, 8), 10), "reference")
-    for parameter in net.parameters():
-        parameter.requires_grad_(False)
-    return net
-
-
 def _filled(net: _Net, name: str) -> _Net:
     net.load_state_dict(load_file(_FOLDER / f"{name}.safetensors"))
     return net.eval()
@@ -51,10 +40,6 @@ def make() -> None:
         "clean_twin": train_clean(digits.train, _SEED),
         "small_trigger": train_backdoored(digits.train, _SMALL_SEED, attack=SMALL),
     }
-    images = digits.clean.images(slice(None))
-    with torch.inference_mode():
-        answers = made["small_trigger"](images).argmax(dim=1)
-    made["reference"] = train_reference(images, answers, 10, 0, Engine())
     for name, net in made.items():
         values = {key: value.contiguous() for key, value in net.state_dict().items()}
         halves = {key: value.half() if value.is_floating_point() else value for key, value in values.items()}

@@ -16,7 +16,7 @@ from calibration import ImageSet
 from calibration.checkpoints import Checkpoints
 from calibration.discovery import discover
 from calibration.engine import Engine
-from calibration.inspection import mask_verdicts, rounds, work
+from calibration.inspection import judge, mask_verdicts, rounds, work
 from calibration.inspection.figures import remarks, verdict
 from calibration.inspection.judge import Judge
 from calibration.inspection.mask_verdicts import Look
@@ -34,7 +34,8 @@ from guard.predictors import wrap
 from tests.nets import SMALL
 
 TARGET = SMALL.target_label
-QUICK = ScanSettings(search=Search(steps=256, draws=1))
+QUICK = ScanSettings(search=Search(steps=208, draws=0))
+SHORT = ScanSettings(search=Search(steps=32, success=0.5, draws=1, early=16))
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +54,10 @@ def told() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def found(digits: Digits, suspect: Predictor, before: dict[str, Tensor], told: list[str]) -> Scan:
-    return scan(suspect, digits.clean, QUICK, progress=lambda what, *_: told.append(what))
+def found(digits: Digits, suspect: Predictor, before: dict[str, Tensor], told: list[str], reference: nn.Module) -> Scan:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(judge, "train_reference", lambda *_: reference)
+        return scan(suspect, digits.clean, QUICK, progress=lambda what, *_: told.append(what))
 
 
 def test_the_backdoored_label_alone_is_infected(found: Scan) -> None:
@@ -71,7 +74,7 @@ def test_the_backdoored_label_alone_is_infected(found: Scan) -> None:
 @pytest.mark.usefixtures("found")
 def test_why_it_takes_longer_is_told_before_it_does(told: list[str]) -> None:
     announced = told.index("a label stands out: a clean model of the task is searched, too")
-    assert told.index("looking for triggers") < announced < told.index("training a clean reference")
+    assert told.index("looking for triggers") < announced < told.index("looking for triggers in the reference")
 
 
 def test_the_clean_twin_is_clean(digits: Digits, clean_twin: nn.Module) -> None:
@@ -110,16 +113,14 @@ def test_two_labels_can_be_judged_although_they_have_no_index(digits: Digits, mo
 
 
 def test_labels_without_a_clean_image_are_named(digits: Digits, suspect: Predictor) -> None:
-    short = ScanSettings(search=Search(steps=32, success=0.5))
     some = digits.clean.select(torch.nonzero(digits.clean.known_labels < 3).squeeze(1))
-    said = remarks(scan(suspect, some, short).figures)
+    said = remarks(scan(suspect, some, SHORT).figures)
     assert "The clean images hold none of" in said[0]
-    assert not any("hold none of" in line for line in remarks(scan(suspect, digits.clean, short).figures))
+    assert not any("hold none of" in line for line in remarks(scan(suspect, digits.clean, SHORT).figures))
 
 
 def test_a_seed_says_it_all(digits: Digits, suspect: Predictor) -> None:
-    short = ScanSettings(search=Search(steps=32, success=0.5))
-    one, same, other = (scan(suspect, digits.clean, msgspec.structs.replace(short, seed=seed)) for seed in (4, 4, 5))
+    one, same, other = (scan(suspect, digits.clean, msgspec.structs.replace(SHORT, seed=seed)) for seed in (4, 4, 5))
     assert torch.equal(one.triggers.masks, same.triggers.masks)
     assert one.figures.labels == same.figures.labels
     assert not torch.equal(one.triggers.masks, other.triggers.masks)
@@ -194,9 +195,8 @@ def test_equal_images_count_once(digits: Digits, suspect: Predictor) -> None:
     few = digits.clean.select(torch.arange(40).repeat(3))
     with pytest.raises(InspectionError, match="at least 50 clean images to scan with, got 40 different ones among 120"):
         scan(suspect, few, ScanSettings())
-    short = ScanSettings(search=Search(steps=32, success=0.5))
     some = digits.clean.select(torch.arange(90))
-    once, twice = (scan(suspect, given, short).figures for given in (some, some.select(torch.arange(90).repeat(2))))
+    once, twice = (scan(suspect, given, SHORT).figures for given in (some, some.select(torch.arange(90).repeat(2))))
     assert (once.clean_images, once.held_out, once.labels) == (twice.clean_images, twice.held_out, twice.labels)
 
 
@@ -224,8 +224,7 @@ def test_what_few_unseen_images_can_tell_is_asked_of_the_others_too(digits: Digi
     """Nearly all images are of the target: hardly any is left to judge its trigger by, and it is found all the same."""
     labels = digits.clean.known_labels
     target, others = (torch.nonzero(which).squeeze(1) for which in (labels == TARGET, labels != TARGET))
-    quicker = ScanSettings(search=Search(steps=256, draws=0))
-    found = scan(suspect, digits.clean.select(torch.cat([target, others[:18]])), quicker).figures
+    found = scan(suspect, digits.clean.select(torch.cat([target, others[:18]])), QUICK).figures
     assert found.labels[TARGET].infected
     assert any(f"whether the triggers of {TARGET} work" in line for line in found.said)
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from calibration.data import ImageSet
 from calibration.engine import Engine
+from calibration.repair.cyclegan import Training
 from calibration.repair.repair import Repaired, repair
 from calibration.repair.settings import RepairSettings
 from cli.demonstration.digits import Digits
@@ -47,4 +48,5 @@ def case(digits: Digits, backdoored: nn.Sequential) -> Case:
 @pytest.fixture(scope="session")
 def repaired(case: Case, engine: Engine) -> Repaired:
     """What CoDefend made of it."""
-    return repair(case.original, case.clean, RepairSettings(method="codefend", epochs=25), case.quarantined, engine=engine)
+    settings = RepairSettings(method="codefend", epochs=25, gan=Training(width=12, blocks=1, rate=5e-4))
+    return repair(case.original, case.clean, settings, case.quarantined, engine=engine)
