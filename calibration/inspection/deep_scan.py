@@ -22,6 +22,7 @@ from calibration.engine import Engine
 from calibration.frozen import frozen
 from calibration.inspection.anomaly import check_reached
 from calibration.inspection.deep_inspect import CUTOFF, DeepInspected, DeepInspectSettings, deep_inspect
+from calibration.inspection.passes import Sound
 from calibration.inspection.record import LabelFinding, ScanFigures
 from guard import Predictor
 from guard.errors import InspectionError
@@ -76,13 +77,13 @@ def deep_scan(
         progress: Told how far it is.
 
     Raises:
-        InspectionError: The model has fewer than five labels, or no trigger was found for most of them.
+        InspectionError: The model has fewer than five labels, does not answer all images, or most labels have no trigger.
         CalibrationError: It gives all recovered images one label.
         ModelError: It has no gradients.
     """
     started = time.monotonic()
     classes, spec = predictor.num_classes, predictor.spec
-    answers = frozen(predictor, torch.rand(2, *spec.shape, generator=torch.Generator().manual_seed(0)))
+    answers = Sound(frozen(predictor, torch.rand(2, *spec.shape, generator=torch.Generator().manual_seed(0))))
     if classes < _FEWEST:
         raise InspectionError(
             f"expected a model with at least {_FEWEST} labels, whose triggers are compared, got {classes}: scan it with clean "

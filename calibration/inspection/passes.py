@@ -2,15 +2,47 @@
 
 from __future__ import annotations
 
+from typing import final
+
 import torch
 from torch import Tensor, nn
 
 from calibration.engine import Engine
-from guard.errors import ModelError, one_line
+from guard.errors import GuardError, InspectionError, ModelError, one_line
 
 _ACTIVATIONS = {"cpu": 1 << 28, "cuda": 1 << 32}  # bytes
 _AT_ONCE = {"cpu": 256, "cuda": 4096}  # images in a pass, at most: more are no faster
 _WITHOUT_GRADIENTS = 256  # images
+
+
+@final
+class Sound(nn.Module):
+    """A model's answers, which are numbers, whatever the image.
+
+    One that gives NaN to what lies between clean images and those with its trigger would lead every search past it.
+
+    Args:
+        answers: Images (B, C, H, W) to logits (B, K).
+    """
+
+    def __init__(self, answers: nn.Module) -> None:
+        super().__init__()
+        self.answers = answers
+
+    def forward(self, images: Tensor) -> Tensor:
+        """See the class.
+
+        Raises:
+            InspectionError: Some are none.
+        """
+        logits: Tensor = self.answers(images)
+        numbers = logits.detach().isfinite().all(dim=1)
+        if not bool(numbers.all()):
+            raise InspectionError(
+                f"expected answers to all images that are looked at, got NaN or Inf for {int((~numbers).sum())} of "
+                f"{len(images)}, which hides whatever lies there: check --mean, --std, --output, or don't trust this model"
+            )
+        return logits
 
 
 def images_at_once(answers: nn.Module, images: Tensor, engine: Engine) -> int:
@@ -28,7 +60,7 @@ def _check_gradients(answers: nn.Module, image: Tensor, engine: Engine) -> None:
         possible = _there_and_back(answers, given, engine)
         again = " again, make it return new tensors"
         _there_and_back(answers, given, engine)
-    except ModelError:
+    except GuardError:
         raise
     except Exception as error:  # foreign code
         raise ModelError(f"the model can't be run for gradients{again}: {one_line(error)}") from error

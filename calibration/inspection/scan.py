@@ -27,6 +27,7 @@ from calibration.frozen import frozen
 from calibration.inspection.anomaly import check_reached
 from calibration.inspection.judge import Judge
 from calibration.inspection.mask_verdicts import SMALL_PAIR, Look, feasible, find_masks, judge_masks
+from calibration.inspection.passes import Sound
 from calibration.inspection.patch_verdicts import judge_patches
 from calibration.inspection.patches import PatchSearch
 from calibration.inspection.record import LabelFinding, PatchFinding, ScanFigures
@@ -128,7 +129,7 @@ def scan(
         progress: Told how far it is.
 
     Raises:
-        InspectionError: Too few different images, answers near chance, or no trigger was found for most labels.
+        InspectionError: Too few different images, answers near chance or none, or no trigger was found for most labels.
         ModelError: The model has no gradients.
     """
     started = time.monotonic()
@@ -223,7 +224,7 @@ def look_for_patches(
         progress: Told how far it is.
 
     Raises:
-        InspectionError: Too few different images or labels, or answers near chance.
+        InspectionError: Too few different images or labels, or answers near chance or none.
         ModelError: The model has no gradients.
     """
     if predictor.num_classes < _FEWEST_COMPARED:
@@ -241,7 +242,7 @@ def _judge(
     check_labels(clean, predictor)
     to_search, held_out = _cut(_distinct(clean), seed)
     searched = to_search.images(slice(None))
-    model = engine.place(frozen(predictor, searched[:2]))
+    model = engine.place(Sound(frozen(predictor, searched[:2])))
     _refuse_chance(predictor, held_out)
     return Judge(
         model,

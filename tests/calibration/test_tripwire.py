@@ -22,6 +22,14 @@ from guard.preprocessors import Gym
 from guard.profile import ModelRecord
 from tests.guard.models import save_torchscript
 
+SETTINGS = Settings(overlays=40)
+
+
+@pytest.fixture(scope="module")
+def calibration(digits: Digits, backdoored: nn.Module) -> Calibration:
+    """Of the original alone."""
+    return calibrate(backdoored, digits.clean, SETTINGS)
+
 
 @pytest.fixture(scope="module")
 def repaired(digits: Digits) -> nn.Module:
@@ -30,7 +38,7 @@ def repaired(digits: Digits) -> nn.Module:
     net = digit_net()
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
     images, labels = digits.train.images(slice(None)), digits.train.known_labels
-    for _ in range(40):
+    for _ in range(20):
         for rows in torch.randperm(len(images)).split(64):
             optimizer.zero_grad()
             both = torch.cat([images[rows], ATTACK.trigger(images[rows])])
@@ -47,7 +55,7 @@ def verdicts(guard: Guard, digits: Digits) -> list[bool]:
 def tripwired(repaired: nn.Module, backdoored: nn.Module, digits: Digits) -> Calibration:
     original = wrap(backdoored)
     record = ModelRecord(kind="module", output="logits", num_classes=10)
-    return calibrate(repaired, digits.clean, Settings(), tripwire=Tripwire(original, record, Hints()))
+    return calibrate(repaired, digits.clean, SETTINGS, tripwire=Tripwire(original, record, Hints()))
 
 
 def test_the_verdicts_are_those_before_the_repair_and_the_answers_those_after(
@@ -59,7 +67,7 @@ def test_the_verdicts_are_those_before_the_repair_and_the_answers_those_after(
     assert verdicts(guard, digits) == before
     assert sum(before[150:]) >= 145
     assert made.thresholds[0].value == calibration.thresholds[0].value
-    without = calibrate(repaired, digits.clean, Settings()).guard()
+    without = calibrate(repaired, digits.clean, SETTINGS).guard()
     assert sum(verdicts(without, digits)[150:]) <= 0.2 * sum(before[150:])  # a model without a backdoor shows no trigger
 
     triggered, true = digits.triggered.images(slice(None)), digits.triggered.known_labels
@@ -76,7 +84,7 @@ def test_a_profile_holds_both_models(
     save_exported(repaired, example, tmp_path / "repaired.pt2")
     source = open_model(str(tmp_path / "repaired.pt2"), None, tmp_path)
     tripwire, file = open_tripwire(str(tmp_path / "original.pt2"), None, tmp_path, Hints())
-    made = calibrate(source.backend, digits.clean, Settings(), record=source.record, tripwire=tripwire)
+    made = calibrate(source.backend, digits.clean, SETTINGS, record=source.record, tripwire=tripwire)
     made.save(tmp_path / "profile", source.file, tripwire_file=file)
     names = {path.name for path in (tmp_path / "profile").iterdir()}
     assert names == {"guard.json", "arrays.safetensors", "model.pt2", "tripwire.pt2"}

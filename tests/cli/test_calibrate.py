@@ -33,6 +33,9 @@ from tests.cli.conftest import Command, Files
 from tests.scans import corner, write_scan
 from tests.toy import toy_images
 
+FEW = ("--overlays", 20)
+"""Where their number is no matter."""
+
 
 def test_profile_moves_between_folders_and_guards(tmp_path: Path, guard: Command, files: Files, digits: Digits) -> None:
     run = guard("calibrate", files.model, "--data", files.clean, "--out", tmp_path / "profile", "--json")
@@ -54,7 +57,7 @@ def test_profile_moves_between_folders_and_guards(tmp_path: Path, guard: Command
 
 
 def test_the_report_shows_the_distribution(tmp_path: Path, guard: Command, files: Files) -> None:
-    run = guard("calibrate", files.model, "--data", files.clean, "--out", tmp_path / "p")
+    run = guard("calibrate", files.model, "--data", files.clean, "--out", tmp_path / "p", *FEW)
     assert run.code == 0
     assert "next: guard check" in run.out
     assert "guard red-team estimates it" in run.err
@@ -66,13 +69,13 @@ def test_the_report_shows_the_distribution(tmp_path: Path, guard: Command, files
 
 
 def test_a_pair_of_blends_is_two_detectors(tmp_path: Path, guard: Command, files: Files) -> None:
-    options = ["--blend", "logit+demeaned", "--json"]
+    options = ["--blend", "logit+demeaned", "--overlays", 40, "--json"]
     (summary,) = guard("calibrate", files.model, "--data", files.clean, "--out", tmp_path / "p", *options).lines
-    assert (summary["images"], summary["frr"], summary["overlays"]) == (497, 0.01, 100)
+    assert (summary["images"], summary["frr"], summary["overlays"]) == (557, 0.01, 40)
     first, second = summary["detectors"]
     assert [(item["name"], item["blend"], item["alpha"], item["overlays"], item["frr"]) for item in (first, second)] == [
-        ("strip-logit", "logit", 3.5, 50, 0.005),
-        ("strip-demeaned", "demeaned", 1.5, 50, 0.005),
+        ("strip-logit", "logit", 3.5, 20, 0.005),
+        ("strip-demeaned", "demeaned", 1.5, 20, 0.005),
     ]
     assert summary["entropy_threshold"] == first["entropy_threshold"] != second["entropy_threshold"]
     assert summary["frr_low"] == max(first["frr_low"], second["frr_low"])
@@ -83,10 +86,10 @@ def test_a_pair_of_blends_is_two_detectors(tmp_path: Path, guard: Command, files
 
 
 def test_another_blend_is_one_detector_too(tmp_path: Path, guard: Command, files: Files) -> None:
-    options = ["--blend", "demeaned", "--json"]
+    options = ["--blend", "demeaned", "--overlays", 20, "--json"]
     (summary,) = guard("calibrate", files.model, "--data", files.clean, "--out", tmp_path / "p", *options).lines
     (only,) = summary["detectors"]
-    assert (only["name"], only["blend"], only["alpha"], only["overlays"], only["frr"]) == ("strip", "demeaned", 1.5, 100, 0.01)
+    assert (only["name"], only["blend"], only["alpha"], only["overlays"], only["frr"]) == ("strip", "demeaned", 1.5, 20, 0.01)
     assert [summary[key] for key in ("frr_low", "frr_high")] == [only[key] for key in ("frr_low", "frr_high")]
     page = (tmp_path / "p" / "report.html").read_text()
     assert "strip-" not in page
@@ -228,7 +231,8 @@ def test_a_folder_of_images_does_as_well(tmp_path: Path, guard: Command, files: 
     refused = guard("calibrate", files.model, "--data", tmp_path / "clean", "--out", tmp_path / "p")
     assert "1 of 598 files can't be read, first 3/notes.png" in refused.problem
     assert not (tmp_path / "p").exists()
-    run = guard("calibrate", files.model, "--data", tmp_path / "clean", "--out", tmp_path / "p", "--skip-unreadable", "--json")
+    given = ("calibrate", files.model, "--data", tmp_path / "clean", "--out", tmp_path / "p", *FEW)
+    run = guard(*given, "--skip-unreadable", "--json")
     assert run.lines[0]["skipped"][0]["file"] == "3/notes.png"
     assert json.loads((tmp_path / "p" / "guard.json").read_text())["input"]["class_names"][3] == "3"
 
@@ -237,21 +241,22 @@ def test_factory_with_weights(tmp_path: Path, guard: Command, files: Files, back
     save_file(backdoored.state_dict(), tmp_path / "w.safetensors")
     name = "cli.demonstration.digits:digit_net"
     out = tmp_path / "p"
-    assert guard("calibrate", name, "--weights", tmp_path / "w.safetensors", "--data", files.clean, "--out", out).code == 0
+    given = ("calibrate", name, "--weights", tmp_path / "w.safetensors", "--data", files.clean, "--out", out)
+    assert guard(*given, *FEW).code == 0
     (tmp_path / "w.safetensors").unlink()
     verdicts = Guard.load(out)(digits.triggered.images(slice(0, 20)))
     assert not any(verdict.accepted for verdict in verdicts)
 
 
 def test_normalisation_is_recorded(tmp_path: Path, guard: Command, files: Files) -> None:
-    run = guard("calibrate", files.model, "--data", files.clean, "--out", tmp_path / "p", "--mean", "0.1", "--std", "0.9")
+    run = guard("calibrate", files.model, "--data", files.clean, "--out", tmp_path / "p", *FEW, "--mean", "0.1", "--std", "0.9")
     assert run.code == 0
     stored = json.loads((tmp_path / "p" / "guard.json").read_text())["input"]
     assert (stored["mean"], stored["std"]) == ([0.1], [0.9])
 
 
 def test_wrong_normalisation_warns(tmp_path: Path, guard: Command, files: Files) -> None:
-    run = guard("calibrate", files.model, "--data", files.clean, "--out", tmp_path / "p", "--mean", "-40", "--std", "9")
+    run = guard("calibrate", files.model, "--data", files.clean, "--out", tmp_path / "p", *FEW, "--mean", "-40", "--std", "9")
     assert run.code == 2 or "near chance" in run.err
 
 
@@ -341,7 +346,7 @@ def test_other_peoples_folders_are_not_overwritten(tmp_path: Path, guard: Comman
 
 def test_calibrating_again_replaces_the_profile(tmp_path: Path, guard: Command, files: Files) -> None:
     for frr in ("0.01", "0.02"):
-        assert guard("calibrate", files.model, "--data", files.clean, "--out", tmp_path / "p", "--frr", frr).code == 0
+        assert guard("calibrate", files.model, "--data", files.clean, "--out", tmp_path / "p", *FEW, "--frr", frr).code == 0
     assert json.loads((tmp_path / "p" / "guard.json").read_text())["detectors"][0]["threshold"]["frr"] == 0.02
     assert [item.name for item in tmp_path.iterdir()] == ["p"]
 

@@ -83,7 +83,7 @@ def test_table_and_report(guard: Command, profile: Path, files: Files, tmp_path:
 
 
 def test_the_report_of_a_pair_names_both(guard: Command, pair_profile: Path, files: Files, tmp_path: Path) -> None:
-    assert guard("evaluate", pair_profile, "--data", files.test, "--report", tmp_path / "r.html").code == 0
+    assert guard("evaluate", pair_profile, "--data", _few(files.test, tmp_path), "--report", tmp_path / "r.html").code == 0
     page = (tmp_path / "r.html").read_text()
     assert "strip-logit" in page
     assert "strip-demeaned" in page

@@ -64,14 +64,15 @@ def test_an_infected_model_ends_with_1(
 
 def test_a_clean_model_ends_with_0(tmp_path: Path, files: Files, digits: Digits, clean_twin: nn.Module, guard: Command) -> None:
     save_exported(clean_twin, digits.train.images(slice(0, 2)), tmp_path / "clean.pt2")
-    run = guard("scan", tmp_path / "clean.pt2", "--data", files.clean, "--steps", 256, "--patches", "--out", tmp_path / "scan")
+    out = tmp_path / "scan"
+    run = guard("scan", tmp_path / "clean.pt2", "--data", files.clean, "--plain", "--steps", 128, "--patches", "--out", out)
     assert run.code == 0, run.err
     assert re.search(r"Patches\s+label .*works on others", run.out)
     assert "looking for patches" in run.err
     assert "No label needs a trigger so small" in run.out
     assert "no proof that a model is clean" in run.err
     assert "The smallest triggers of labels" in run.out
-    assert f"next: guard calibrate {tmp_path / 'clean.pt2'} --data {files.clean} --out {tmp_path / 'scan-profile'}" in run.out
+    assert f"next: guard calibrate {tmp_path / 'clean.pt2'} --data {files.clean} --out {out}-profile" in run.out
 
 
 @pytest.mark.slow

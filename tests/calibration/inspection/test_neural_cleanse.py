@@ -45,7 +45,8 @@ def engine() -> Engine:
 
 @pytest.fixture(scope="module")
 def found(digits: Digits, backdoored: nn.Module, engine: Engine) -> Triggers:
-    return recover_triggers(backdoored, digits.clean.images(slice(None)), Goals.all_labels(10), Search(), 0, engine)
+    search = Search(steps=400, draws=1)
+    return recover_triggers(backdoored, digits.clean.images(slice(None)), Goals.all_labels(10), search, 0, engine)
 
 
 def test_the_target_needs_the_smallest_trigger(found: Triggers) -> None:
@@ -144,7 +145,7 @@ def test_an_interrupted_search_comes_to_the_same(
     left: float,
 ) -> None:
     images = digits.clean.images(slice(0, 300))
-    search = Search(steps=128, first=64, early=32, draws=2)
+    search = Search(steps=80, first=32, early=16, draws=2)
     monkeypatch.setattr(block, "_BETWEEN", 0.0)
     monkeypatch.setattr(block, "_WORTH", 0.0)
     whole = recover_triggers(backdoored, images, Goals.all_labels(10), search, 0, engine)
@@ -183,7 +184,7 @@ def test_pairs_use_the_images_of_their_source_alone(digits: Digits, engine: Engi
     levels = torch.tensor([0.05, 0.5, 0.95]).repeat_interleave(20)
     images = levels.view(-1, 1, 1, 1).expand(-1, 1, 8, 8).clone()
     images[:, 0, 0, 0] = 0.0
-    found = recover_triggers(ByBrightness(), images, pairs, Search(), 0, engine)
+    found = recover_triggers(ByBrightness(), images, pairs, Search(steps=320, draws=0), 0, engine)
     sizes = dict(zip(zip(pairs.labels.tolist(), pairs.sources.tolist(), strict=True), found.sizes.tolist(), strict=True))
     assert sizes[0, 1] < 2.0 < sizes[0, 2]
 

@@ -219,6 +219,28 @@ def test_a_search_that_reaches_no_label_says_nothing(digits: Digits, small_trigg
         scan(blind, digits.clean, ScanSettings(search=Search(steps=32)))
 
 
+class Silent(nn.Module):
+    """Gives no answer where the corner is of some brightness."""
+
+    def __init__(self, inner: nn.Module, least: float, most: float) -> None:
+        super().__init__()
+        self.inner, self.least, self.most = inner, least, most
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        corner = images[:, 0, -2:, -2:].mean(dim=(1, 2))
+        given: Tensor = self.inner(images)
+        return given.masked_fill(((corner >= self.least) & (corner <= self.most)).unsqueeze(1), float("nan"))
+
+
+def test_no_answer_is_not_taken_for_one(digits: Digits, suspect: Predictor, small_trigger: nn.Module) -> None:
+    """Between clean images and those with the trigger it led the search away; among clean images nothing said so."""
+    for least, most, images in ((0.75, 0.97, 160), (0.2, 1.0, r"\d+")):
+        silent = replace(suspect, backend=wrap(Silent(small_trigger, least, most)))
+        with pytest.raises(InspectionError, match=rf"got NaN or Inf for \d+ of {images}, which hides whatever lies there"):
+            scan(silent, digits.clean, QUICK)
+
+
 @pytest.mark.usefixtures("known_reference")
 def test_what_few_unseen_images_can_tell_is_asked_of_the_others_too(digits: Digits, suspect: Predictor) -> None:
     """Nearly all images are of the target: hardly any is left to judge its trigger by, and it is found all the same."""

@@ -119,7 +119,8 @@ def test_two_labels_are_too_few_to_compare(digits: Digits) -> None:
 @pytest.mark.usefixtures("known_reference")
 def test_a_look_that_can_not_be_had_is_told(digits: Digits, small_trigger: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("calibration.inspection.scan._FEWEST_COMPARED", 10)  # one of ten labels is infected
-    clean, settings = digits.clean.select(torch.arange(400)), ScanSettings(search=Search(steps=128, draws=0), silent_units=True)
+    clean = digits.clean.select(torch.arange(400))
+    settings = ScanSettings(search=Search(steps=128, first=64, draws=0), silent_units=True)
     found = scan(discover(wrap(small_trigger), clean), clean, settings).figures
     assert found.infected
     assert not found.silent_units

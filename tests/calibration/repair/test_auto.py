@@ -87,7 +87,7 @@ def test_the_order(infected: list[str], quarantined: bool, methods: list[str]) -
 def test_a_backdoor_is_found_removed_and_verified(
     digits: Digits, original: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = RepairSettings(method="gym", rounds=2, search=QUICK)
+    settings = RepairSettings(method="gym", rounds=1, epochs=4, search=QUICK)
     made = repair_automatically(original, digits.clean, settings, checkpoints=Checkpoints(tmp_path / "c", "auto"))
     assert made.settings.method == "unlearn"
     assert attack_success(original, digits) >= 0.95

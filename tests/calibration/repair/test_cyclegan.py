@@ -31,7 +31,7 @@ def weights(gan: CycleGan) -> list[Tensor]:
 
 
 def test_it_puts_the_trigger_on_and_takes_it_off(engine: Engine) -> None:
-    training = Training(epochs=30, width=12, blocks=1, batch=10, rate=1e-3)
+    training = Training(epochs=24, width=12, blocks=1, batch=10, rate=1e-3)
     gan = train(grey(100, 0), stamped(grey(100, 1)), training, engine, seed=0)
     clean = grey(50, 2)
     triggered = apply(gan.put_on, clean)

@@ -104,8 +104,9 @@ def test_a_model_without_an_infected_label_has_nothing_to_unlearn(
 
 
 def test_what_is_left_after_a_round_is_unlearnt_together_with_what_was_found_before(
-    digits: Digits, original: Predictor, recovered: Triggers
+    digits: Digits, original: Predictor, recovered: Triggers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(unlearning, "TURNS", 1)
     elsewhere = Triggers(
         recovered.labels, recovered.sources, recovered.masks.flip(-1), recovered.patterns, recovered.success, recovered.passes
     )
