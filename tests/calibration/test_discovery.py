@@ -17,7 +17,7 @@ from calibration.sources import open_model
 from guard import InputSpec
 from guard.errors import InputError, ModelError
 from guard.predictors import load_backend, wrap
-from tests.guard.models import predict_function, save_exported, save_onnx, save_torchscript
+from tests.guard.models import predict_function, predictor, save_exported, save_onnx, save_torchscript
 from tests.toy import SPEC, LearningToy, ToyNet, toy_images
 
 SHAPE = SPEC.shape
@@ -99,3 +99,30 @@ def test_the_shape_that_a_file_declares(tmp_path: Path) -> None:
         assert open_model(str(file), None, tmp_path).image_shape == SPEC.shape
     assert open_model("tests.toy:LearningToy", None, tmp_path).image_shape is None
     assert open_model(str(save_torchscript(LearningToy(), tmp_path / "e.pt")), None, tmp_path).image_shape is None
+
+
+class Remembering(ToyNet):
+    """The toy with a tensor that it computes at its first call and keeps, as positions in a transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(4))
+        self.kept: Tensor | None = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.kept is None:
+            self.kept = images.new_ones(4) * 1.0
+        answers: Tensor = super().forward(images) * (self.gain * self.kept)
+        return answers
+
+
+def test_a_callers_module_can_be_trained_afterwards() -> None:
+    """Whoever looked at it first, as a module or through a function, left nothing that gradients can't pass."""
+    images, _ = toy_images(2)
+    for model in (lambda net: net, lambda net: net.forward):
+        for run in (lambda model: discover_without_images(wrap(model), SHAPE), lambda model: predictor(model)(images)):
+            net = Remembering()
+            run(model(net))
+            assert net.kept is not None
+            net(images).sum().backward()
+            assert net.gain.grad is not None

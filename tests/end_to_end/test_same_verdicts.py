@@ -17,9 +17,17 @@ from export import export_onnx
 from guard.verdict import Verdict
 
 
+SETTINGS = Settings(overlays=40)
+
+
 def seen(calibration: Calibration, images: Tensor) -> list[tuple[str, int | None, int]]:
     verdicts: tuple[Verdict, ...] = calibration.guard()(images)
     return [(verdict.verdict, verdict.label_index, verdict.passes) for verdict in verdicts]
+
+
+@pytest.fixture(scope="module")
+def calibration(digits: Digits, backdoored: nn.Module) -> Calibration:
+    return calibrate(backdoored, digits.clean, SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +54,7 @@ def test_a_plain_function_of_uint8_nhwc(
             )
         return answers
 
-    around = calibrate(predict, digits.clean, Settings())
+    around = calibrate(predict, digits.clean, SETTINGS)
     spec = around.profile.input
     assert (spec.container, spec.layout, spec.dtype, around.profile.model.output) == ("numpy", "NHWC", "uint8", "probabilities")
     # its blends are rounded to 8 bits
@@ -60,10 +68,10 @@ def test_an_onnx_file(
 ) -> None:
     save_exported(backdoored, digits.train.images(slice(0, 2)), tmp_path / "model.pt2")
     source = open_model(str(tmp_path / "model.pt2"), None, tmp_path)
-    exported = calibrate(source.backend, digits.clean, Settings(), record=source.record)
+    exported = calibrate(source.backend, digits.clean, SETTINGS, record=source.record)
     assert [item[:2] for item in seen(exported, images)] == [item[:2] for item in expected]
     exported.save(tmp_path / "profile", source.file)
     file = export_onnx(tmp_path / "profile", tmp_path / "model.onnx")
-    onnx = calibrate(open_model(str(file), None, tmp_path).backend, digits.clean, Settings())
+    onnx = calibrate(open_model(str(file), None, tmp_path).backend, digits.clean, SETTINGS)
     assert onnx.predictor.backend.kind == "onnx"
     assert [item[:2] for item in seen(onnx, images)] == [item[:2] for item in expected]
