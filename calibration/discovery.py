@@ -22,6 +22,7 @@ from guard.predictors import Backend, OutputKind, Predictor
 from guard.predictors.exported import ExportedBackend
 from guard.predictors.onnx import OnnxBackend
 from guard.predictors.outputs import as_tensor, detect_kind
+from guard.predictors.predictor import without_gradients
 
 logger = logging.getLogger("guard.calibration")
 
@@ -213,7 +214,7 @@ def _try_all(backend: Backend, clean: ImageSet, hints: Hints, images: Tensor) ->
 
 
 def _run(backend: Backend, spec: InputSpec, images: Tensor) -> Tensor:
-    with torch.inference_mode():
+    with without_gradients(backend):
         parts = [as_tensor(backend(spec.to_model(part)), len(part)) for part in images.split(32)]
     return torch.cat([part.cpu() for part in parts])
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from calibration.repair.record import RepairRecord
 
 
+_LOW = 0.7  # clean accuracy at which a wrong normalisation or order of labels is worth a word
 _NEARLY_ALL = 1.9  # of an L1 distance of two distributions, which is 2 at most
 
 
@@ -140,6 +141,10 @@ def _show_remarks(made: Calibrated) -> None:
     if accuracy is not None and near_chance(accuracy, model.num_classes):
         typer.echo(f"warning: clean accuracy is near chance: {NEAR_CHANCE}", err=True)
         return
+    if accuracy is not None and accuracy < _LOW:
+        typer.echo(
+            f"note: if the model is known to be right on more than {accuracy:.0%} of such images, {NEAR_CHANCE}", err=True
+        )
     typer.echo(f"next: guard check {made.out} IMAGE, guard serve {made.out}")
     if made.red_team is None and not any(isinstance(part.detector, ActivationFilter) for part in made.calibration.parts):
         typer.echo(

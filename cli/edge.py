@@ -13,7 +13,7 @@ import typer
 from cli.edge_token import made_token, read_token
 from cli.extras import needs
 from cli.repair_inputs import looks_at
-from guard.errors import CalibrationError, InputError, MissingExtraError
+from guard.errors import CalibrationError, EdgeError, InputError, MissingExtraError
 
 if TYPE_CHECKING:
     from handlers.edge_commands import Step
@@ -49,6 +49,9 @@ def serve(
         int | None, typer.Option(min=1, help="Of all files of a job.", show_default="twice --max-bytes")
     ] = None,
     max_jobs: Annotated[int, typer.Option(min=1, help="Jobs kept; the oldest that have ended make room.")] = 16,
+    max_job_minutes: Annotated[
+        int, typer.Option(min=1, help="For which a job may run; then it has failed, and its processes are ended.")
+    ] = 24 * 60,
     allow_factory: Annotated[
         list[str] | None,
         typer.Option(metavar="package.module:factory", help="Run this one's code for devices that name it; repeatable."),
@@ -57,8 +60,8 @@ def serve(
     """Repair models for devices that can't: guard repair ... --edge URL sends them here, by --method gym or codefend.
 
     One job runs at a time, as guard repair and then guard calibrate, in processes
-    of their own. Jobs survive a restart: one that was under way goes on from its
-    last epoch.
+    of their own, for --max-job-minutes at most. Jobs survive a restart: one that was
+    under way goes on from its last epoch.
 
     Example: guard edge serve --folder /var/lib/guard-edge, then, on the device,
     guard repair model.pt2 --method codefend --data clean/ --quarantine rejected --out repaired
@@ -73,7 +76,12 @@ def serve(
 
     if importlib.util.find_spec("lightning_fabric") is None:  # the commands need it: better known before the first job
         raise MissingExtraError("lightning-fabric", "edge")
-    limits = EdgeLimits(max_bytes=max_bytes, max_job_bytes=max_job_bytes or 2 * max_bytes, max_jobs=max_jobs)
+    limits = EdgeLimits(
+        max_bytes=max_bytes,
+        max_job_bytes=max_job_bytes or 2 * max_bytes,
+        max_jobs=max_jobs,
+        job_seconds=60.0 * max_job_minutes,
+    )
     factories = tuple(allow_factory or ())
     for name in factories:
         if ":" not in name:
@@ -108,6 +116,8 @@ def edge_steps(job: Job, store: JobStore) -> Iterator[Step]:
         command += [] if weights is None else ["--weights", weights]
         command += [] if request.file(QUARANTINE) is None else ["--quarantine", str(sent / QUARANTINE)]
         yield Step("repair", command, succeeds=frozenset({0, 1}))  # 1: it was written, and says itself what is wrong with it
+        if not is_repaired(result):  # 1 is Python's own code, too: a crash, or a disk so full that stderr can't be written
+            raise EdgeError("repair failed unexpectedly: see the edge server's log")
     record = read_record(result)
     command = [*_GUARD, "calibrate", str(result), "--data", clean, "--out", str(result / PROFILE), "--allow-missing-classes"]
     command += ["--tripwire", model, *([] if weights is None else ["--tripwire-weights", weights])]

@@ -96,7 +96,7 @@ def scan_command(
         bool,
         typer.Option(
             "--plain",
-            help="Of neural-cleanse: all steps for every label, as published; 2 to 4 times the work.",
+            help="Of neural-cleanse: all steps for every label, as published; 2 to 6 times the work.",
             rich_help_panel=_HOW,
         ),
     ] = False,
@@ -247,12 +247,15 @@ def _without_images(source: ModelSource, size: tuple[int, int, int] | None, give
 
 def _next_command(record: ScanRecord, model: list[str], data: Path | None, out: Path) -> list[str]:
     """Repair what is infected, by what was found; of what seems clean, make a profile that guards it all the same."""
+    from calibration.repair.dhbe_settings import is_of_a_size
+
     known = ["--scan", str(out)] if record.method == "neural-cleanse" else []
     command = ["repair", *model, "--method", "auto", *known] if record.infected else ["calibrate", *model]
-    if record.infected and data is None:
+    blindly = record.infected and data is None and is_of_a_size(record.input)
+    if blindly:
         command = ["repair", *model, "--method", "dhbe"]
     folder = out.parent / f"{out.absolute().name}-{'repaired' if record.infected else 'profile'}"
-    images = [] if record.infected and data is None else ["--data", "CLEAN" if data is None else str(data)]
+    images = [] if blindly else ["--data", "CLEAN" if data is None else str(data)]
     return ["guard", *command, *images, "--out", str(folder)]
 
 

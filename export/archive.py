@@ -33,12 +33,12 @@ class Handler(GuardHandler):
 
 
 def export_mar(
-    profile_folder: Path,
-    output: Path,
+    profile_folder: str | Path,
+    output: str | Path,
     name: str,
     version: str = "1.0",
     model_config: Mapping[str, object] | None = None,
-    handler: Path | None = None,
+    handler: str | Path | None = None,
 ) -> Path:
     """Build `NAME.mar`, and make sure that the profile in it loads.
 
@@ -66,11 +66,12 @@ def export_mar(
         raise ExportError(f"expected a version of numbers and dots, like 1.0, got {version!r}")
     if importlib.util.find_spec("model_archiver") is None:
         raise MissingExtraError("torch-model-archiver", "torchserve")
+    profile_folder, output = Path(profile_folder), Path(output)
     target = output / f"{name}.mar"
     with drafts_beside(output, name) as stage:
         _stage_profile(profile_folder, stage / "profile")
         command = ["--model-name", name, "--version", version, "--extra-files", "profile", "--export-path", "."]
-        command += ["--handler", _stage_handler(stage, handler)]
+        command += ["--handler", _stage_handler(stage, None if handler is None else Path(handler))]
         if model_config is not None:
             (stage / "model-config.yaml").write_text(_as_json(model_config))  # JSON is YAML
             command += ["--config-file", "model-config.yaml"]

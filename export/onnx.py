@@ -23,7 +23,7 @@ from guard.predictors.screening import screen_exported
 from guard.predictors.torchscript import TorchScriptBackend
 
 
-def export_onnx(profile_folder: Path, output: Path) -> Path:
+def export_onnx(profile_folder: str | Path, output: str | Path) -> Path:
     """Write a profile's model as one ONNX file with a dynamic batch, and compare it with the original.
 
     A `.pt2` program with a fixed batch becomes an ONNX model with that batch. An ONNX model is copied.
@@ -42,6 +42,7 @@ def export_onnx(profile_folder: Path, output: Path) -> Path:
     for package in ("onnx", "onnxruntime", "onnxscript"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package, "onnx")
+    profile_folder, output = Path(profile_folder), Path(output)
     if output.suffix != ".onnx":
         raise ExportError(f"expected an output file that ends in .onnx, got {output.name}")
     original = Original.load(profile_folder)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import glob
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import TypeVar, final
 
 from guard.errors import GuardError
 from guard.files import as_text, is_text
+
+_T = TypeVar("_T")
+_TRIES, _PAUSE = 5, 0.02  # seconds
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+_OLD = "replaced"
 
 
 @final
@@ -73,7 +81,10 @@ class FolderKind:
                 draft = Path(scratch) / "draft"
                 draft.mkdir()
                 yield draft
-                _replace(folder, draft, Path(scratch) / "replaced")
+                for path in (*draft.rglob("*"), draft):
+                    _sync(path)
+                _replace(folder, draft, Path(scratch) / _OLD)
+                _sync(folder.parent)
         except OSError as error:
             raise self.error(f"could not write the {self.what} to {folder}: {error.strerror or error}") from error
 
@@ -97,7 +108,9 @@ def _real(folder: str | Path) -> Path:
 
 
 def _replace(folder: Path, draft: Path, old: Path) -> None:
-    """Swap folders; when the new one can't move in, the old one moves back."""
+    """Swap folders, where that takes two steps with the old one back when the new one can't move in."""
+    if folder.exists() and exchange(folder, draft):
+        return
     try:
         if folder.exists():
             os.replace(folder, old)
@@ -108,15 +121,76 @@ def _replace(folder: Path, draft: Path, old: Path) -> None:
         raise
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def exchange(first: Path, second: Path) -> bool:
+    """Swap two folders in one step, so that both names lead to one at every moment; False where the system can't."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):  # not Linux, or an old C library
+        return False
+    return bool(rename(_HERE, os.fsencode(first), _HERE, os.fsencode(second), _EXCHANGE) == 0)
+
+
+def left_behind(folder: Path) -> Path | None:
+    """Where a missing folder lies, whole, if its replacement was cut short between two steps."""
+    folder = _real(folder)
+    if folder.exists():
+        return None
+    return next(folder.parent.glob(f".{glob.escape(folder.name)}.*/{_OLD}"), None)
+
+
+def read_settled(folder: Path, read: Callable[[], _T]) -> _T:
+    """Read from a folder that may be replaced meanwhile: anew where it was, and that is why it failed.
+
+    Raises:
+        GuardError: As `read` raised it.
+    """
+    for _ in range(_TRIES - 1):
+        before = _generation(folder)
+        try:
+            return read()
+        except (GuardError, OSError):
+            after = _generation(folder)
+            if before == after and (after is not None or left_behind(folder) is None):
+                raise
+        time.sleep(_PAUSE)
+    return read()
+
+
+def _generation(folder: Path) -> tuple[int, int, int] | None:
+    """Another one once a folder was replaced; None where there is none."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_ctime_ns
+
+
+def _sync(path: Path) -> None:
+    """Onto the disk, of a folder the names in it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():  # which not every file system can
+            raise
+    finally:
+        os.close(handle)
+
+
+def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Write a file, or none: a reader never sees half of it.
+
+    Args:
+        path: Its name.
+        data: What it holds.
+        mode: Of a new file, less what the process's mask takes away.
 
     Raises:
         OSError: It can't be written; what was there stays.
     """
     partial = path.with_name(f".{path.name}.part")
     try:
-        with partial.open("wb") as file:
+        with open(partial, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

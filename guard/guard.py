@@ -174,7 +174,7 @@ class Guard:
         Args:
             predict: Takes a batch in the layout and type of the profile's input spec, returns one row per image.
             on_reject: `raise` a `RejectedError` that names the rows, or `abstain`: a rejected row becomes NaN, or -1
-                where the function returns whole numbers.
+                where the function returns whole numbers. Answers of which no row can become that are a `ModelError`.
 
         Returns:
             The guarded function. It calls `predict` once per batch, preprocessed if the profile says so, or once per view
@@ -212,7 +212,7 @@ class Guard:
             else:
                 views = [like(batch, spec.to_model(view)) for view in self._views(images.to(self.device))]
                 answers = combined([call(view, *rest, **kwargs) for view in views])
-            return abstain(answers, refused, len(images))
+            return answers if on_reject == "raise" or self.policy.mode == "monitor" else abstain(answers, refused, len(images))
 
         return functools.update_wrapper(guarded, predict)
 

@@ -6,7 +6,7 @@ filtering happens in that pixel space. An `InputSpec` says how a particular mode
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
@@ -25,6 +25,8 @@ DType = Literal["uint8", "float32"]
 
 Container = Literal["numpy", "torch"]
 Array = NDArray[np.generic] | Tensor
+
+_Size = Annotated[int, msgspec.Meta(le=2**31 - 1)]  # of more pixels, sizes in bytes would not be numbers to reckon with
 
 _RANGE_SLACK = 1e-4
 _WIDEST = 8  # bytes of a number that PyTorch has a type for
@@ -49,9 +51,9 @@ class InputSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         InputError: The fields contradict each other.
     """
 
-    channels: int
-    height: int
-    width: int
+    channels: _Size
+    height: _Size
+    width: _Size
     layout: Layout = "NCHW"
     dtype: DType = "float32"
     container: Container = "torch"

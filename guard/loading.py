@@ -12,6 +12,7 @@ from torch import Tensor
 
 from guard.detectors import ActivationFilter, Detector, FeatureSqueezing, Strip
 from guard.errors import InputError, ModelError, ProfileError
+from guard.folders import read_settled
 from guard.guard import CalibratedDetector, Guard
 from guard.images import InputSpec
 from guard.predictors import Backend, Predictor, wrap
@@ -33,6 +34,7 @@ PROBE, TRIPWIRE_PROBE = "probe.probabilities", "probe.tripwire"
 """Arrays of the answers of the model, and of the tripwire."""
 
 _PROBE_TOLERANCE = 0.02
+_HIGHEST = {StripRecord: 0.0, FeatureSqueezingRecord: 2.0}  # scores: no entropy at all, and all probability elsewhere
 
 
 def load_guard(
@@ -52,7 +54,20 @@ def load_guard(
     if device.partition(":")[0] not in ("cpu", "cuda") or (device != "cpu" and not torch.cuda.is_available()):
         where = "" if torch.cuda.is_available() else " on a machine without CUDA"
         raise ModelError(f"expected the device cpu or cuda, got {device}{where}: use one that is there")
+    return read_settled(folder, lambda: _load(folder, model, policy, quarantine, device, seed, memory_limit))
+
+
+def _load(
+    folder: Path,
+    model: object | None,
+    policy: Policy | None,
+    quarantine: Quarantine | None,
+    device: str,
+    seed: int | None,
+    memory_limit: int,
+) -> Guard:
     profile, arrays = load_profile(folder)
+    _refuse_blind(profile, policy or profile.policy, folder)
     check_memory_limit(memory_limit, profile.input)
     watched = replace(load_predictor(folder, profile.model, profile.input, model, device), memory_limit=memory_limit)
     predictor = watched.in_full_precision()
@@ -75,6 +90,19 @@ def load_guard(
         seed=seed,
         device=device,
     )
+
+
+def _refuse_blind(profile: Profile, policy: Policy, folder: Path) -> None:
+    """A guard that can reject nothing guards nothing; only one that says so, by its mode, may have no detectors."""
+    if not profile.detectors and policy.mode == "enforce":
+        raise ProfileError(f"expected detectors, got none in {folder}, which would reject nothing: calibrate again, or monitor")
+    for record in profile.detectors:
+        highest = _HIGHEST.get(type(record), math.inf)
+        if record.threshold.value > highest:
+            raise ProfileError(
+                f"expected a threshold of at most {highest:g} for {record.title} in {folder}, got {record.threshold.value:g}, "
+                "at which it rejects nothing: calibrate again"
+            )
 
 
 def check_memory_limit(limit: int, spec: InputSpec) -> None:
@@ -164,7 +192,7 @@ def _images(profile: Profile, arrays: dict[str, Tensor], name: str) -> Tensor:
 def _check_probe(predictor: Predictor, images: Tensor, arrays: dict[str, Tensor], name: str, folder: Path) -> None:
     """The model must answer as it did at calibration: catches another model, other weights, other preprocessing."""
     expected = arrays.get(name)
-    if expected is None or expected.ndim != 2 or len(expected) == 0:
+    if expected is None or expected.dtype != torch.float32 or expected.ndim != 2 or len(expected) == 0:
         raise ProfileError(f"expected the array {name} in {folder}, got none: calibrate again")
     try:
         answers = predictor(images[: len(expected)]).cpu()

@@ -14,11 +14,11 @@ from typing import Annotated
 import msgspec
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from guard.errors import UNREADABLE, GuardError, ProfileError
-from guard.folders import FolderKind
+from guard.folders import FolderKind, left_behind, read_settled
 from guard.images import InputSpec
 from guard.predictors.execution import ORDINARY, Execution
 from guard.predictors.outputs import OutputKind
@@ -170,7 +170,7 @@ def check_target(folder: Path) -> None:
 
 
 def load_profile(folder: str | Path) -> tuple[Profile, dict[str, Tensor]]:
-    """Read and verify a profile folder; the model's file is verified where it is loaded.
+    """Read and verify a profile folder, also one that is replaced meanwhile; the model's file is verified where it is loaded.
 
     Returns:
         The profile and its arrays.
@@ -178,19 +178,8 @@ def load_profile(folder: str | Path) -> tuple[Profile, dict[str, Tensor]]:
     Raises:
         ProfileError: Missing, damaged, edited, or of a newer schema.
     """
-    path = Path(folder) / _JSON
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ProfileError(f"expected a profile folder with {_JSON}, got {folder}: make one with guard calibrate") from error
-    profile = _decode(data, path)
-    arrays_path = Path(folder) / _ARRAYS
-    try:
-        if file_sha256(arrays_path) != profile.arrays_sha256:
-            raise ProfileError(f"{arrays_path} is damaged or belongs to another profile (SHA-256 differs): calibrate again")
-        return profile, load_file(arrays_path)
-    except (OSError, SafetensorError) as error:
-        raise ProfileError(f"expected {_ARRAYS} in {folder}, got none that can be read: calibrate again") from error
+    place = Path(folder)
+    return read_settled(place, lambda: _read(place))
 
 
 def overlays_to_array(overlays: Tensor) -> Tensor:
@@ -202,6 +191,24 @@ def overlays_to_array(overlays: Tensor) -> Tensor:
 def array_to_overlays(array: Tensor) -> Tensor:
     """The inverse of `overlays_to_array`."""
     return array.to(torch.float32) / 255.0 if array.dtype == torch.uint8 else array
+
+
+def _read(folder: Path) -> tuple[Profile, dict[str, Tensor]]:
+    path, arrays_path = folder / _JSON, folder / _ARRAYS
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        old = left_behind(folder)
+        todo = "make one with guard calibrate" if old is None else f"its replacement was cut short, move {old} there"
+        raise ProfileError(f"expected a profile folder with {_JSON}, got {folder}: {todo}") from error
+    profile = _decode(data, path)
+    try:
+        arrays = arrays_path.read_bytes()
+        if hashlib.sha256(arrays).hexdigest() != profile.arrays_sha256:
+            raise ProfileError(f"{arrays_path} is damaged or belongs to another profile (SHA-256 differs): calibrate again")
+        return profile, load(arrays)
+    except (OSError, SafetensorError) as error:
+        raise ProfileError(f"expected {_ARRAYS} in {folder}, got none that can be read: calibrate again") from error
 
 
 def _encode(profile: Profile) -> bytes:

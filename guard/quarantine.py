@@ -2,17 +2,18 @@
 
 Each item is a picture (`ID.png`, or `ID.npy` where PNG would lose precision) and `ID.json`, which is written last: an
 item exists when its JSON does. Writes are atomic, ids sort by time, and the oldest items leave first when the folder is
-over its bounds. Several processes may share a folder.
+over its bounds. An id ends in the first digits of its picture's digest, by which an image that is sent again is found. Several
+processes may share a folder.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import logging
 import os
 import re
-import secrets
 import threading
 import time
 from pathlib import Path
@@ -29,6 +30,8 @@ from guard.folders import write_whole
 
 logger = logging.getLogger("guard.quarantine")
 _ID = re.compile(r"[0-9]{19}-[0-9a-f]{8}")
+_DIGITS = 8  # of a picture's SHA-256, in its id
+_MODE = 0o600  # they are clients' images
 _CHANNELS = (1, 3)  # of what PNG holds here
 _TRIES = 3
 _SPARE = 100  # a hundredth of the bounds is made free at once
@@ -60,10 +63,10 @@ class Item(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 @final
 class Quarantine:
-    """A folder of rejected images, bounded by count and bytes.
+    """A folder of rejected images, bounded by count and bytes. Of equal images it holds one, the first.
 
     Args:
-        folder: Made on the first write.
+        folder: Made on the first write, for its user alone.
         max_items: Items kept. Where several processes write, each may go over the bounds by a hundredth.
         max_bytes: Bytes kept, pictures and JSON together.
     """
@@ -76,6 +79,7 @@ class Quarantine:
         self.max_bytes = max_bytes
         self.failures = 0
         self._newest = 0  # nanoseconds, of ids
+        self._known: dict[str, list[str]] = {}  # ids by their digests, as of when the folder was looked through
         self._items_left, self._bytes_left = 0, 0  # until the folder is looked through again
         self._lock = threading.Lock()
 
@@ -100,13 +104,18 @@ class Quarantine:
             label: That class's name.
 
         Returns:
-            The item's id, or None when it could not be stored; then `failures` has grown and the log says why.
+            The item's id, where an equal image is there already that one's, or None when it could not be stored; then
+            `failures` has grown and the log says why.
         """
         data, suffix = _encode(image)
+        digest = hashlib.sha256(data).hexdigest()[:_DIGITS]
         for left in reversed(range(_TRIES)):
             with self._lock:
                 now = time.time_ns()
-                name = f"{self._next(now):019d}-{secrets.token_hex(4)}"
+                name = f"{self._next(now):019d}-{digest}"
+                same = self._same(digest, suffix, data)
+                if same is not None:
+                    return same
                 item = Item(
                     id=name, time=now / 1e9, image=name + suffix, detector=detector, score=score, threshold=threshold,
                     label_index=label_index, label=label,
@@ -131,13 +140,22 @@ class Quarantine:
         record = msgspec.json.format(msgspec.json.encode(item), indent=1)
         if len(data) + len(record) > self.max_bytes:
             raise OSError(f"item of {len(data) + len(record)} bytes is over the folder's bound of {self.max_bytes}")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self.folder / item.image, data)
-        write_whole(self._record(item.id), record)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_whole(self.folder / item.image, data, _MODE)
+        write_whole(self._record(item.id), record, _MODE)
+        self._known.setdefault(item.id[-_DIGITS:], []).append(item.id)
         self._items_left -= 1
         self._bytes_left -= len(data) + len(record)
         if self._items_left < 0 or self._bytes_left < 0:
             self._evict()
+
+    def _same(self, digest: str, suffix: str, data: bytes) -> str | None:
+        """The item of this very picture: others may have the same few digits, by chance or by design."""
+        for stem in self._known.get(digest, ()):
+            with contextlib.suppress(OSError):  # evicted, released or deleted meanwhile
+                if self._record(stem).is_file() and (self.folder / (stem + suffix)).read_bytes() == data:
+                    return stem
+        return None
 
     def _next(self, now: int) -> int:
         """An id's time: after all others, also where the clock was set back, for the oldest go first."""
@@ -204,9 +222,13 @@ class Quarantine:
             Where the picture lies now.
 
         Raises:
-            QuarantineError: There is no such item, no PNG can hold it, or the folder can't be written.
+            QuarantineError: There is no such item, no PNG can hold it, or the folder can't be written, or is the quarantine's.
         """
         item = self.get(item_id)
+        if folder.exists() and folder.samefile(self.folder):
+            raise QuarantineError(
+                f"expected a folder outside the quarantine, got {folder}, the quarantine itself: pick another"
+            )
         target = folder / f"{item.id}.png"
         try:
             data = (self.folder / item.image).read_bytes() if item.image == target.name else self._rounded(item)
@@ -274,6 +296,9 @@ class Quarantine:
                         sizes[stem] = sizes.get(stem, 0) + entry.stat().st_size
                     except FileNotFoundError:
                         continue
+        self._known = {}
+        for stem in sizes:
+            self._known.setdefault(stem[-_DIGITS:], []).append(stem)
         return sizes
 
     def _evict(self) -> None:

@@ -87,14 +87,18 @@ def first_parameter(predict: Callable[..., object]) -> str | None:
 
 
 def abstain(answers: _R, rows: Sequence[int], batch: int) -> _R:
-    """A copy of the answers with the rejected rows blanked."""
-    if not rows:
-        return answers
+    """A copy of the answers with the rejected rows blanked; without any, the answers themselves.
+
+    Raises:
+        ModelError: Their rows can't be blanked. That shows with every batch, not only under attack.
+    """
     if isinstance(answers, Tensor):
         if answers.shape[:1] != (batch,):
             raise ModelError(f"expected one row per image ({batch}), got {tuple(answers.shape)}: can't abstain for single rows")
         if answers.dtype == torch.bool or answers.is_complex():
             raise ModelError(f"expected numbers that can abstain (NaN or -1), got {answers.dtype}: use on_reject='raise'")
+        if not rows:
+            return answers
         blank = answers.clone() if answers.is_floating_point() or answers.is_signed() else answers.to(torch.int64)
         blank[list(rows)] = torch.nan if blank.is_floating_point() else -1
         return cast(_R, blank)
@@ -114,6 +118,8 @@ def abstain(answers: _R, rows: Sequence[int], batch: int) -> _R:
         raise ModelError(
             f"expected one row of numbers per image ({batch}), got {type(answers).__name__}: use on_reject='raise'"
         )
+    if not rows:
+        return answers
     if array.dtype.kind == "u":
         array = array.astype(np.int64)
     array[list(rows)] = np.nan if array.dtype.kind == "f" else -1

@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import logging
 import secrets
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import IO, final
@@ -44,6 +45,7 @@ BODY_SECONDS = 60.0
 MAX_CONNECTIONS = 64
 """At once; over it a connection gets a 503."""
 
+_NOTE_SECONDS = 5.0  # between records that a file is still arriving
 _REQUEST_BYTES = 64 * 1024
 _Handler = Callable[[Request], Awaitable[Response]]
 
@@ -151,9 +153,9 @@ class _Edge:
         return await self._status(await self._job(request))
 
     async def delete(self, request: Request) -> Response:
-        job = await self._job(request)
-        await anyio.to_thread.run_sync(self._store.delete, job.id)
-        logger.info("job %s was deleted", job.id)
+        job_id = request.path_params["job"]
+        await anyio.to_thread.run_sync(self._store.delete, job_id)
+        logger.info("job %s was deleted", job_id)
         return Response(status_code=204)
 
     async def start(self, request: Request) -> Response:
@@ -169,7 +171,7 @@ class _Edge:
             raise EdgeError(f"expected no more files for a job that is {job.state}, got one", 409, "not-receiving")
         part = self._store.sent(job.id) / f".{expected.name}.{secrets.token_hex(8)}.part"
         try:
-            await self._write(request, part, expected)
+            await self._write(request, part, expected, job.id)
             await anyio.to_thread.run_sync(self._store.accept, job.id, part, expected)
         except FileNotFoundError:
             await self._job(request)  # it was deleted meanwhile
@@ -195,10 +197,10 @@ class _Edge:
         status = await anyio.to_thread.run_sync(self._store.status, job)
         return Response(msgspec.json.encode(status), code, media_type="application/json")
 
-    async def _write(self, request: Request, part: Path, expected: FileInfo) -> None:
+    async def _write(self, request: Request, part: Path, expected: FileInfo, job_id: str) -> None:
         """Write a body to disk as it comes, and verify it."""
         with part.open("wb") as file:
-            size, digest = await self._copy(request, file, expected.size)
+            size, digest = await self._copy(request, file, expected.size, job_id)
         if size != expected.size:
             raise EdgeError(
                 f"expected the {expected.size} bytes of {expected.name}, got {size}: send it again", 422, "truncated"
@@ -206,8 +208,8 @@ class _Edge:
         if not hmac.compare_digest(digest, expected.sha256):
             raise EdgeError(f"expected {expected.name} with the declared SHA-256, got another: send it again", 422, "damaged")
 
-    async def _copy(self, request: Request, file: IO[bytes], most: int) -> tuple[int, str]:
-        size, digest = 0, hashlib.sha256()
+    async def _copy(self, request: Request, file: IO[bytes], most: int, job_id: str) -> tuple[int, str]:
+        size, digest, noted = 0, hashlib.sha256(), time.monotonic()
         chunks = request.stream()
         while True:
             try:
@@ -221,6 +223,9 @@ class _Edge:
             if size > most:
                 raise TooLargeError(f"expected the {most} bytes that were declared, got more: declare them all")
             await anyio.to_thread.run_sync(_append, file, chunk, digest.update)
+            if time.monotonic() - noted >= _NOTE_SECONDS:
+                await anyio.to_thread.run_sync(self._store.update, job_id)  # or it would expire under the upload
+                noted = time.monotonic()
 
 
 def _append(file: IO[bytes], chunk: bytes, digest: Callable[[bytes], None]) -> None:

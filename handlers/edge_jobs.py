@@ -10,7 +10,6 @@ Names of folders and files are ours: a device's text never becomes a path.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import secrets
 import shutil
@@ -43,13 +42,15 @@ class EdgeLimits:
         max_bytes: Of one file, also once it is unpacked.
         max_job_bytes: Of all files that a job sends.
         max_jobs: Jobs kept; the oldest that have ended make room.
-        receiving_seconds: After which a job whose files don't arrive is dropped.
-        kept_seconds: After which a job that has ended is dropped.
+        job_seconds: After which a job that still runs has failed.
+        receiving_seconds: After which a job of whose files nothing arrives is dropped.
+        kept_seconds: After which a job that has ended, or can't be read, is dropped.
     """
 
     max_bytes: int = 1024**3
     max_job_bytes: int = 2 * 1024**3
     max_jobs: int = 16
+    job_seconds: float = 24 * 3600.0
     receiving_seconds: float = 3600.0
     kept_seconds: float = 7 * 24 * 3600.0
 
@@ -111,6 +112,7 @@ class JobStore:
     def __init__(self, folder: Path, limits: EdgeLimits | None = None) -> None:
         self.limits = limits or EdgeLimits()
         self.lock = threading.RLock()
+        self._unreadable: set[str] = set()
         self._jobs = folder.resolve() / "jobs"  # whatever it is called, it is the same in the marks of processes
         try:
             self._jobs.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -142,7 +144,9 @@ class JobStore:
         except OSError:
             return None
         except UNREADABLE as error:
-            logger.warning("job %s can't be read (%s) and is ignored", job_id, error)
+            if job_id not in self._unreadable:  # once: jobs are looked through all the time
+                logger.warning("job %s can't be read (%s) and is ignored", job_id, error)
+            self._unreadable.add(job_id)
             return None
 
     def get(self, job_id: str) -> Job:
@@ -153,7 +157,7 @@ class JobStore:
         """
         job = self.find(job_id) if JOB_ID.fullmatch(job_id) else None
         if job is None:
-            raise EdgeError("expected the id of a job that is kept here, got another: it may have expired", 404, "unknown-job")
+            raise _unknown()
         return job
 
     def update(self, job_id: str, **changes: Any) -> Job:
@@ -168,23 +172,35 @@ class JobStore:
         return job
 
     def delete(self, job_id: str) -> None:
-        """Forget a job; a worker that is at it stops."""
+        """Forget a job, also one that can't be read; a worker that is at it stops.
+
+        Raises:
+            EdgeError: There is none of this id.
+        """
         with self.lock:
-            with contextlib.suppress(FileNotFoundError):
-                (self.folder(job_id) / _JSON).unlink()
+            if not JOB_ID.fullmatch(job_id) or self.is_deleted(job_id):
+                raise _unknown()
+            (self.folder(job_id) / _JSON).unlink()
             self.clear(job_id)
+
+    def is_deleted(self, job_id: str) -> bool:
+        """Whether a job is no longer kept; one that can't be read is."""
+        return not (self.folder(job_id) / _JSON).exists()
 
     def clear(self, job_id: str) -> None:
         """Remove what is left of a job that was deleted, and nothing of one that was not."""
-        if not (self.folder(job_id) / _JSON).exists():
+        if self.is_deleted(job_id):
             shutil.rmtree(self.folder(job_id), ignore_errors=True)
 
     def drop_inputs(self, job_id: str) -> None:
         """Remove what a job is made from: what the device sent is private, and needed no longer than the job runs."""
-        result = self.result(job_id)
-        checkpoint = result.with_name(f".{result.name}.checkpoint")  # of a repair that was refused
-        for folder in (self.sent(job_id), checkpoint):
+        left = self.folder(job_id).glob(".*")  # a refused repair's checkpoint, a killed one's draft
+        for folder in (self.sent(job_id), *left):
             shutil.rmtree(folder, ignore_errors=True)
+
+    def drop_result(self, job_id: str) -> None:
+        """Remove what a job that failed has made, which nobody gets."""
+        shutil.rmtree(self.result(job_id), ignore_errors=True)
 
     def accept(self, job_id: str, part: Path, expected: FileInfo) -> None:
         """Take a file that arrived whole.
@@ -197,6 +213,7 @@ class JobStore:
         Raises:
             TooLargeError: It unpacks to more than is taken.
             EdgeError: It holds pickles, is no archive though its name says so, or the job no longer takes files.
+            FileNotFoundError: The job was deleted meanwhile.
         """
         self._check_archive(part, expected.name)
         with self.lock:
@@ -223,21 +240,27 @@ class JobStore:
 
     def jobs(self) -> Iterator[Job]:
         """All jobs, in no order."""
-        for folder in self._jobs.iterdir():
-            job = self.find(folder.name) if JOB_ID.fullmatch(folder.name) else None
+        for job_id in self._ids():
+            job = self.find(job_id)
             if job is not None:
                 yield job
 
     def expire(self) -> None:
-        """Drop what is too old."""
+        """Drop what is too old, and what is left of deleted jobs."""
         with self.lock:
-            now = time.time()
-            for job in list(self.jobs()):
-                age = now - job.changed
-                if (job.state == "receiving" and age > self.limits.receiving_seconds) or (
-                    not job.active and age > self.limits.kept_seconds
-                ):
-                    self.delete(job.id)
+            for job_id in self._ids():
+                if self.is_deleted(job_id):
+                    self.clear(job_id)
+                elif self._is_too_old(job_id):
+                    self.delete(job_id)
+
+    def _is_too_old(self, job_id: str) -> bool:
+        job, now = self.find(job_id), time.time()
+        if job is None:  # it can't be read: what the device sent must not stay for good
+            return now - (self.folder(job_id) / _JSON).stat().st_mtime > self.limits.kept_seconds
+        if job.state == "receiving":
+            return now - job.changed > self.limits.receiving_seconds
+        return not job.active and now - job.changed > self.limits.kept_seconds
 
     def _make_room(self) -> None:
         """For another job: the oldest ended ones go.
@@ -258,22 +281,21 @@ class JobStore:
     def tidy(self) -> None:
         """Put right what a server left that was killed: half-made jobs, half-sent files, ended jobs' inputs, unended jobs.
 
-        On a full disk the inputs go first, to make room.
+        On a full disk what goes goes first, to make room.
         """
         with self.lock:
-            for folder in self._jobs.iterdir():
-                if JOB_ID.fullmatch(folder.name):
-                    self.clear(folder.name)
+            self.expire()
             for part in self._jobs.glob("*/sent/*.part"):
                 part.unlink(missing_ok=True)
             jobs = list(self.jobs())
             for job in jobs:
                 if not job.active:
                     self.drop_inputs(job.id)
+                if job.state == "failed":
+                    self.drop_result(job.id)
             for job in jobs:
                 if job.state == "running":
                     self.update(job.id, state="queued", progress=None)
-            self.expire()
 
     def folder(self, job_id: str) -> Path:
         """A job's own; the id must be one that we gave."""
@@ -286,6 +308,9 @@ class JobStore:
     def result(self, job_id: str) -> Path:
         """Where the result is."""
         return self.folder(job_id) / "result"
+
+    def _ids(self) -> list[str]:
+        return [folder.name for folder in self._jobs.iterdir() if JOB_ID.fullmatch(folder.name)]
 
     def _check_sizes(self, request: JobRequest) -> None:
         largest = max(item.size for item in request.files)
@@ -304,6 +329,8 @@ class JobStore:
         try:
             with zipfile.ZipFile(path) as archive:
                 entries = archive.infolist()
+        except FileNotFoundError:  # deleted meanwhile
+            raise
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
             raise EdgeError(f"expected an archive in {name}, got something else: save it again", 422, "bad-file") from error
         unpacked = sum(entry.file_size for entry in entries)
@@ -314,6 +341,10 @@ class JobStore:
 
     def _write(self, job: Job) -> None:
         write_whole(self.folder(job.id) / _JSON, msgspec.json.format(msgspec.json.encode(job), indent=1))
+
+
+def _unknown() -> EdgeError:
+    return EdgeError("expected the id of a job that is kept here, got another: it may have expired", 404, "unknown-job")
 
 
 def _before(other: Job, job: Job) -> bool:

@@ -2,7 +2,8 @@
 
 The queue is an embedded one (persist-queue over SQLite, items as JSON). A job leaves it once its end is on disk: so one that
 a killed server was at is begun again, and its commands go on from their own checkpoints. What the device sent goes first: that
-makes room on a disk that is too full to write an end to. One that can't be written all the same is tried again.
+makes room on a disk that is too full to write an end to. One that can't be written all the same is tried again. Where queue and
+jobs differ when a server starts, the jobs are right.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class EdgeWorker:
         self._lock = _locked(self._folder / ".lock")
         try:
             self._store.tidy()
-            self._queue = SQLiteAckQueue(str(self._folder / "queue"), multithreading=True, serializer=json_serializer)
+            self._queue = self._filled_queue()
         except (OSError, sqlite3.Error) as error:
             self._lock.close()
             raise EdgeError(f"can't keep a queue in {self._folder} ({one_line(error)}): pick another --folder") from error
@@ -128,6 +129,15 @@ class EdgeWorker:
                 raise EdgeError(f"expected {', '.join(job.missing)} first: send them, then start", 409, "files-missing")
             self._queue.put(job_id)  # first: were it the other way round, a crash between the two would lose the job
             return self._store.update(job_id, state="queued", queued=time.time())
+
+    def _filled_queue(self) -> SQLiteAckQueue:
+        """The queue, with every job in it that is to run."""
+        queue, waiting = _opened(self._folder / "queue")
+        for job in sorted(self._store.jobs(), key=lambda job: job.queued):
+            if job.state in ("queued", "running") and job.id not in waiting:
+                logger.warning("job %s was not in the queue and is put into it", job.id)
+                queue.put(job.id)
+        return queue
 
     def _work(self) -> None:
         while not self._stopping.is_set():
@@ -165,7 +175,8 @@ class EdgeWorker:
             changes = None
         except Exception as error:  # whatever one job met, the next one has its turn
             logger.exception("job %s failed", job_id)
-            changes = _failed(f"the edge server could not run the job: {one_line(error)}")
+            reason = error.strerror if isinstance(error, OSError) else None  # without the server's paths
+            changes = _failed(f"the edge server could not run the job: {reason or 'see its log'}")
         with self._store.lock:
             self._ends[item["pqid"]] = _End(job_id, changes)
         self._record_ends(self._queue)
@@ -185,6 +196,8 @@ class EdgeWorker:
 
     def _record(self, end: _End) -> None:
         if end.changes is not None:
+            if end.changes["state"] == "failed":
+                self._store.drop_result(end.job_id)
             with contextlib.suppress(EdgeError):  # deleted meanwhile
                 try:
                     self._store.update(end.job_id, progress=None, **end.changes)
@@ -197,8 +210,8 @@ class EdgeWorker:
 
     def _run(self, job_id: str) -> dict[str, object] | None:
         """Run a job's commands; returns what its end changes, None for a job that has ended already or was deleted."""
-        folder, note = self._store.folder(job_id), None
-        end_processes(folder)
+        note, until = None, time.monotonic() + self._store.limits.job_seconds
+        end_processes(self._store.folder(job_id))
         with self._store.lock:
             job = self._store.find(job_id)
             if job is None or not job.active:
@@ -213,9 +226,7 @@ class EdgeWorker:
         try:
             for step in self._plan(job, self._store):
                 logger.info("job %s: %s", job_id, step.what)
-                problem = run_step(
-                    step, folder, functools.partial(self._report, job_id), functools.partial(self._stopped, job_id)
-                )
+                problem = self._run_step(step, job_id, until)
                 if problem is not None and step.required:
                     return _failed(problem)
                 note = problem or note
@@ -228,12 +239,31 @@ class EdgeWorker:
         except GuardError as error:
             return _failed(str(error))
 
+    def _run_step(self, step: Step, job_id: str, until: float) -> str | None:
+        """Run one command, and end it where the job's time is over; returns its problem."""
+        report = functools.partial(self._report, job_id)
+        try:
+            return run_step(step, self._store.folder(job_id), report, lambda: self._stopped(job_id) or time.monotonic() > until)
+        except FileNotFoundError as error:
+            if self._store.is_deleted(job_id):  # and its log with it
+                raise Stopped from error
+            raise
+        except Stopped:
+            if self._stopped(job_id):
+                raise
+            minutes = self._store.limits.job_seconds / 60
+            logger.warning("job %s: %s was ended, its time is over", job_id, step.what)
+            return (
+                f"expected {step.what} to end within the {minutes:g} minutes that a job has, got no end: ask for fewer epochs, "
+                "or start the edge server with a larger --max-job-minutes"
+            )
+
     def _report(self, job_id: str, progress: Progress) -> None:
         with contextlib.suppress(EdgeError, OSError):  # deleted, which stops the command; or a full disk, which need not
             self._store.update(job_id, progress=progress)
 
     def _stopped(self, job_id: str) -> bool:
-        return self._stopping.is_set() or self._store.find(job_id) is None
+        return self._stopping.is_set() or self._store.is_deleted(job_id)
 
     def _sealed(self, job: Job, note: str | None) -> Sealed:
         folder = self._store.result(job.id)
@@ -250,6 +280,26 @@ class EdgeWorker:
         )
         manifest = msgspec.json.encode(Manifest(job=job.id, sent=job.request.files, files=files, note=note)).decode()
         return Sealed(manifest=manifest, seal=seal(self._token, manifest))
+
+
+def _opened(folder: Path) -> tuple[SQLiteAckQueue, set[str]]:
+    """The queue in a folder, and the jobs in it; a damaged one makes room for an empty one."""
+    try:
+        return _read(folder)
+    except (sqlite3.Error, TypeError, ValueError) as error:
+        logger.warning("the queue in %s can't be read (%s) and is made again from the jobs", folder, one_line(error))
+    shutil.rmtree(folder)  # not before the old one's connections are closed: they would remove the new one's log
+    return _read(folder)
+
+
+def _read(folder: Path) -> tuple[SQLiteAckQueue, set[str]]:
+    queue = SQLiteAckQueue(str(folder), multithreading=True, serializer=json_serializer)
+    try:
+        queue.clear_acked_data(keep_latest=0)
+        return queue, {item["data"] for item in queue.queue()}
+    except BaseException:
+        queue.close()
+        raise
 
 
 def _failed(problem: str) -> dict[str, object]:

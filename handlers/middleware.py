@@ -55,7 +55,7 @@ class GuardMiddleware:
             behind any prefix, too: `/predict` guards `/api/predict`, whatever root path the application sets. A middleware
             inside that changes the end of a path is not known here: wrap what it wraps.
         methods: Methods that carry images.
-        form_fields: Names of plain form fields that may come along with the file, unjudged.
+        form_fields: Names of plain form fields that may come along with the file, unjudged; no others may.
         metrics: Where requests are counted, under the service's model name.
         limiter: Bounds the worker threads in which the guard runs; two when None.
         body_seconds: Time for a client to send its body.
@@ -70,7 +70,7 @@ class GuardMiddleware:
         service: ImageService,
         *,
         paths: Sequence[str] = ("/predict",),
-        methods: Collection[str] = ("POST",),
+        methods: Collection[str] = ("POST", "PUT", "PATCH"),
         form_fields: Collection[str] = (),
         metrics: PrometheusMetrics | None = None,
         limiter: anyio.CapacityLimiter | None = None,
@@ -169,7 +169,9 @@ class GuardMiddleware:
         parts = split_multipart(body, content_types, _MAX_PARTS)
         files = [part for part in parts if part.field not in self.form_fields]
         if len(files) != 1:
-            raise InputError(f"expected exactly one file, got {len(files)}: send one image a request")
+            named = ", ".join(sorted({part.field for part in files if part.field is not None}))
+            fields = f" (with the form fields {named}, which this server does not expect)" if named else ""
+            raise InputError(f"expected exactly one file, got {len(files)} parts{fields}: send one image a request")
         return files[0].data
 
 

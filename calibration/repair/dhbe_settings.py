@@ -128,13 +128,18 @@ def check_counts(settings: msgspec.Struct, *names: str) -> None:
             raise RepairError(f"expected {name} of at least 1, got {getattr(settings, name)}")
 
 
+def is_of_a_size(spec: InputSpec) -> bool:
+    """Whether images are neither smaller nor larger than any that the method was made for."""
+    return min(spec.height, spec.width) >= _SMALLEST and max(spec.height, spec.width) <= _LARGEST
+
+
 def check_size(spec: InputSpec) -> None:
-    """Refuse images that are smaller or larger than any that the method was made for.
+    """Refuse images of another size.
 
     Raises:
         RepairError: They are.
     """
-    if min(spec.height, spec.width) < _SMALLEST or max(spec.height, spec.width) > _LARGEST:
+    if not is_of_a_size(spec):
         raise RepairError(
             f"expected images of {_SMALLEST} to {_LARGEST} pixels a side for dhbe, got {spec.height}x{spec.width}: "
             "use another method, like gym, with --data"

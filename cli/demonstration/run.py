@@ -27,7 +27,7 @@ from cli.demonstration.digits import ATTACK, Digits, load_digits, save_exported,
 from cli.demonstration.repairing import Repair, repair_digits
 from cli.display import progress_bars, show_rows
 from cli.extras import needs
-from guard import Guard, GuardError, Quarantine
+from guard import Guard, GuardError, Policy, Quarantine
 from guard.errors import InputError, ServingError
 from guard.folders import FolderKind
 from guard.profile import load_profile, save_profile
@@ -154,7 +154,8 @@ def _server(profile: Path, model_store: Path, engine: str, rejected: Path) -> It
         settings, arrays = load_profile(profile)
         bare = Path(scratch) / "bare"
         model = profile / (settings.model.file or "")
-        save_profile(msgspec.structs.replace(settings, detectors=()), arrays, bare, model)
+        unguarded = msgspec.structs.replace(settings, detectors=(), policy=Policy(mode="monitor"))
+        save_profile(unguarded, arrays, bare, model)
         if engine != "asgi":
             try:
                 with _torchserve(profile, bare, model_store, Path(scratch), rejected) as url:

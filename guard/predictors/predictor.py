@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, final
@@ -109,7 +110,7 @@ class Predictor:
         rows = self.max_rows
         if images.device.type == "cpu":
             rows = self._whole(min(rows, max(_CPU_LEAST, min(_CPU_MOST, _CPU_NUMBERS // math.prod(self.spec.shape)))))
-        with torch.inference_mode():
+        with without_gradients(self.backend):
             parts = [self._forward(part, keep) for part in images.split(rows)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -126,6 +127,11 @@ class Predictor:
             raise
         except (Exception, SystemExit) as error:  # a model is foreign code: whatever it raises becomes ours
             raise ModelError(f"the model failed on a batch of {images.shape[0]}: {one_line(error)}") from error
+
+
+def without_gradients(backend: Backend) -> contextlib.AbstractContextManager[object]:
+    """The quickest way to run a model: a caller's own must not be left with tensors that can't be trained with."""
+    return torch.no_grad() if backend.kind in ("module", "callable") else torch.inference_mode()
 
 
 def bytes_per_image(spec: InputSpec) -> int:

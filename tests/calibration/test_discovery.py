@@ -116,13 +116,15 @@ class Remembering(ToyNet):
         return answers
 
 
-def test_a_callers_module_can_be_trained_afterwards() -> None:
-    """Whoever looked at it first, as a module or through a function, left nothing that gradients can't pass."""
-    images, _ = toy_images(2)
-    for model in (lambda net: net, lambda net: net.forward):
-        for run in (lambda model: discover_without_images(wrap(model), SHAPE), lambda model: predictor(model)(images)):
-            net = Remembering()
-            run(model(net))
-            assert net.kept is not None
-            net(images).sum().backward()
-            assert net.gain.grad is not None
+@pytest.mark.parametrize("what", ["module", "callable"])
+@pytest.mark.parametrize("at", ["discovery", "answers"])
+def test_a_callers_module_can_be_trained_afterwards(what: str, at: str) -> None:
+    net, images = Remembering(), toy_images(2)[0]
+    model: object = net if what == "module" else net.forward
+    if at == "discovery":
+        discover_without_images(wrap(model), SHAPE)
+    else:
+        predictor(model)(images)
+    assert net.kept is not None
+    net(images).sum().backward()
+    assert net.gain.grad is not None

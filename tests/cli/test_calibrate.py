@@ -260,6 +260,17 @@ def test_wrong_normalisation_warns(tmp_path: Path, guard: Command, files: Files)
     assert run.code == 2 or "near chance" in run.err
 
 
+def test_labels_that_are_often_wrong_are_worth_a_word(tmp_path: Path, guard: Command, files: Files) -> None:
+    """Half of the labels are of another order: far from chance, and no model that anybody deploys."""
+    clean = np.load(files.clean)
+    labels = np.where(clean["y"] < 5, 4 - clean["y"], clean["y"])
+    np.savez(tmp_path / "clean.npz", x=clean["x"], y=labels)
+    said = "note: if the model is known to be right on more than 5"
+    for data, told in ((tmp_path / "clean.npz", True), (files.clean, False)):
+        run = guard("calibrate", files.model, "--data", data, "--out", tmp_path / "p", *FEW)
+        assert (run.code, said in run.err) == (0, told)
+
+
 PROBLEMS: list[tuple[list[str], str]] = [
     (["--frr", "0.0001"], "rate of 0.0001 needs at least 9999 clean images"),
     (["--frr", "0.0001", "--blend", "logit+demeaned"], "0.0001 for 2 blends together needs at least 19999 clean images"),

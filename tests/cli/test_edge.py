@@ -29,7 +29,7 @@ from guard.profile import ModelRecord
 from handlers.asgi_server import AsgiServer
 from handlers.edge_client import EdgeClient
 from handlers.edge_commands import Step
-from handlers.edge_jobs import Job, JobStore
+from handlers.edge_jobs import EdgeLimits, Job, JobStore
 from handlers.edge_protocol import FileInfo, JobRequest, RepairOptions
 from tests.cli.conftest import Command, Files
 from tests.cli.test_json_documented import DOCS
@@ -149,6 +149,31 @@ def test_the_commands_of_a_job_are_its_options_and_our_paths(tmp_path: Path) -> 
     for given in ("--method=gym", "--recipe=distilled", "--views=1", "--epochs=2", "--allow-missing-classes"):
         assert given in step.command
     assert not any(text.startswith("--gan-epochs") for text in step.command)  # which guard repair refuses with gym
+
+
+def test_a_repair_that_crashed_is_none(tmp_path: Path) -> None:
+    """Python ends with 1, as a repair does that was written all the same."""
+    files = (FileInfo(name=name, size=1, sha256="0" * 64) for name in ("model.pt2", "clean.npz"))
+    store = JobStore(tmp_path)
+    steps = edge_steps(store.create(JobRequest(options=RepairOptions(method="gym"), files=tuple(files))), store)
+    assert next(steps).succeeds == {0, 1}
+    with pytest.raises(EdgeError, match="repair failed unexpectedly: see the edge server's log"):
+        next(steps)
+
+
+def test_how_long_a_job_may_run_is_an_option(tmp_path: Path, guard: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[EdgeLimits | None] = []
+
+    def store(folder: Path, given: EdgeLimits | None = None) -> JobStore:
+        limits.append(given)
+        return JobStore(folder, given)
+
+    monkeypatch.setattr("handlers.edge_jobs.JobStore", store)
+    monkeypatch.setattr("handlers.asgi_server.serve_asgi", lambda *_, **__: None)
+    monkeypatch.setattr("handlers.request_log.configure_logging", lambda: None)
+    for options in ((), ("--max-job-minutes", 90)):
+        assert guard("edge", "serve", "--folder", tmp_path / "edge", *options).code == 0
+    assert [given.job_seconds for given in limits if given is not None] == [24 * 3600, 90 * 60]
 
 
 def test_a_profile_of_other_models_is_refused(tmp_path: Path, guard: Command, files: Files) -> None:

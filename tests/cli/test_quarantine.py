@@ -47,6 +47,13 @@ def test_release_refuses_labels_that_leave_the_folder(guard: Command, folder: Pa
     assert len(Quarantine(folder).items()) == 3
 
 
+def test_release_refuses_the_quarantine_itself(guard: Command, folder: Path) -> None:
+    first = Quarantine(folder).items()[0]
+    run = guard("quarantine", "release", folder, first.id, "--to", folder.parent, "--label", folder.name)
+    assert "a folder outside the quarantine" in run.problem
+    assert len(Quarantine(folder).items()) == 3
+
+
 def test_delete_one_or_all(guard: Command, folder: Path) -> None:
     first = Quarantine(folder).items()[0]
     assert guard("quarantine", "delete", folder, first.id).out.strip() == "deleted 1"

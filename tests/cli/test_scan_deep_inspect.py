@@ -38,7 +38,8 @@ def test_an_infected_model_and_what_others_say_to_its_scan(tmp_path: Path, files
     assert "deviation factor" in run.out
     for said in ("recovering images", "looking for triggers", "believed to normalise for itself", "This need not be all"):
         assert said in run.err
-    assert f"next: guard repair {files.model} --method dhbe --out {out}-repaired" in run.out  # who has no data gets no --data
+    told = f"next: guard repair {files.model} --method auto --data CLEAN --out {out}-repaired"
+    assert told in run.out.replace("\n", "")  # so small images are none for dhbe
     record = json.loads((out / "scan.json").read_text())
     assert [item["label_index"] for item in record["labels"] if item["infected"]] == [ATTACK.target_label]
     assert (record["method"], record["clean_images"], record["reference_agreement"]) == ("deep-inspect", 0, None)

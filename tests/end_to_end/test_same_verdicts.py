@@ -16,7 +16,6 @@ from cli.demonstration.digits import Digits, save_exported
 from export import export_onnx
 from guard.verdict import Verdict
 
-
 SETTINGS = Settings(overlays=40)
 
 

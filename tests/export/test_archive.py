@@ -80,7 +80,7 @@ def test_an_archive_holds_the_profile_and_one_small_handler(profile: Path, tmp_p
 def test_an_existing_archive_is_replaced_and_a_failure_keeps_it(
     profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    export_mar(profile, tmp_path, "toy")
+    export_mar(str(profile), str(tmp_path), "toy")
     before = export_mar(profile, tmp_path, "toy", "3.0").read_bytes()
     monkeypatch.setattr(export.archive, "_HANDLER", None)
     with pytest.raises(TypeError):

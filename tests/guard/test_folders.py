@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
 from pathlib import Path
 
 import pytest
 
+from guard import folders
 from guard.errors import RepairError
 from guard.files import printable
 from guard.folders import FolderKind
@@ -27,6 +31,50 @@ def test_what_is_read_is_not_replaced(tmp_path: Path) -> None:
             KIND.check_target(out, tmp_path / "other", None, tmp_path / "basket" / "apple")
     KIND.check_target(tmp_path / "basket", tmp_path / "basket" / "no such file")
     KIND.check_target(tmp_path / "basket2", tmp_path / "basket" / "apple")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere there is no such step")
+def test_a_folder_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path / "basket", "old")
+    monkeypatch.setattr(os, "replace", lambda *_: pytest.fail("there would be a moment without a folder"))
+    fill(tmp_path / "basket", "new")
+    assert (tmp_path / "basket" / "apple").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["basket"]
+    assert not folders.exchange(tmp_path / "basket", tmp_path / "none")
+
+
+def test_what_is_written_lies_on_the_disk_before_it_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path / "basket", "old")
+    synced: list[str] = []
+    real = os.fsync
+
+    def watched(handle: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        assert (tmp_path / "basket" / "apple").read_text() == ("new" if synced[-1] == tmp_path.name else "old")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    fill(tmp_path / "basket", "new")
+    assert (sorted(synced[:2]), synced[2:]) == (["apple", "basket.json"], ["draft", tmp_path.name])
+
+
+@pytest.mark.parametrize("fails_at", ["apple", "draft"])
+def test_a_disk_that_fails_and_one_that_can_not_sync_folders(
+    fails_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "basket", "old")
+
+    def fails(handle: int) -> None:
+        if Path(os.readlink(f"/proc/self/fd/{handle}")).name == fails_at:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    if fails_at == "apple":
+        with pytest.raises(RepairError, match=r"could not write the basket's to .*: Input/output error"):
+            fill(tmp_path / "basket", "new")
+    else:
+        fill(tmp_path / "basket", "new")
+    assert (tmp_path / "basket" / "apple").read_text() == ("old" if fails_at == "apple" else "new")
 
 
 def test_links_stay_and_what_they_lead_to_is_replaced(tmp_path: Path) -> None:

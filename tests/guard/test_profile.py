@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from guard import Guard, load_profile
+from guard import Guard, folders, load_profile, loading
 from guard.detectors import Strip
 from guard.errors import GuardError, ModelError, ProfileError
 from guard.predictors.module import state_sha256
@@ -34,6 +35,24 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     body = json.loads(path.read_text())
     change(body)
     path.write_text(json.dumps(body))
+
+
+def edit_and_seal(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change it as somebody would who knows how it is sealed."""
+
+    def sealed(body: dict[str, Any]) -> None:
+        del body["checksum"]
+        change(body)
+        body["arrays_sha256"] = file_sha256(folder / "arrays.safetensors")
+        body["checksum"] = hashlib.sha256(msgspec.json.encode(body, order="sorted")).hexdigest()
+
+    edit(folder, sealed)
+
+
+@pytest.fixture
+def two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system that can't swap two folders at once."""
+    monkeypatch.setattr(folders, "exchange", lambda *_: False)
 
 
 def for_memory(folder: Path, net: nn.Module | None, kind: str = "module") -> Path:
@@ -98,6 +117,7 @@ def test_saving_replaces_a_profile_whole(profile: Path) -> None:
     assert [path.name for path in profile.parent.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.usefixtures("two_steps")
 def test_a_failed_save_changes_nothing(profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, arrays = load_profile(profile)
     changed = msgspec.structs.replace(before, seed=7)
@@ -388,6 +408,8 @@ def test_arrays_that_are_missing(missing: str, profile: Path) -> None:
         ("probe.probabilities", torch.zeros(0, 4)),
         ("probe.probabilities", torch.full((8, 4), float("nan"))),
         ("probe.probabilities", torch.zeros(8, 5)),
+        ("probe.probabilities", torch.ones(8, 4, dtype=torch.bool)),
+        ("probe.probabilities", torch.ones(8, 4).to(torch.float8_e4m3fn)),
     ],
 )
 def test_arrays_that_are_not_what_they_should_be(name: str, array: Tensor, profile: Path) -> None:
@@ -479,6 +501,37 @@ def test_factories_with_weights(swap: str, profile: Path, tmp_path: Path, clean:
         Guard.load(profile)
 
 
+BLIND: dict[str, Callable[[dict[str, Any]], object]] = {
+    "detectors, got none": lambda body: body.update(detectors=[]),
+    "at most 0 for strip": lambda body: body["detectors"][0]["threshold"].update(value=1e-9),
+    "at most 2 for feature-squeezing": lambda body: body["detectors"].append(
+        {"name": "feature-squeezing", "squeezers": ["median"], "threshold": {**body["detectors"][0]["threshold"], "value": 2.1}}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BLIND)
+def test_what_would_accept_everything_is_refused(name: str, profile: Path) -> None:
+    edit_and_seal(profile, BLIND[name])
+    with pytest.raises(ProfileError, match=f"expected {name}|expected a threshold of {name}"):
+        Guard.load(profile)
+
+
+def test_without_detectors_it_may_only_monitor(profile: Path, clean: Tensor) -> None:
+    edit_and_seal(profile, lambda body: (body.update(detectors=[]), body["policy"].update(mode="monitor")))
+    assert Guard.load(profile)(clean[:1])[0].accepted
+    with pytest.raises(ProfileError, match="expected detectors, got none"):
+        Guard.load(profile, policy=Policy(mode="enforce"))
+
+
+@pytest.mark.parametrize("size", [2**31, 10**19, 10**400])
+@pytest.mark.parametrize("name", ["channels", "height", "width"])
+def test_sizes_that_no_image_has(name: str, size: int, profile: Path) -> None:
+    edit_and_seal(profile, lambda body: body["input"].update({name: size}))
+    with pytest.raises(ProfileError, match=rf"is not a valid profile .*{name}"):
+        Guard.load(profile)
+
+
 def test_a_probe_of_the_profiles_own_making_passes(profile: Path) -> None:
     _, arrays = load_profile(profile)
     overlays = array_to_overlays(arrays["strip.overlays"])
@@ -493,6 +546,7 @@ def test_a_quarantine_kept_inside_a_profile_is_not_lost(tmp_path: Path) -> None:
     assert (folder / "quarantine").is_dir()
 
 
+@pytest.mark.usefixtures("two_steps")
 def test_an_interrupted_swap_keeps_the_old_profile(profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, arrays = load_profile(profile)
     keep = profile.parent / "model.pt2"
@@ -507,4 +561,67 @@ def test_an_interrupted_swap_keeps_the_old_profile(profile: Path, monkeypatch: p
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_profile(msgspec.structs.replace(before, seed=7), arrays, profile, keep)
+    assert load_profile(profile)[0] == before
+
+
+def replace_often(folder: Path, numbers: Sequence[int]) -> None:
+    """Generations of the profile, of which both files tell the number."""
+    before, arrays = load_profile(folder)
+    for number in numbers:
+        save_profile(msgspec.structs.replace(before, seed=number), {**arrays, "number": torch.tensor(number)}, folder)
+
+
+@pytest.mark.parametrize("way", ["at once", "in two steps"])
+def test_a_profile_that_is_replaced_meanwhile_is_read_whole(
+    way: str, profile: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "in two steps":
+        request.getfixturevalue("two_steps")
+    replace_often(for_memory(profile, ToyNet()), [0])
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # quicker: meets readers more often
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(replace_often, profile, range(1, 101))
+        reads = 0
+        while not writing.done():
+            read, arrays = load_profile(profile)
+            assert int(arrays["number"]) == read.seed
+            reads += 1
+        writing.result()
+    assert reads > 10
+    assert load_profile(profile)[0].seed == 100
+
+
+def test_a_guard_is_of_one_generation(profile: Path, clean: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder is replaced by another model's after its settings were read, and before its model is."""
+    save_exported(Louder(), profile.parent / "louder.pt2")
+    sha256 = file_sha256(profile.parent / "louder.pt2")
+    probe = predictor(Louder())(array_to_overlays(load_profile(profile)[1]["strip.overlays"])[:8])
+    reads = 0
+
+    def read_and_replaced(folder: Path) -> Any:
+        nonlocal reads
+        reads += 1
+        before, arrays = load_profile(folder)
+        if reads == 1:
+            other = msgspec.structs.replace(before, model=msgspec.structs.replace(before.model, sha256=sha256))
+            save_profile(other, {**arrays, "probe.probabilities": probe}, profile, profile.parent / "louder.pt2")
+        return before, arrays
+
+    monkeypatch.setattr(loading, "load_profile", read_and_replaced)
+    guard = Guard.load(profile)
+    assert reads == 2
+    torch.testing.assert_close(guard.answer(clean), predictor(Louder())(clean))
+
+
+def test_a_save_that_is_killed_between_two_steps_says_where_the_old_profile_is(profile: Path) -> None:
+    before = load_profile(profile)[0]
+    hidden = profile.parent / f".{profile.name}.k1ll3d_"
+    hidden.mkdir()
+    profile.rename(hidden / "replaced")
+    with pytest.raises(
+        ProfileError, match=r"expected a profile folder .*: its replacement was cut short, move .* there"
+    ) as raised:
+        Guard.load(profile)
+    assert str(hidden / "replaced") in str(raised.value)
+    (hidden / "replaced").rename(profile)
     assert load_profile(profile)[0] == before

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -103,6 +104,49 @@ def test_the_oldest_leave_first_by_bytes(tmp_path: Path) -> None:
     assert sum(path.stat().st_size for path in (tmp_path / "q").iterdir()) <= size * 2.5
 
 
+def test_an_image_that_is_sent_again_and_again_pushes_nothing_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quarantine = Quarantine(tmp_path, max_items=10)
+    names = [sure(add(quarantine, picture(value))) for value in range(5)]
+    sent_again = torch.full((1, 3, 4), 0.3)  # kept as numbers
+    names.append(sure(add(quarantine, sent_again)))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", lambda _: pytest.fail("nothing is written"))
+        assert {add(quarantine, sent_again, score=-0.02, label=str(row)) for row in range(100)} == {names[-1]}
+        assert [add(quarantine, picture(value)) for value in range(5)] == names[:5]
+        assert add(Quarantine(tmp_path, max_items=10), sent_again) == names[-1]  # of another process, or after a restart
+    assert [item.id for item in quarantine.items()] == names
+    for value, item in enumerate(quarantine.items()[:5]):
+        assert torch.equal(quarantine.image(item), picture(value))
+
+
+@pytest.mark.parametrize("gone", [".json", ".png"])
+def test_what_is_no_longer_there_is_stored_anew(gone: str, tmp_path: Path) -> None:
+    quarantine = Quarantine(tmp_path)
+    first = sure(add(quarantine))
+    (tmp_path / f"{first}{gone}").unlink()
+    second = sure(add(quarantine))
+    assert second != first
+    assert add(quarantine) == second
+
+
+def test_images_of_one_digest_are_two_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever chooses pixels finds pairs of so few digits soon."""
+    quarantine = Quarantine(tmp_path)
+    same = hashlib.sha256(b"")
+    monkeypatch.setattr(hashlib, "sha256", lambda _: same)
+    names = [sure(add(quarantine, picture(value))) for value in range(3)]
+    assert len(set(names)) == 3
+    assert [add(quarantine, picture(value)) for value in range(3)] == names
+
+
+def test_only_the_servers_user_reads_it(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir(mode=0o755)
+    for folder, mode in ((tmp_path / "above" / "q", 0o700), (tmp_path / "shared", 0o755)):
+        add(Quarantine(folder))
+        assert folder.stat().st_mode & 0o777 == mode
+        assert [path.stat().st_mode & 0o777 for path in folder.iterdir()] == [0o600, 0o600]
+
+
 def test_an_item_over_the_bound_is_not_stored_and_evicts_nobody(tmp_path: Path) -> None:
     quarantine = Quarantine(tmp_path, max_bytes=1500)
     kept = sure(add(quarantine))
@@ -154,12 +198,12 @@ def test_a_full_or_broken_disk_never_raises(code: int, fails_at: str, tmp_path: 
         monkeypatch.setattr(Path, "replace", fails)
     else:
         monkeypatch.setattr(os, fails_at, fails)
-    assert add(quarantine) is None
+    assert add(quarantine, picture(1)) is None
     monkeypatch.undo()
     assert calls["count"] == 1
     assert quarantine.failures == 1
     assert {path.name for path in (tmp_path / "q").iterdir()} == {f"{kept}.json", f"{kept}.png"}
-    assert add(quarantine) is not None
+    assert add(quarantine, picture(1)) is not None
 
 
 def test_a_reader_never_sees_half_an_item(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,6 +272,17 @@ def test_release_moves_the_picture(tmp_path: Path) -> None:
         assert np.asarray(opened)[0, 0] == 1
     assert [item.id for item in quarantine.items()] == [other]
     assert not (tmp_path / "q" / f"{name}.png").exists()
+
+
+@pytest.mark.parametrize("way", ["itself", "a link"])
+@pytest.mark.parametrize("image", [picture(), torch.full((1, 3, 4), 0.3)])
+def test_nothing_is_released_into_the_quarantine(image: Tensor, way: str, tmp_path: Path) -> None:
+    quarantine = Quarantine(tmp_path / "q")
+    name = sure(add(quarantine, image))
+    (tmp_path / "link").symlink_to("q")
+    with pytest.raises(QuarantineError, match="expected a folder outside the quarantine"):
+        quarantine.release(name, tmp_path / ("q" if way == "itself" else "link"))
+    assert torch.equal(quarantine.image(quarantine.get(name)), image)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -465,7 +520,7 @@ def test_not_every_item_costs_a_look_at_all(tmp_path: Path, monkeypatch: pytest.
         return scan(folder)
 
     monkeypatch.setattr(os, "scandir", counted)
-    for _ in range(30):
-        sure(add(quarantine))
+    for value in range(30):
+        sure(add(quarantine, picture(value)))
     assert looks < 10
     assert len(quarantine.items()) == 30

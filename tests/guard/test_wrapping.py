@@ -302,6 +302,18 @@ def test_answers_that_can_not_abstain_are_an_error_and_not_given_out(answer: Any
     """Two outputs for two images must not be taken for two rows: the first would leak the rejected row's label."""
     with pytest.raises(ModelError):
         guarded().wrap(lambda batch: answer, ABSTAIN)(mixed(2))
+    assert guarded().wrap(lambda batch: answer)(mixed(2)[:1]) is answer
+    assert guarded(policy=Policy(mode="monitor")).wrap(lambda batch: answer, ABSTAIN)(mixed(2)) is answer
+
+
+@pytest.mark.parametrize("answer", [{"label": [1]}, (np.array([1]), np.array([0.5])), ["cat"], torch.tensor([True])])
+def test_what_can_not_abstain_shows_before_an_attack(answer: Any) -> None:
+    with pytest.raises(ModelError):
+        guarded().wrap(lambda batch: answer, ABSTAIN)(mixed(2)[:1])
+
+
+@pytest.mark.parametrize("answer", [np.array([5], np.uint8), torch.tensor([5], dtype=torch.uint8), [[0.5, 0.5]]])
+def test_answers_without_a_rejected_row_are_passed_on(answer: Any) -> None:
     assert guarded().wrap(lambda batch: answer, ABSTAIN)(mixed(2)[:1]) is answer
 
 

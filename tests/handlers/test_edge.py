@@ -7,12 +7,13 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -23,7 +24,7 @@ from persistqueue import SQLiteAckQueue
 from persistqueue.serializers import json as json_serializer
 
 from guard.errors import EdgeError
-from handlers import edge_worker
+from handlers import edge, edge_worker
 from handlers.edge import BearerToken
 from handlers.edge_commands import MARK, Step, run_step
 from handlers.edge_jobs import EdgeLimits, Job, JobStore
@@ -36,6 +37,7 @@ from tests.handlers.toy_edge import (
     REPAIR,
     SLEEPS,
     TOKEN,
+    Edge,
     archive,
     edge_server,
     requested,
@@ -290,6 +292,39 @@ def test_what_is_too_old_goes_without_another_job(tmp_path: Path) -> None:
     assert not store.folder(job.id).exists()
 
 
+def test_an_upload_that_goes_on_is_never_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edge, "_NOTE_SECONDS", 0.0)
+    monkeypatch.setattr(edge_worker, "_LOOK_SECONDS", TIMEOUT)  # we look
+    files = sent_files()
+    with edge_server(tmp_path) as server:
+        job = server.create(requested(files))
+
+        async def pieces() -> AsyncIterator[bytes]:
+            for start in range(0, len(files["clean.npz"]), 200):
+                server.store._write(msgspec.structs.replace(server.store.get(job), changed=0.0))  # hours go by
+                yield files["clean.npz"][start : start + 200]
+                server.store.expire()
+
+        assert _put(server, job, "clean.npz", pieces()).status_code == 204
+        assert "clean.npz" not in server.status(job).missing
+
+
+@pytest.mark.parametrize("name", ["model.pt2", "clean.npz"])
+def test_an_upload_to_a_job_that_goes_meanwhile_is_told_so(tmp_path: Path, name: str) -> None:
+    """Also of an archive, which would seem to be none."""
+    with edge_server(tmp_path) as server:
+        job = server.create(requested(sent_files()))
+
+        async def pieces() -> AsyncIterator[bytes]:
+            yield sent_files()[name]
+            server.store.delete(job)
+
+        answer = _put(server, job, name, pieces())
+        assert [answer.status_code, answer.json()["reason"]] == [404, "unknown-job"]
+        server.store.expire()
+        assert not server.store.folder(job).exists()
+
+
 @pytest.mark.parametrize("busy", [False, True])
 def test_a_server_looks_for_what_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, busy: bool) -> None:
     """Also while a job runs, which may take hours."""
@@ -313,10 +348,12 @@ def test_what_devices_sent_goes_also_where_a_server_could_not_remove_it(tmp_path
     ended, waiting = (store.create(requested(sent_files())).id for _ in range(2))
     for job in (ended, waiting):
         (store.sent(job) / "clean.npz").write_bytes(b"private")
-        (store.folder(job) / ".result.checkpoint").mkdir()
+        for left in (".result.checkpoint", ".result.draft", "result"):
+            (store.folder(job) / left).mkdir()
     store.update(ended, state=state)
     store.tidy()
-    assert [path.name for path in store.folder(ended).iterdir()] == ["job.json"]
+    kept = {"job.json", "result"} if state == "done" else {"job.json"}  # of one that failed nobody gets it
+    assert {path.name for path in store.folder(ended).iterdir()} == kept
     assert (store.sent(waiting) / "clean.npz").read_bytes() == b"private"
     assert store.get(ended).state == state
 
@@ -345,13 +382,14 @@ def test_a_failing_command_is_told_in_one_line_without_our_paths(tmp_path: Path)
         assert (status.state, status.error) == ("failed", "expected more of sent/clean.npz, got less")
 
 
-def test_a_refused_repair_leaves_no_weights_behind(tmp_path: Path) -> None:
-    """Its checkpoints hold the device's model, and nothing could go on from them."""
-    writes = "import pathlib, sys; p = pathlib.Path(sys.argv[2]).with_name('.result.checkpoint'); p.mkdir(); (p / 'w').touch()"
+@pytest.mark.parametrize("name", [".result.checkpoint", ".result.draft", "result"])
+def test_a_refused_repair_leaves_no_weights_behind(tmp_path: Path, name: str) -> None:
+    """They hold the device's model and fill the disk, and nothing could go on from them."""
+    writes = f"import pathlib, sys; p = pathlib.Path(sys.argv[2]).with_name({name!r}); p.mkdir(); (p / 'w').touch()"
     with edge_server(tmp_path, running(writes + "\n" + FAILS)) as edge:
         job = edge.started()
         assert edge.ended(job).state == "failed"
-        assert not list(edge.store.folder(job).rglob(".result.checkpoint"))
+        edge.until(job, lambda _: {path.name for path in edge.store.folder(job).iterdir()} == {"job.json", "log"})
 
 
 def test_a_crashing_command_tells_nothing_of_the_server(tmp_path: Path) -> None:
@@ -370,6 +408,21 @@ def test_a_step_that_is_not_required_leaves_a_note(tmp_path: Path) -> None:
         status = edge.ended(edge.started())
         assert status.result is not None
         assert msgspec.json.decode(status.result.manifest, type=Manifest).note == "expected more of sent/clean.npz, got less"
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_a_command_that_does_not_end_is_ended(tmp_path: Path, required: bool) -> None:
+    """And what was made before it is not lost, if it can be done without."""
+    script = f"import os; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n{SLEEPS}"
+    with edge_server(tmp_path, running(script, required=required), EdgeLimits(job_seconds=0.6)) as edge:
+        first, second = edge.started(), edge.started()
+        status = edge.ended(first)
+        assert status.state == ("failed" if required else "done")
+        told = msgspec.json.decode(status.result.manifest, type=Manifest).note if status.result is not None else status.error
+        assert "expected the step to end within the 0.01 minutes that a job has, got no end" in str(told)
+        assert edge.ended(second).state == status.state  # it has its turn
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_a_result_with_strange_files_is_not_given_out(tmp_path: Path) -> None:
@@ -399,6 +452,26 @@ def test_deleting_a_job_stops_it_and_the_next_one_runs(tmp_path: Path) -> None:
         with pytest.raises(ProcessLookupError):
             os.kill(process, 0)
         assert not edge.store.folder(first).exists()
+
+
+def test_a_job_that_goes_as_its_command_starts_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log that the command's progress is read from goes with it."""
+    store, deleted = JobStore(tmp_path), threading.Event()
+
+    def run(_: Step, folder: Path, *__: object) -> str | None:
+        store.delete(folder.name)
+        deleted.set()
+        (folder / "log").open("rb")
+        return None
+
+    monkeypatch.setattr(edge_worker, "run_step", run)
+    with edge_server(tmp_path) as server:
+        server.started()
+        assert deleted.wait(TIMEOUT)
+    assert list((tmp_path / "jobs").iterdir()) == []
+    assert "Traceback" not in caplog.text
 
 
 def test_a_stopped_server_goes_on_with_its_job(tmp_path: Path) -> None:
@@ -449,7 +522,7 @@ def _filled(monkeypatch: pytest.MonkeyPatch, full: Callable[[JobStore, Job], boo
 
     def attempt(store: JobStore, job: Job) -> None:
         if full(store, job):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(store.folder(job.id)))
         write(store, job)
 
     monkeypatch.setattr(JobStore, "_write", attempt)
@@ -531,6 +604,13 @@ def test_progress_that_can_not_be_written_is_no_reason_to_end_a_repair(tmp_path:
         assert edge.ended(edge.started()).state == "done"
 
 
+def test_a_disk_that_is_full_as_a_job_begins_is_told_without_our_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _filled(monkeypatch, lambda _, job: job.state == "running")
+    with edge_server(tmp_path) as edge:
+        status = edge.ended(edge.started())
+    assert (status.state, status.error) == ("failed", "the edge server could not run the job: No space left on device")
+
+
 def test_a_server_that_is_stopped_on_a_full_disk_goes_on_with_its_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = threading.Event()
     _filled(monkeypatch, lambda _, job: full.is_set() and job.state == "queued")
@@ -571,6 +651,63 @@ def test_a_server_that_is_killed_before_it_records_an_end_says_so(tmp_path: Path
     assert _queued(tmp_path) == []
 
 
+def _without_a_row(queue: Path) -> None:
+    with contextlib.closing(sqlite3.connect(queue / "data.db")) as database, database:
+        database.execute("DELETE FROM ack_queue_default WHERE _id = 2")
+
+
+def _with_a_row_that_is_no_json(queue: Path) -> None:
+    with contextlib.closing(sqlite3.connect(queue / "data.db")) as database, database:
+        database.execute("UPDATE ack_queue_default SET data = x'ff' WHERE _id = 2")
+
+
+def _torn(queue: Path) -> None:
+    data = (queue / "data.db").read_bytes()
+    (queue / "data.db").write_bytes(data[:100] + bytes(range(1, 251)) * 8 + data[2100:])
+
+
+def _no_database(queue: Path) -> None:
+    (queue / "data.db").write_bytes(b"no database" * 1000)
+
+
+@pytest.mark.parametrize(
+    ("harm", "damaged"),
+    [
+        (shutil.rmtree, False),
+        (_without_a_row, False),
+        (_with_a_row_that_is_no_json, True),
+        (_torn, True),
+        (_no_database, True),
+        (lambda _: None, False),
+    ],
+)
+def test_a_queue_that_differs_from_the_jobs_is_put_right(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: Callable[[Path], None], damaged: bool
+) -> None:
+    store, files, ran = JobStore(tmp_path), sent_files(), list[str]()
+    left = [_left_by_a_killed_server(tmp_path, store)]
+    queue = SQLiteAckQueue(str(tmp_path / "queue"), multithreading=True, serializer=json_serializer)
+    for number in (1.0, 2.0):
+        left.append(store.create(requested(files)).id)
+        for name, data in files.items():
+            (store.sent(left[-1]) / name).write_bytes(data)
+        store.update(left[-1], state="queued", received=tuple(files), queued=number)
+        queue.put(left[-1])
+    queue.close()
+    harm(tmp_path / "queue")
+
+    def plan(job: Job, store: JobStore) -> Iterator[Step]:
+        ran.append(job.id)
+        yield from running(REPAIR)(job, store)
+
+    with edge_server(tmp_path, plan) as edge:
+        assert {edge.ended(job).state for job in (*left, edge.started())} == {"done"}
+    assert ("made again from the jobs" in caplog.text) is damaged
+    expected = left if harm is not _without_a_row else [left[0], left[2], left[1]]  # what is there stays where it is
+    assert ran[:3] == expected
+    assert _queued(tmp_path) == []
+
+
 def test_one_server_at_a_time_uses_a_folder(tmp_path: Path) -> None:
     with edge_server(tmp_path), pytest.raises(EdgeError, match="another edge server"), edge_server(tmp_path):
         pass
@@ -590,6 +727,38 @@ def test_a_damaged_record_stops_nothing(tmp_path: Path) -> None:
         (edge.store.folder(broken) / "job.json").write_text("{")
         assert edge.send("GET", f"/v1/jobs/{broken}").status_code == 404
         assert edge.ended(edge.started()).state == "done"
+        assert edge.send("DELETE", f"/v1/jobs/{broken}").status_code == 204
+        assert not edge.store.folder(broken).exists()
+        for other in (broken, NOBODY, "token"):
+            assert edge.send("DELETE", f"/v1/jobs/{other}").status_code == 404
+
+
+@pytest.mark.parametrize("change", [lambda text: text[:-10], lambda text: text.replace("receiving", "paused")])
+def test_a_record_that_can_not_be_read_expires_by_its_files_time(tmp_path: Path, change: Callable[[str], str]) -> None:
+    """Cut off, or another version's: what its device sent does not stay for good."""
+    store = JobStore(tmp_path)
+    old, young = (store.create(requested(sent_files())).id for _ in range(2))
+    for job in (old, young):
+        record = store.folder(job) / "job.json"
+        record.write_text(change(record.read_text()))
+    long_ago = time.time() - store.limits.kept_seconds - 60
+    os.utime(store.folder(old) / "job.json", (long_ago, long_ago))
+    store.expire()
+    assert [path.name for path in (tmp_path / "jobs").iterdir()] == [young]
+
+
+def test_a_folder_without_a_record_goes(tmp_path: Path) -> None:
+    """Of a job that a full disk did not let begin, or of an upload to one that was deleted."""
+    store = JobStore(tmp_path)
+    store.sent(NOBODY).mkdir(parents=True)
+    store.expire()
+    assert list((tmp_path / "jobs").iterdir()) == []
+
+
+def _put(server: Edge, job: str, name: str, pieces: AsyncIterator[bytes]) -> httpx.Response:
+    """Send a file piece by piece; what a piece's source does after it is done when it has arrived."""
+    request = httpx.Request("PUT", f"http://test/v1/jobs/{job}/files/{name}", content=pieces, headers=AUTHORISED)
+    return call(server.app, request)[0]
 
 
 def _queued(folder: Path) -> list[str]:

@@ -55,7 +55,7 @@ class Users:
 def guarded(
     service: ImageService | None = None,
     paths: Sequence[str] = ("/predict",),
-    methods: Sequence[str] = ("POST",),
+    methods: Sequence[str] = ("POST", "PUT", "PATCH"),
     form_fields: Sequence[str] = (),
     metrics: PrometheusMetrics | None = None,
 ) -> tuple[Users, GuardMiddleware]:
@@ -128,11 +128,11 @@ def test_everything_can_be_guarded() -> None:
 
 def test_other_methods_pass_untouched_unless_named() -> None:
     users, app = guarded()
-    call(app, *(httpx.Request(method, "http://test/predict", content=b"x") for method in ("GET", "PUT", "OPTIONS")))
+    call(app, *(httpx.Request(method, "http://test/predict", content=b"x") for method in ("GET", "DELETE", "OPTIONS")))
     assert users.bodies == [b"x"] * 3
-    _, strict = guarded(methods=("POST", "PUT"))
-    (answer,) = call(strict, httpx.Request("PUT", "http://test/predict", content=triggered()))
-    assert answer.status_code == 422
+    images = [httpx.Request(method, "http://test/predict", content=triggered()) for method in ("POST", "PUT", "PATCH")]
+    assert [answer.status_code for answer in call(app, *images)] == [422] * 3
+    _, strict = guarded(methods=("POST",))
     sent = drive(strict, [chunk(triggered())], "/predict", method="post")
     assert sent[0]["status"] == 422
 
@@ -256,7 +256,8 @@ def test_a_form_may_not_smuggle_an_unjudged_image() -> None:
     assert len(users.bodies) == 1
     assert post(app, files=form(clean(), triggered()), path="/predict").status_code == 400
     assert post(app, files=form(clean(), triggered()), data={"top_k": "3"}, path="/predict").status_code == 400
-    assert post(app, files=form(clean()), data={"other": "3"}, path="/predict").status_code == 400
+    other = post(app, files=form(clean()), data={"other": "3"}, path="/predict")
+    assert (other.status_code, "the form fields other, which this server" in other.json()["message"]) == (400, True)
     assert post(app, data={"top_k": "3"}, path="/predict").status_code == 400
     assert post(app, files=[("top_k", ("x.png", triggered()))], path="/predict").status_code == 422
     assert len(users.bodies) == 1
