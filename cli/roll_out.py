@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cli.extras import needs
-from guard.errors import ServingError
 
 
 def roll_out_command(
@@ -40,7 +40,9 @@ def roll_out_command(
             show_default="the archive's, or as before",
         ),
     ] = None,
-    keep_old: Annotated[bool, typer.Option("--keep-old", help="Leave the old version registered, without workers.")] = False,
+    keep_old: Annotated[
+        bool, typer.Option("--keep-old", help="Leave the old version registered, without workers, to go back to.")
+    ] = False,
     key_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="TorchServe's key_file.json, where it asks for tokens.")
     ] = None,
@@ -59,12 +61,12 @@ def roll_out_command(
 ) -> None:
     """Let a running TorchServe take a new version of a model, without losing a request.
 
-    The new version is registered beside the old one, tried, and made the
-    default; the old one answers what it had, and ends. If the new version does
-    not work, the old one serves on. Its guard has the options that the archive
-    was exported with (guard export --config), not those of the old version.
-    TorchServe must have been started with --enable-model-api (guard serve
-    --engine torchserve --updates does).
+    The new version is registered beside the old one, tried with clean images of
+    its profile, and made the default; the old one answers what it had, and ends.
+    If the new version does not work, the old one serves on. Its guard has the
+    options that the archive was exported with (guard export --config), not those
+    of the old version. TorchServe must have been started with --enable-model-api
+    (guard serve --engine torchserve --updates does).
 
     Example: guard export profile-2 --name signs --version 2.0 --config signs-config.yaml, then
     guard roll-out model-store/signs.mar, and where guard serve started the server, with the options that it prints
@@ -72,18 +74,14 @@ def roll_out_command(
     with needs("torchserve"):
         from handlers.torchserve_api import Addresses, read_keys
         from handlers.torchserve_rollout import Capacity, archive_config, archive_version, roll_out
+        from handlers.torchserve_store import Delivery
+        from handlers.torchserve_trial import archive_images
 
         config = archive_config(archive)
     version = archive_version(archive)
     model = name or archive.stem
     keys = {} if key_file is None else read_keys(key_file)
-    file = archive.name
-    if store is not None:
-        file = f"{model}-{version}.mar"
-        try:
-            shutil.copyfile(archive, store / file)
-        except OSError as error:
-            raise ServingError(f"could not copy {archive} to {store}: {error.strerror or error}") from error
+    delivery = None if store is None else Delivery(store, partial(shutil.copyfile, archive))
     addresses = Addresses(
         management=management,
         inference=inference,
@@ -98,12 +96,16 @@ def roll_out_command(
     given = Capacity(workers=workers, batch_size=batch_size, max_batch_delay=batch_delay)
     done = roll_out(
         model,
-        file,
+        archive.name if delivery is None else f"{model}-{version}.mar",
         version,
         addresses,
+        delivery=delivery,
+        images=archive_images(archive),
         capacity=given.or_else(Capacity.read(config)),
         keep_old=keep_old,
         timeout=timeout,
         drain_timeout=drain_timeout,
     )
+    if not done.tried:
+        typer.echo(f"note: {model} {done.version} could be sent no clean image: only that it had loaded was tried", err=True)
     typer.echo(f"{model} {done.version} serves now; {done.replaced} ended after {done.seconds:.0f} s")

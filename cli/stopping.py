@@ -10,13 +10,20 @@ from types import FrameType
 
 @contextlib.contextmanager
 def stopped_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end a command as Ctrl-C does: in order, with everything stopped and removed that it started."""
+    """Let SIGTERM end a command as Ctrl-C does: in order, with everything stopped and removed that it started.
 
-    def stop(_: int, __: FrameType | None) -> None:
+    SIGHUP, too, which comes when the terminal is closed, unless it is ignored, as under nohup.
+    """
+
+    def stop(number: int, _: FrameType | None) -> None:
+        if number == signal.SIGHUP:  # the shell sends one, and the system another, which must not interrupt the end
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    numbers = [signal.SIGTERM] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGTERM, signal.SIGHUP]
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -30,7 +30,7 @@ _POLL_SECONDS = 0.05
 
 
 def serve_asgi(app: ASGIApp, host: str = "127.0.0.1", port: int = 8080, *, max_connections: int | None = None) -> None:
-    """Serve until SIGINT or SIGTERM; requests that are under way are answered first, for at most ten seconds.
+    """Serve until SIGINT, SIGTERM or SIGHUP; requests that are under way are answered first, for at most ten seconds.
 
     Args:
         app: The application.
@@ -162,7 +162,7 @@ def _run(server: uvicorn.Server, listener: socket.socket) -> None:
 
 @contextlib.contextmanager
 def _stopped_by_signals(server: uvicorn.Server) -> Iterator[None]:
-    """Make SIGINT and SIGTERM end the server and then return, instead of ending the process.
+    """Make SIGINT, SIGTERM and a SIGHUP that is not ignored end the server and then return, instead of ending the process.
 
     uvicorn raises the signal again once it has stopped; whoever called us decides what comes next.
     """
@@ -173,7 +173,9 @@ def _stopped_by_signals(server: uvicorn.Server) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    numbers += [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:

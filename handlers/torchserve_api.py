@@ -66,9 +66,14 @@ def describe(path: str, addresses: Addresses, expected: str, advice: str = "") -
 
 
 def ask(
-    addresses: Addresses, api: Literal["management", "inference"], method: str, path: str, timeout: float
+    addresses: Addresses,
+    api: Literal["management", "inference"],
+    method: str,
+    path: str,
+    timeout: float,
+    body: bytes = b"",
 ) -> tuple[int, bytes]:
-    """Send a request without a body.
+    """Send a request; its body, if it has one, is an image.
 
     Returns:
         Status and body.
@@ -77,10 +82,10 @@ def ask(
         ServingError: No answer (after a timeout its cause is a TimeoutError), or the token is not the server's.
     """
     url = getattr(addresses, api)
-    status, body = _request(url, getattr(addresses, f"{api}_token"), method, path, timeout)
-    if status == 400 and error_type(body) == "InvalidKeyException":  # 400 is also what a handler says of a body that is none
-        raise ServingError(f"expected {url} to take the token, got: {words(body)}; pass its key_file.json by --key-file")
-    return status, body
+    status, answer = _request(url, getattr(addresses, f"{api}_token"), method, path, timeout, body)
+    if status == 400 and error_type(answer) == "InvalidKeyException":  # 400 is also what a handler says of a body that is none
+        raise ServingError(f"expected {url} to take the token, got: {words(answer)}; pass its key_file.json by --key-file")
+    return status, answer
 
 
 def error_type(body: bytes) -> str | None:
@@ -92,15 +97,16 @@ def error_type(body: bytes) -> str | None:
 
 
 def words(body: bytes) -> str:
-    """The server's own message, on one line."""
+    """The server's own message, or a handler's reason, on one line."""
     try:
-        text = str(json.loads(body).get("message", ""))
+        found = json.loads(body)
+        text = str(found.get("message") or found.get("reason", ""))
     except (ValueError, AttributeError):
         text = body.decode(errors="replace")
     return " ".join(text.split())[:300] or "no message"
 
 
-def _request(url: str, token: str | None, method: str, path: str, timeout: float) -> tuple[int, bytes]:
+def _request(url: str, token: str | None, method: str, path: str, timeout: float, body: bytes) -> tuple[int, bytes]:
     if token is not None and not (token.isascii() and token.isprintable()):
         raise ServingError(f"expected a token of printable ASCII characters for {url}, got another: look at the key file")
     try:
@@ -112,7 +118,8 @@ def _request(url: str, token: str | None, method: str, path: str, timeout: float
     except (ValueError, HTTPException) as error:  # a UnicodeError is a ValueError
         raise ServingError(f"expected an address like http://127.0.0.1:8081, got {url}") from error
     try:
-        connection.request(method, path, headers={} if token is None else {"Authorization": f"Bearer {token}"})
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        connection.request(method, path, body or None, {**headers, "Content-Type": "image/png"} if body else headers)
         response = connection.getresponse()
         return response.status, response.read()
     except (OSError, HTTPException) as error:

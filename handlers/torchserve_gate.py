@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from handlers.torchserve_request import Context, Row, failed_outcome, image_body
 
 logger = logging.getLogger("guard.torchserve")
 
+_FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0  # seconds until a guard that did not load is loaded anew; doubled each time
+_SHUT_SECONDS = 0.2  # that a shut gate takes to answer
 _EXPONENT = re.compile(r"[+-]?[0-9]+[eE][+-]?[0-9]+")
 _Positive = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -128,25 +131,28 @@ class Gate:
 
     Args:
         context: TorchServe's, at initialisation.
-        load: Makes the service. If it raises, the gate stays shut: every request is answered 503. (If a handler's
-            `initialize` raises, TorchServe restarts the worker over and over, and clients hang.)
+        load: Makes the service. While it raises, the gate is shut: every request is answered 503. (If a handler's
+            `initialize` raises, TorchServe restarts the worker over and over, and clients hang.) It is called again with
+            a request that comes 1, 2, 4 ... 60 seconds later. Workers take requests from one queue, so a shut gate
+            does not answer at once: it would take them all away from those that can judge.
     """
 
     def __init__(self, context: Context, load: Callable[[], ImageService]) -> None:
         log_to(sys.stdout)
         self._model_name = context.model_name
+        self._make = load
         self._service: ImageService | None = None
-        try:
-            self._service = load()
-        except Exception as error:  # fail closed, see above
-            logger.exception("the guard did not load, every request is answered 503: %s", one_line(error))
-        detectors = [] if self._service is None else [item.detector.name for item in self._service.guard.detectors]
-        self._count(context, lambda metrics: metrics.prepare(detectors))
+        self._due, self._wait = 0.0, _FIRST_WAIT
+        self._load(context)
 
     def judge(self, data: Sequence[Row], context: Context) -> list[Outcome]:
         """One outcome per request, in order; never raises. Whoever has answered them calls `finish`."""
         ids = request_ids(context, len(data))
-        if self._service is not None:
+        if self._service is None and time.monotonic() >= self._due:
+            self._load(context)
+        if self._service is None:
+            time.sleep(_SHUT_SECONDS)
+        else:
             try:
                 return self._service.judge([image_body(row) for row in data], ids)
             except Exception as error:  # not by contract; TorchServe would answer the whole batch in its own words
@@ -168,6 +174,17 @@ class Gate:
         for outcome in outcomes:
             self._log(outcome)
             self._count(context, functools.partial(TorchServeMetrics.observe, outcome=outcome))
+
+    def _load(self, context: Context) -> None:
+        try:
+            self._service = self._make()
+        except Exception as error:  # fail closed, see above
+            text = "the guard did not load, every request is answered 503, next attempt after %g s: %s"
+            logger.exception(text, self._wait, one_line(error))
+            self._due = time.monotonic() + self._wait
+            self._wait = min(2.0 * self._wait, _LONGEST_WAIT)
+        detectors = [] if self._service is None else [item.detector.name for item in self._service.guard.detectors]
+        self._count(context, lambda metrics: metrics.prepare(detectors))
 
     def _log(self, outcome: Outcome) -> None:
         try:

@@ -1,11 +1,12 @@
 """A new version of a model in a running TorchServe, without a lost request.
 
 1. register the archive beside the version that is serving, and wait until its workers are ready
-2. send it a request of its own
+2. send it images of its own
 3. make it the default: from now on requests without a version go to it
 4. wait until the old version has nothing left to answer, then end its workers
 
-At every step before the third, a failure leaves the old version as it was, and removes the new one.
+At every step before the fourth, a failure leaves the old version and the model store as they were, and removes the new version.
+One that an earlier roll-out kept without workers is not registered, but gets workers again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import importlib
 import json
 import time
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -24,8 +25,10 @@ from urllib.parse import quote, urlencode
 
 from guard.errors import ServingError
 from handlers.torchserve_api import Addresses, ask, describe, error_type, version_path, words
+from handlers.torchserve_store import Delivery
+from handlers.torchserve_trial import try_out
 
-_CONFLICT = 409
+_UNKNOWN, _CONFLICT = 404, 409
 _POLL_SECONDS = 0.2
 _QUIET_SECONDS = 2.0  # without a queued request: who asked the old version before the change is in its queue by then
 _RESPONSE_TIMEOUT = 120  # seconds; TorchServe's own default
@@ -75,11 +78,13 @@ class RollOut:
         version: That serves now.
         replaced: The version that served before.
         seconds: From registering to the end of the old workers.
+        tried: Images that it judged before it served; if none, it was only made sure that it had loaded.
     """
 
     version: str
     replaced: str
     seconds: float
+    tried: int
 
 
 def archive_version(archive: Path) -> str:
@@ -115,6 +120,8 @@ def roll_out(
     version: str,
     addresses: Addresses,
     *,
+    delivery: Delivery | None = None,
+    images: Sequence[bytes] = (),
     capacity: Capacity | None = None,
     keep_old: bool = False,
     timeout: float = 120.0,
@@ -127,8 +134,10 @@ def roll_out(
         file: The new archive's file name in the server's model store.
         version: Of the new archive.
         addresses: Of the server.
-        capacity: Of the new version; what it does not say is as in the old one.
-        keep_old: Leave the old version registered, without workers, so that it can be scaled up again.
+        delivery: Brings the archive there; None where it is there already.
+        images: Clean ones, encoded, that the new version must judge before it serves; see `archive_images`.
+        capacity: Of the new version; what it does not say is as in the old one. One that was kept has the batches that it had.
+        keep_old: Leave the old version registered, without workers, so that it can be rolled out again.
         timeout: Seconds until the new version must be ready, and until the old one's queue must be empty.
         drain_timeout: Seconds that the old version's workers then get to finish what they have taken, at most its response
             timeout, after which TorchServe gives a request up by itself; that when None. A single worker is ended as soon as
@@ -140,39 +149,34 @@ def roll_out(
             one serves on; or the new one serves, and the old one could not be ended: the message says which.
     """
     started = time.monotonic()
-    where = f"/models/{quote(name, safe='')}"
-    serving = describe(where, addresses, f"serve {name}", "; name what it serves by --name")
+    serving = _describe_default(name, addresses)
     before = str(serving["modelVersion"])
     if before == version:
         raise ServingError(f"expected another version of {name} than {version}, which is serving: export with --version")
     wanted = (capacity or Capacity()).or_else(Capacity.read(serving))
-    path = version_path(name, version)
-    status, _ = ask(addresses, "management", "GET", path, timeout)
-    taken = status == 200  # by a version that was there before, which is not ours to remove
+    workers = wanted.workers or 1
+    kept = _is_kept(name, version, addresses, delivery, timeout)
+    with contextlib.nullcontext() if delivery is None or kept else delivery.placed(file), contextlib.ExitStack() as undo:
+        undo.callback(_take_back, name, version, addresses, timeout, kept)
+        if not kept:
+            status, body = ask(addresses, "management", "POST", f"/models?{_query(name, file, wanted)}", timeout)
+            if status == _CONFLICT:  # with another roll-out, whose version is not ours to remove
+                undo.pop_all()
+                raise ServingError(
+                    f"expected {name} {version} to be new, got 409: {words(body)}; {_ways_out(name, version, addresses)}"
+                )
+            if status not in (200, 202):
+                raise ServingError(f"expected TorchServe to register {file}, got {status}: {words(body)}")
+        _wait_until_ready(name, version, workers, addresses, timeout)
+        tried = try_out(name, version, addresses, images, workers, timeout)
+        with contextlib.nullcontext() if delivery is None else delivery.locked():
+            _make_default(name, version, before, addresses, timeout)
+        undo.pop_all()
     try:
-        status, body = ask(addresses, "management", "POST", f"/models?{_query(name, file, wanted)}", timeout)
-        taken = taken or status == _CONFLICT
-        if status not in (200, 202):
-            raise ServingError(f"expected TorchServe to register {file}, got {status}: {words(body)}")
-        _wait_until_ready(name, version, wanted.workers or 1, addresses, timeout)
-        _try(name, version, addresses, timeout)
-        status, body = ask(addresses, "management", "PUT", f"{path}/set-default", timeout)
-        if status != 200:
-            raise ServingError(f"expected TorchServe to make {name} {version} the default, got {status}: {words(body)}")
-    except BaseException:
-        if not taken:
-            with contextlib.suppress(ServingError):  # what went wrong first is what is told
-                ask(addresses, "management", "DELETE", path, timeout)
-        raise
-    try:
-        _drain(name, before, addresses, timeout, drain_timeout)
-        method, end = ("PUT", "?min_worker=0&max_worker=0&synchronous=true") if keep_old else ("DELETE", "")
-        status, body = ask(addresses, "management", method, f"{version_path(name, before)}{end}", timeout)
-        if status not in (200, 202):
-            raise ServingError(f"got {status}: {words(body)}")
+        _end(name, before, addresses, keep_old, timeout, drain_timeout)
     except ServingError as error:
         raise ServingError(f"{name} {version} serves now, but {before} could not be ended ({error}): end it by hand") from error
-    return RollOut(version, before, time.monotonic() - started)
+    return RollOut(version, before, time.monotonic() - started, tried)
 
 
 @contextlib.contextmanager
@@ -203,6 +207,42 @@ def _query(name: str, file: str, wanted: Capacity) -> str:
     return urlencode({**given, "url": file, "model_name": name, "initial_workers": wanted.workers or 1, "synchronous": "false"})
 
 
+def _is_kept(name: str, version: str, addresses: Addresses, delivery: Delivery | None, timeout: float) -> bool:
+    """Whether the version is registered already, of the same archive and without workers, as --keep-old leaves it.
+
+    Raises:
+        ServingError: It is registered otherwise, and what is to be rolled out would not be what serves.
+    """
+    path = version_path(name, version)
+    if ask(addresses, "management", "GET", path, timeout)[0] != 200:
+        return False
+    found = _describe(name, version, addresses)
+    if found["workers"] or found.get("minWorkers", 0):
+        state = "and has workers"
+    elif delivery is None:
+        state = "and without --store its archive can't be compared"
+    elif not delivery.is_in_store_as(str(found.get("modelUrl", ""))):
+        state = "from an archive of other content"
+    else:
+        return True
+    raise ServingError(
+        f"expected {name} {version} to be new, got one that is registered already, {state}: "
+        + _ways_out(name, version, addresses)
+    )
+
+
+def _ways_out(name: str, version: str, addresses: Addresses) -> str:
+    url = addresses.management + version_path(name, version)
+    return f"export with another --version, or end that one first (curl -X DELETE {url})"
+
+
+def _take_back(name: str, version: str, addresses: Addresses, timeout: float, kept: bool) -> None:
+    """The version as it was before, which is none unless it was kept."""
+    method, end = ("PUT", "?min_worker=0&max_worker=0") if kept else ("DELETE", "")
+    with contextlib.suppress(ServingError):  # what went wrong first is what is told
+        ask(addresses, "management", method, f"{version_path(name, version)}{end}", timeout)
+
+
 def _wait_until_ready(name: str, version: str, workers: int, addresses: Addresses, timeout: float) -> None:
     """As many workers as wanted; where the archive's model-config has made it others, they are told."""
     deadline, path = time.monotonic() + timeout, version_path(name, version)
@@ -225,11 +265,31 @@ def _wait_until_ready(name: str, version: str, workers: int, addresses: Addresse
         found = _describe(name, version, addresses)
 
 
-def _try(name: str, version: str, addresses: Addresses, timeout: float) -> None:
-    """An empty body is no image: a handler that has loaded its model says so with 400, one that has not with 503."""
-    status, body = ask(addresses, "inference", "POST", version_path(name, version, "predictions"), timeout)
-    if status not in (200, 400, 422):
-        raise ServingError(f"expected {name} {version} to answer, got {status}: {words(body)}")
+def _make_default(name: str, version: str, before: str, addresses: Addresses, timeout: float) -> None:
+    """Let it serve, unless another roll-out was faster."""
+    if (now := _describe_default(name, addresses)["modelVersion"]) != before:
+        raise ServingError(
+            f"expected {name} {before} to serve until {version} does, got {now} meanwhile: roll out anew if wanted"
+        )
+    status, body = ask(addresses, "management", "PUT", f"{version_path(name, version)}/set-default", timeout)
+    if status != 200:
+        raise ServingError(f"expected TorchServe to make {name} {version} the default, got {status}: {words(body)}")
+    if (now := _describe_default(name, addresses)["modelVersion"]) != version:
+        raise ServingError(f"expected {name} {version} to serve now, got {now}, set by somebody else: roll out anew if wanted")
+
+
+def _end(name: str, version: str, addresses: Addresses, keep: bool, timeout: float, drain_timeout: float | None) -> None:
+    """Let the old version finish, and go; somebody else may have ended it already."""
+    path = version_path(name, version)
+    method, query = ("PUT", "?min_worker=0&max_worker=0&synchronous=true") if keep else ("DELETE", "")
+    try:
+        _drain(name, version, addresses, timeout, drain_timeout)
+        status, body = ask(addresses, "management", method, f"{path}{query}", timeout)
+        if status not in (200, 202):
+            raise ServingError(f"got {status}: {words(body)}")
+    except ServingError:
+        if ask(addresses, "management", "GET", path, timeout)[0] != _UNKNOWN:
+            raise
 
 
 def _drain(name: str, version: str, addresses: Addresses, timeout: float, drain_timeout: float | None) -> None:
@@ -282,3 +342,7 @@ def _is_busy(name: str, version: str, addresses: Addresses, deadline: float) -> 
 
 def _describe(name: str, version: str, addresses: Addresses) -> dict[str, Any]:
     return describe(version_path(name, version), addresses, f"know {name} {version}")
+
+
+def _describe_default(name: str, addresses: Addresses) -> dict[str, Any]:
+    return describe(f"/models/{quote(name, safe='')}", addresses, f"serve {name}", "; name what it serves by --name")

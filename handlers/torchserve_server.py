@@ -35,6 +35,8 @@ from handlers.torchserve_setup import (
     stage_store,
     write_config,
 )
+from handlers.torchserve_store import Delivery
+from handlers.torchserve_trial import archive_images
 
 __all__ = ["ServerOptions", "TorchServeProcess"]
 
@@ -151,12 +153,18 @@ class TorchServeProcess:
         if not self.options.model_api:
             raise ServingError("expected a TorchServe started with model_api, got one whose models are fixed: start it so")
         version = archive_version(archive)
-        target = self.store / f"{name}-{version}.mar"
-        target.unlink(missing_ok=True)  # of an attempt that failed; TorchServe has unpacked what it serves
-        try:
-            stage_archive(archive, target, self.options)
-        except (OSError, zipfile.BadZipFile, KeyError, TypeError, ValueError) as error:
-            raise ServingError(f"expected a model archive, got {archive}: make one with guard export") from error
+
+        def stage(target: Path) -> None:
+            try:
+                stage_archive(archive, target, self.options)
+                if (
+                    target.is_symlink()
+                ):  # what it leads to may be another archive by the time that this version is rolled out again
+                    target.unlink()
+                    shutil.copyfile(archive, target)
+            except (zipfile.BadZipFile, KeyError, TypeError, ValueError) as error:
+                raise ServingError(f"expected a model archive, got {archive}: make one with guard export") from error
+
         addresses = Addresses(
             management=self.management_url,
             inference=self.url,
@@ -167,9 +175,11 @@ class TorchServeProcess:
         given = Capacity(workers=options.workers, batch_size=options.batch_size, max_batch_delay=options.max_batch_delay_ms)
         return roll_out(
             name,
-            target.name,
+            f"{name}-{version}.mar",
             version,
             addresses,
+            delivery=Delivery(self.store, stage),
+            images=archive_images(archive),
             capacity=given.or_else(Capacity.read(archive_config(archive))),
             keep_old=keep_old,
             timeout=options.timeout,

@@ -140,9 +140,10 @@ def _copy_with_config(archive: zipfile.ZipFile, target: Path, config: str, chang
     with zipfile.ZipFile(target, "w") as copy:
         for item in archive.infolist():
             if item.filename != config and not item.is_dir():
-                with archive.open(item) as source, copy.open(item.filename, "w", force_zip64=True) as sink:
+                entry = zipfile.ZipInfo(item.filename)  # without the time: the same archive makes the same copy
+                with archive.open(item) as source, copy.open(entry, "w", force_zip64=True) as sink:
                     shutil.copyfileobj(source, sink)
-        copy.writestr(config, json.dumps({**own, **changes}))
+        copy.writestr(zipfile.ZipInfo(config), json.dumps({**own, **changes}))
 
 
 def pick_ports(options: ServerOptions) -> dict[str, int]:

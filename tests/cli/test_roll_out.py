@@ -41,7 +41,7 @@ def test_options_go_before_the_archives_and_these_before_the_old_versions(
 ) -> None:
     registered: dict[str, str] = {}
 
-    def request(_: str, __: object, method: str, path: str, ___: float) -> tuple[int, bytes]:
+    def request(_: str, __: object, method: str, path: str, ___: float, ____: bytes) -> tuple[int, bytes]:
         if method == "POST":
             registered.update(parse_qsl(path.partition("?")[2]))
             return 500, b"far enough"
@@ -66,3 +66,17 @@ def test_a_model_config_that_can_not_be_read_is_one_line(config: str, tmp_path: 
     run = guard("roll-out", archive(tmp_path / "m.mar", config))
     assert "expected YAML in the model-config of" in run.problem
     assert len(run.err.strip().splitlines()) == 1
+
+
+def test_a_roll_out_that_is_refused_leaves_the_archive_of_what_serves(
+    tmp_path: Path, guard: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the same version, and another content."""
+    store = tmp_path / "store"
+    store.mkdir()
+    (store / "m-2.0.mar").write_bytes(b"what serves")
+    answer = json.dumps([{**SERVING, "modelVersion": "2.0"}]).encode()
+    monkeypatch.setattr(torchserve_api, "_request", lambda *_: (200, answer))
+    run = guard("roll-out", archive(tmp_path / "m.mar", None), "--store", store)
+    assert "expected another version of m than 2.0, which is serving" in run.problem
+    assert {item.name: item.read_bytes() for item in store.iterdir()} == {"m-2.0.mar": b"what serves"}

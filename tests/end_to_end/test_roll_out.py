@@ -16,7 +16,10 @@ from typing import Any
 
 import pytest
 
+from guard.errors import ServingError
 from handlers.torchserve_server import ServerOptions, TorchServeProcess
+from tests.handlers.toy_service import clean
+from tests.toy import save_toy_profile
 
 pytestmark = pytest.mark.skipif(
     shutil.which("java") is None and "JAVA_HOME" not in os.environ, reason="TorchServe needs Java, and there is none"
@@ -37,6 +40,19 @@ class Handler:
         return [{"version": self.version} for _ in data]
 """
 """Takes as many seconds as the body says; the new version is slow to load as well."""
+GUARDED_HANDLER = """
+from handlers.torchserve import guarded
+
+
+@guarded
+class Handler:
+    def initialize(self, context):
+        self.version = context.manifest["model"]["modelVersion"]
+
+    def handle(self, data, context):
+        return [{{"version": {version}}} for _ in data]
+"""
+WORKS, RAISES = GUARDED_HANDLER.format(version="self.version"), GUARDED_HANDLER.format(version="self.typo")
 SECONDS = 3  # longer than the old version's queue has to be empty
 
 
@@ -48,6 +64,17 @@ def archive(path: Path, version: str, config: Mapping[str, object] | None = None
         made.writestr("MAR-INF/MANIFEST.json", json.dumps({"runtime": "python", "model": model, "archiverVersion": "0.12.0"}))
         made.writestr("slow_handler.py", SLOW_HANDLER)
         made.writestr("model-config.yaml", json.dumps(config))
+    return path
+
+
+def guarded_archive(path: Path, profile: Path, version: str, handler: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    model = {"modelName": "toy", "handler": "own_handler.py", "modelVersion": version}
+    with zipfile.ZipFile(path, "w") as made:
+        made.writestr("MAR-INF/MANIFEST.json", json.dumps({"runtime": "python", "model": model, "archiverVersion": "0.12.0"}))
+        made.writestr("own_handler.py", handler)
+        for item in profile.iterdir():
+            made.write(item, item.name)
     return path
 
 
@@ -103,3 +130,39 @@ def test_a_busy_worker_finishes_before_it_is_ended(tmp_path: Path) -> None:
                 count, shared["batchSize"], shared["maxBatchDelay"], shared["responseTimeout"],
             ]  # fmt: skip
             assert len(after["workers"]) == count
+
+
+@pytest.mark.slow
+def test_a_version_that_works_on_no_image_changes_nothing_and_one_that_does_can_be_taken_back(tmp_path: Path) -> None:
+    profile, image = save_toy_profile(tmp_path / "profile"), clean()
+    first = guarded_archive(tmp_path / "store" / "toy.mar", profile, "1.0", WORKS)
+
+    def version() -> Any:
+        return ask(server.ports["inference"], "POST", "/predictions/toy", image)
+
+    def registered() -> dict[str, int]:
+        found = ask(server.ports["management"], "GET", "/models/toy/all")[1]
+        return {item["modelVersion"]: len(item["workers"]) for item in found}
+
+    def stored() -> dict[str, bytes]:
+        return {item.name: item.read_bytes() for item in server.store.iterdir()}
+
+    with TorchServeProcess(tmp_path / "store", {"toy": "toy.mar"}, ServerOptions(model_api=True)) as server:
+        assert version() == (200, {"version": "1.0"})
+        before = stored()
+        with pytest.raises(ServingError, match=r"expected toy 2\.0 to answer, got 503"):
+            server.roll_out("toy", guarded_archive(tmp_path / "raises" / "toy.mar", profile, "2.0", RAISES))
+        assert (version(), registered(), stored()) == ((200, {"version": "1.0"}), {"1.0": 1}, before)
+        second = guarded_archive(tmp_path / "next" / "toy.mar", profile, "2.0", WORKS)
+        done = server.roll_out("toy", second, keep_old=True, drain_timeout=5)
+        assert (done.replaced, done.tried, version(), registered()) == (
+            "1.0",
+            4,
+            (200, {"version": "2.0"}),
+            {"1.0": 0, "2.0": 1},
+        )
+        other = guarded_archive(tmp_path / "other" / "toy.mar", profile, "1.0", RAISES)
+        with pytest.raises(ServingError, match=r"registered already, from an archive of other content: .*curl -X DELETE"):
+            server.roll_out("toy", other, drain_timeout=5)
+        done = server.roll_out("toy", first, drain_timeout=5)
+        assert (done.replaced, version(), registered()) == ("2.0", (200, {"version": "1.0"}), {"1.0": 1})

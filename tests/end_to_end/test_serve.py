@@ -54,12 +54,21 @@ def post(port: int, body: bytes) -> tuple[int, dict[str, object]] | None:
 
 
 def listen_to_interrupts() -> None:
-    """A shell that runs the tests in the background has them ignored, and children inherit that."""
+    """A shell that runs the tests in the background, or nohup, has them ignored, and children inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-@pytest.mark.parametrize("engine", ["asgi", "torchserve"])
-def test_it_answers_and_a_signal_ends_it_all(tmp_path: Path, engine: str) -> None:
+@pytest.mark.parametrize(
+    ("engine", "number"),
+    [
+        ("asgi", signal.SIGTERM),
+        pytest.param("asgi", signal.SIGHUP, marks=pytest.mark.slow),
+        ("torchserve", signal.SIGHUP),  # whose processes would outlive a closed terminal
+        pytest.param("torchserve", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
+def test_it_answers_and_a_signal_ends_it_all(tmp_path: Path, engine: str, number: signal.Signals) -> None:
     if engine == "torchserve" and shutil.which("java") is None:
         pytest.skip("TorchServe needs Java")
     port = free_port()
@@ -67,7 +76,7 @@ def test_it_answers_and_a_signal_ends_it_all(tmp_path: Path, engine: str) -> Non
     log = tmp_path / "log"
     with log.open("wb") as stream:
         command = [*COMMAND, str(save_toy_profile(tmp_path / "toy")), *options]
-        server = subprocess.Popen(command, stderr=stream, stdout=stream)
+        server = subprocess.Popen(command, stderr=stream, stdout=stream, preexec_fn=listen_to_interrupts)
     try:
         images, labels = toy_images(4, seed=2)
         deadline = time.monotonic() + 60
@@ -81,7 +90,7 @@ def test_it_answers_and_a_signal_ends_it_all(tmp_path: Path, engine: str) -> Non
         assert (rejected[0], rejected[1]["reason"]) == (422, "backdoor-suspected")
         assert len(list((tmp_path / "q").glob("*.png"))) == 1
         family = psutil.Process(server.pid).children(recursive=True)
-        server.send_signal(signal.SIGTERM)
+        server.send_signal(number)
         assert server.wait(timeout=30) == 0  # a supervisor takes anything else for a failure
         _, alive = psutil.wait_procs(family, timeout=10)
         assert not alive

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import logging
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -382,6 +384,67 @@ def test_a_users_handler_that_does_not_load_fails_closed(profile: Path) -> None:
 
     handler = guarded(Refuses)()
     assert statuses(ask(handler, started(handler, profile), clean(), triggered())) == [503, 503]
+
+
+@dataclass
+class Clock:
+    """Seconds that pass only where they are slept or added."""
+
+    now: float = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_a_guard_that_did_not_load_is_loaded_anew(profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hiccup of the network, say; in between it must not answer faster than the workers that can judge."""
+    clock = Clock()
+    monkeypatch.setattr("handlers.torchserve_gate.time", clock)
+    attempts: list[float] = []
+
+    class Recovers(Plain):
+        def initialize(self, context: Any) -> None:
+            attempts.append(clock.now)
+            if len(attempts) < 4:
+                raise ConnectionError("no weights")
+            super().initialize(context)
+
+    handler = guarded(Recovers)()
+    context = started(handler, profile)
+    while len(attempts) < 4:
+        before = clock.now
+        answered = statuses(ask(handler, context, clean(), triggered()))
+        if len(attempts) < 4:
+            assert answered == [503, 503]
+            assert clock.now - before >= 0.1
+    assert answered == [201, 422]
+    assert [round(later - earlier) for earlier, later in itertools.pairwise(attempts)] == [1, 2, 4]
+    before = clock.now
+    assert statuses(ask(handler, context, clean())) == [201]
+    assert (len(attempts), clock.now) == (4, before)
+
+
+def test_a_guard_that_never_loads_is_tried_once_a_minute(profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("handlers.torchserve_gate.time", clock)
+    attempts: list[float] = []
+
+    class Refuses(Plain):
+        def initialize(self, context: Any) -> None:
+            attempts.append(clock.now)
+            raise OSError("no weights")
+
+    handler = guarded(Refuses)()
+    context = started(handler, profile)
+    while clock.now < 600.0:
+        assert statuses(ask(handler, context, clean())) == [503]
+        clock.now += 5.0
+    waits = [later - earlier for earlier, later in itertools.pairwise(attempts)]
+    assert max(waits) < 66.0
+    assert min(waits[-5:]) >= 60.0
 
 
 def test_a_preprocessing_profile_is_refused_behind_a_users_handler(

@@ -1,4 +1,4 @@
-"""Rolling out against a management API that misbehaves; with a real one: tests/end_to_end/test_demo.py."""
+"""Rolling out against a management API that misbehaves; with a real one: tests/end_to_end/test_roll_out.py."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import json
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import parse_qsl
 
 import pytest
 
 from guard.errors import ServingError
-from handlers import torchserve_api, torchserve_rollout
+from handlers import torchserve_api, torchserve_rollout, torchserve_trial
 from handlers.torchserve_api import Addresses
 from handlers.torchserve_rollout import Capacity, archive_config, roll_out
+from handlers.torchserve_store import Delivery
 
 WHERE = Addresses(management="http://127.0.0.1:1", inference="http://127.0.0.1:2")
 
@@ -38,21 +40,27 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, bytes]]:
         "DELETE /models/m/2.0": (200, b"{}"),
     }
 
-    def request(_: str, __: object, method: str, path: str, timeout: float) -> tuple[int, bytes]:
+    def request(_: str, __: object, method: str, path: str, timeout: float, body: bytes) -> tuple[int, bytes]:
         path, _, query = path.partition("?")
         call = f"{method} {path}"
         ASKED.append(call)
         QUERIES[call] = dict(parse_qsl(query))
+        if body:
+            SENT.append(body)
+        if call in AFTER and AFTER[call][0] in ASKED:
+            return AFTER[call][1]
         if call == "GET /models/m/2.0" and "POST /models" not in ASKED and call not in THERE:
             return 404, b"{}"
         if call in SILENT:
             raise ServingError("no answer") from TimeoutError()
         return given[call]
 
-    for record in (ASKED, THERE, SILENT, QUERIES):
+    for record in (ASKED, THERE, SILENT, QUERIES, SENT, AFTER):
         record.clear()
+    AFTER["GET /models/m"] = ("PUT /models/m/2.0/set-default", (200, described("2.0")))
     monkeypatch.setattr(torchserve_api, "_request", request)
     monkeypatch.setattr(torchserve_rollout, "_QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(torchserve_trial, "_PAUSE_SECONDS", 0.0)
     return given
 
 
@@ -63,6 +71,10 @@ SILENT: set[str] = set()
 """Calls that are not answered in time."""
 QUERIES: dict[str, dict[str, str]] = {}
 """Parameters of the calls."""
+SENT: list[bytes] = []
+"""Bodies of the calls that have one."""
+AFTER: dict[str, tuple[str, tuple[int, bytes]]] = {}
+"""Calls that are answered otherwise once another has been made: that one, and the answer."""
 
 
 def test_in_order(answers: dict[str, tuple[int, bytes]]) -> None:
@@ -82,20 +94,153 @@ def test_what_fails_before_the_change_takes_the_new_version_away(call: str, answ
 
 def test_a_version_that_was_registered_before_is_not_removed(answers: dict[str, tuple[int, bytes]]) -> None:
     answers["POST /models"] = (409, b'{"message": "registered already"}')
-    with pytest.raises(ServingError, match="got 409: registered already"):
+    with pytest.raises(ServingError, match=r"got 409: registered already; .*curl -X DELETE .*/m/2\.0"):
         roll_out("m", "m.mar", "2.0", WHERE)
     assert not [call for call in ASKED if call.startswith("DELETE")]
 
 
-@pytest.mark.parametrize("status", [404, 500])
-def test_a_version_that_was_kept_survives_a_failure_to_register_it_again(
-    status: int, answers: dict[str, tuple[int, bytes]]
+@pytest.mark.parametrize("described_as", [{}, {"workers": [], "minWorkers": 0, "modelUrl": "other.mar"}])
+def test_a_version_that_is_there_already_is_left_alone_and_the_way_out_named(
+    described_as: dict[str, object], answers: dict[str, tuple[int, bytes]], tmp_path: Path
 ) -> None:
     THERE.add("GET /models/m/2.0")
-    answers["POST /models"] = (status, b'{"message": "no such archive"}')
-    with pytest.raises(ServingError, match=f"got {status}: no such archive"):
-        roll_out("m", "m.mar", "2.0", WHERE)
+    answers["GET /models/m/2.0"] = (200, described("2.0", **described_as))
+    (tmp_path / "other.mar").write_bytes(b"of other content")
+    with pytest.raises(ServingError, match=r"registered already.*: export with another --version.*curl -X DELETE .*/m/2\.0\)"):
+        roll_out("m", "m.mar", "2.0", WHERE, delivery=Delivery(tmp_path, written))
+    assert all(call.startswith("GET") for call in ASKED)
+    assert [item.name for item in tmp_path.iterdir()] == ["other.mar"]
+
+
+def keep(store: Path, answers: dict[str, tuple[int, bytes]]) -> Delivery:
+    """A version 2.0 that --keep-old has left, and its archive."""
+    THERE.add("GET /models/m/2.0")
+    (store / "first.mar").write_bytes(b"archive")
+    answers["PUT /models/m/2.0"] = (202, b"{}")
+    answers["GET /models/m/2.0"] = (200, described("2.0", workers=[], minWorkers=0, maxWorkers=0, modelUrl="first.mar"))
+    AFTER["GET /models/m/2.0"] = ("PUT /models/m/2.0", (200, described("2.0", minWorkers=1, maxWorkers=1)))
+    return Delivery(store, written)
+
+
+def test_a_version_that_was_kept_gets_workers_again(answers: dict[str, tuple[int, bytes]], tmp_path: Path) -> None:
+    assert roll_out("m", "m-2.0.mar", "2.0", WHERE, delivery=keep(tmp_path, answers)).replaced == "1.0"
+    assert QUERIES["PUT /models/m/2.0"] == {"min_worker": "1", "max_worker": "1"}
+    assert "POST /models" not in ASKED
+    assert ASKED[-1] == "DELETE /models/m/1.0"
+    assert [item.name for item in tmp_path.iterdir()] == ["first.mar"]
+
+
+def test_a_version_that_was_kept_and_does_not_answer_loses_them(answers: dict[str, tuple[int, bytes]], tmp_path: Path) -> None:
+    answers["POST /predictions/m/2.0"] = (503, b'{"reason": "guard-failed"}')
+    with pytest.raises(ServingError, match="got 503: guard-failed"):
+        roll_out("m", "m-2.0.mar", "2.0", WHERE, delivery=keep(tmp_path, answers))
+    assert (ASKED[-1], QUERIES[ASKED[-1]]) == ("PUT /models/m/2.0", {"min_worker": "0", "max_worker": "0"})
     assert not [call for call in ASKED if call.startswith("DELETE")]
+
+
+@pytest.mark.parametrize("call", ["POST /models", "POST /predictions/m/2.0", "PUT /models/m/2.0/set-default"])
+def test_a_failure_leaves_the_store_as_it_was(call: str, answers: dict[str, tuple[int, bytes]], tmp_path: Path) -> None:
+    (tmp_path / "m.mar").write_bytes(b"old")
+    answers[call] = (503, b"{}")
+    with pytest.raises(ServingError):
+        roll_out("m", "m-2.0.mar", "2.0", WHERE, delivery=Delivery(tmp_path, written))
+    assert {item.name: item.read_bytes() for item in tmp_path.iterdir()} == {"m.mar": b"old"}
+    (tmp_path / "m-2.0.mar").write_bytes(b"archive")  # was there before, and is no other
+    ASKED.clear()
+    with pytest.raises(ServingError):
+        roll_out("m", "m-2.0.mar", "2.0", WHERE, delivery=Delivery(tmp_path, written))
+    assert (tmp_path / "m-2.0.mar").read_bytes() == b"archive"
+
+
+def test_an_archive_in_the_store_is_not_replaced_by_another(answers: dict[str, tuple[int, bytes]], tmp_path: Path) -> None:
+    (tmp_path / "m-2.0.mar").write_bytes(b"of other content")
+    with pytest.raises(ServingError, match=r"expected no other archive m-2\.0\.mar in .*: export with another --version"):
+        roll_out("m", "m-2.0.mar", "2.0", WHERE, delivery=Delivery(tmp_path, written))
+    assert {item.name: item.read_bytes() for item in tmp_path.iterdir()} == {"m-2.0.mar": b"of other content"}
+    assert not [call for call in ASKED if not call.startswith("GET")]
+
+
+def test_a_store_that_is_none(answers: dict[str, tuple[int, bytes]], tmp_path: Path) -> None:
+    with pytest.raises(ServingError, match=r"could not copy m-2\.0\.mar to .*/none: No such file"):
+        roll_out("m", "m-2.0.mar", "2.0", WHERE, delivery=Delivery(tmp_path / "none", written))
+
+
+def test_an_archive_that_arrives_is_there_whole(answers: dict[str, tuple[int, bytes]], tmp_path: Path) -> None:
+    roll_out("m", "m-2.0.mar", "2.0", WHERE, delivery=Delivery(tmp_path, written))
+    assert {item.name: item.read_bytes() for item in tmp_path.iterdir()} == {"m-2.0.mar": b"archive"}
+
+
+def test_of_two_at_once_one_gives_way(answers: dict[str, tuple[int, bytes]]) -> None:
+    """The other one came first while this one's workers loaded."""
+    AFTER["GET /models/m"] = ("POST /models", (200, described("3.0")))
+    with pytest.raises(ServingError, match=r"expected m 1\.0 to serve until 2\.0 does, got 3\.0 meanwhile"):
+        roll_out("m", "m.mar", "2.0", WHERE)
+    assert "PUT /models/m/2.0/set-default" not in ASKED
+    assert ASKED[-1] == "DELETE /models/m/2.0"
+
+
+def test_who_is_overtaken_at_the_last_moment_does_not_say_that_it_serves(answers: dict[str, tuple[int, bytes]]) -> None:
+    AFTER["GET /models/m"] = ("PUT /models/m/2.0/set-default", (200, described("3.0")))
+    with pytest.raises(ServingError, match=r"expected m 2\.0 to serve now, got 3\.0"):
+        roll_out("m", "m.mar", "2.0", WHERE)
+    assert ASKED[-1] == "DELETE /models/m/2.0"
+    assert "DELETE /models/m/1.0" not in ASKED
+
+
+def test_an_old_version_that_somebody_else_has_ended_is_no_trouble(answers: dict[str, tuple[int, bytes]]) -> None:
+    answers["GET /models/m/1.0"] = answers["DELETE /models/m/1.0"] = (404, b"{}")
+    assert roll_out("m", "m.mar", "2.0", WHERE).replaced == "1.0"
+
+
+def test_every_worker_of_a_new_version_gets_an_image(answers: dict[str, tuple[int, bytes]]) -> None:
+    answers["GET /models/m/2.0"] = (200, described("2.0", workers=[{"status": "READY"}] * 3))
+    answers["POST /predictions/m/2.0"] = (201, b"{}")
+    done = roll_out("m", "m.mar", "2.0", WHERE, images=[b"one", b"two"], capacity=Capacity(workers=3))
+    assert (done.tried, SENT) == (3, [b"one", b"two", b"one"])
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "problem"),
+    [
+        (503, b'{"reason": "guard-failed"}', r"expected m 2\.0 to answer, got 503: guard-failed"),
+        (400, b'{"message": "wrong size"}', r"expected m 2\.0 to answer, got 400: wrong size"),
+        (500, b"", "got 500: no message"),
+        (422, b"{}", "expected m 2.0 to accept clean images of its own profile, got all 2 rejected"),
+    ],
+)
+def test_a_new_version_that_does_not_judge_an_image_is_taken_away(
+    status: int, body: bytes, problem: str, answers: dict[str, tuple[int, bytes]]
+) -> None:
+    answers["POST /predictions/m/2.0"] = (status, body)
+    with pytest.raises(ServingError, match=problem):
+        roll_out("m", "m.mar", "2.0", WHERE, images=[b"one", b"two"])
+    assert ASKED[-1] == "DELETE /models/m/2.0"
+
+
+def test_a_first_answer_may_take_too_long(answers: dict[str, tuple[int, bytes]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does that a latency budget cuts off before everything is warm."""
+    answers["POST /predictions/m/2.0"] = (503, b'{"reason": "out-of-time"}')
+    monkeypatch.setattr(torchserve_trial, "_PAUSE_SECONDS", 1.0)
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if seconds > 0:
+            answers["POST /predictions/m/2.0"] = (200, b"{}")
+
+    monkeypatch.setattr("handlers.torchserve_trial.time", SimpleNamespace(sleep=sleep))
+    assert roll_out("m", "m.mar", "2.0", WHERE, images=[b"one", b"two"]).tried == 2
+    assert SENT == [b"one", b"one", b"two"]
+    assert slept == [0.0, 1.0]
+
+
+def test_images_over_a_versions_limits_are_no_trial_of_it(answers: dict[str, tuple[int, bytes]]) -> None:
+    answers["POST /predictions/m/2.0"] = (413, b"")
+    assert roll_out("m", "m.mar", "2.0", WHERE, images=[b"one"]).tried == 0
+
+
+def written(draft: Path) -> None:
+    draft.write_bytes(b"archive")
 
 
 @pytest.mark.parametrize("call", ["GET /models/m/1.0", "DELETE /models/m/1.0"])
@@ -156,6 +301,7 @@ def test_a_new_version_is_as_the_old_one_where_nothing_else_is_said(answers: dic
     assert (asked["initial_workers"], asked["batch_size"]) == ("3", "8")
     assert (asked["max_batch_delay"], asked["response_timeout"]) == ("2", "60")
     answers["GET /models/m/2.0"] = (200, described("2.0"))
+    ASKED.clear()
     roll_out("m", "m.mar", "2.0", WHERE, capacity=Capacity(workers=1, batch_size=4, max_batch_delay=0))
     asked = QUERIES["POST /models"]
     assert (asked["initial_workers"], asked["batch_size"]) == ("1", "4")
@@ -245,4 +391,5 @@ def test_a_full_queue_is_no_answer_of_a_worker(answers: dict[str, tuple[int, byt
     with pytest.raises(ServingError, match="its worker was still busy"):
         roll_out("m", "m.mar", "2.0", WHERE, drain_timeout=0.1)
     answers["GET /models/m/1.0"] = (200, described("1.0").replace(b"READY", b"UNLOADED"))
+    ASKED.clear()
     assert roll_out("m", "m.mar", "2.0", WHERE, drain_timeout=0.1).replaced == "1.0"  # its worker died: nothing is at work

@@ -39,6 +39,7 @@ def test_options_win_over_an_archives_own_config(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "store" / "a.mar") as staged:
         config = json.loads(staged.read("c.yaml"))
         assert staged.read("weights") == bytes(1000)
+        assert len({item.date_time for item in staged.infolist()}) == 1  # not when: the same archive makes the same copy
     assert config == {"batchSize": 8, "minWorkers": 3, "maxWorkers": 3, "guard": {"mode": "monitor"}}
     assert (tmp_path / "m.mar").read_bytes() == before
 
