@@ -167,14 +167,15 @@ def _generation(folder: Path) -> tuple[int, int, int] | None:
 
 def _sync(path: Path) -> None:
     """Onto the disk, of a folder the names in it."""
-    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
     except OSError:
-        if not path.is_dir():  # which not every file system can
+        if not path.is_dir():  # which not every file system can, nor everybody who may write there
             raise
-    finally:
-        os.close(handle)
 
 
 def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:

@@ -6,6 +6,7 @@ what was declared of them.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import hmac
@@ -224,7 +225,8 @@ class _Edge:
                 raise TooLargeError(f"expected the {most} bytes that were declared, got more: declare them all")
             await anyio.to_thread.run_sync(_append, file, chunk, digest.update)
             if time.monotonic() - noted >= _NOTE_SECONDS:
-                await anyio.to_thread.run_sync(self._store.update, job_id)  # or it would expire under the upload
+                with contextlib.suppress(OSError):  # of a full disk the file itself will tell
+                    await anyio.to_thread.run_sync(self._store.update, job_id)  # or it would expire under the upload
                 noted = time.monotonic()
 
 

@@ -221,8 +221,7 @@ class EdgeWorker:
             if not all((self._store.sent(job_id) / item.name).is_file() for item in job.request.files):
                 return _failed("the edge server was stopped before it could record how the job ended: repair again")
             job = self._store.update(job_id, state="running", starts=job.starts + 1, progress=None)
-        for draft in self._store.result(job_id).glob(".*"):  # of a command that was killed
-            shutil.rmtree(draft, ignore_errors=True)
+        self._drop_drafts(job_id)
         try:
             for step in self._plan(job, self._store):
                 logger.info("job %s: %s", job_id, step.what)
@@ -230,6 +229,7 @@ class EdgeWorker:
                 if problem is not None and step.required:
                     return _failed(problem)
                 note = problem or note
+            self._drop_drafts(job_id)
             return {"state": "done", "result": self._sealed(job, note)}
         except Stopped:
             with contextlib.suppress(EdgeError, OSError):  # deleted, or a full disk: then it is queued by the next server
@@ -264,6 +264,11 @@ class EdgeWorker:
 
     def _stopped(self, job_id: str) -> bool:
         return self._stopping.is_set() or self._store.is_deleted(job_id)
+
+    def _drop_drafts(self, job_id: str) -> None:
+        """Of a command that was killed."""
+        for draft in self._store.result(job_id).glob(".*"):
+            shutil.rmtree(draft, ignore_errors=True)
 
     def _sealed(self, job: Job, note: str | None) -> Sealed:
         folder = self._store.result(job.id)

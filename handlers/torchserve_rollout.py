@@ -17,7 +17,7 @@ import importlib
 import json
 import time
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -156,12 +156,15 @@ def roll_out(
     wanted = (capacity or Capacity()).or_else(Capacity.read(serving))
     workers = wanted.workers or 1
     kept = _is_kept(name, version, addresses, delivery, timeout)
-    with contextlib.nullcontext() if delivery is None or kept else delivery.placed(file), contextlib.ExitStack() as undo:
-        undo.callback(_take_back, name, version, addresses, timeout, kept)
+    locked = contextlib.nullcontext if delivery is None else delivery.locked
+    placed = contextlib.nullcontext(_nothing) if delivery is None or kept else delivery.placed(file)
+    with placed as is_needed, contextlib.ExitStack() as undo:
+        undo.callback(_take_back, name, version, addresses, timeout, kept, locked, is_needed)
         if not kept:
             status, body = ask(addresses, "management", "POST", f"/models?{_query(name, file, wanted)}", timeout)
             if status == _CONFLICT:  # with another roll-out, whose version is not ours to remove
                 undo.pop_all()
+                is_needed()
                 raise ServingError(
                     f"expected {name} {version} to be new, got 409: {words(body)}; {_ways_out(name, version, addresses)}"
                 )
@@ -169,7 +172,7 @@ def roll_out(
                 raise ServingError(f"expected TorchServe to register {file}, got {status}: {words(body)}")
         _wait_until_ready(name, version, workers, addresses, timeout)
         tried = try_out(name, version, addresses, images, workers, timeout)
-        with contextlib.nullcontext() if delivery is None else delivery.locked():
+        with locked():
             _make_default(name, version, before, addresses, timeout)
         undo.pop_all()
     try:
@@ -236,11 +239,30 @@ def _ways_out(name: str, version: str, addresses: Addresses) -> str:
     return f"export with another --version, or end that one first (curl -X DELETE {url})"
 
 
-def _take_back(name: str, version: str, addresses: Addresses, timeout: float, kept: bool) -> None:
-    """The version as it was before, which is none unless it was kept."""
+def _nothing() -> None:
+    """Nothing was placed that could be needed."""
+
+
+def _take_back(
+    name: str,
+    version: str,
+    addresses: Addresses,
+    timeout: float,
+    kept: bool,
+    locked: Callable[[], contextlib.AbstractContextManager[None]],
+    is_needed: Callable[[], None],
+) -> None:
+    """The version as it was before, which is none unless it was kept; one that serves by now, or may, is left alone."""
     method, end = ("PUT", "?min_worker=0&max_worker=0") if kept else ("DELETE", "")
-    with contextlib.suppress(ServingError):  # what went wrong first is what is told
-        ask(addresses, "management", method, f"{version_path(name, version)}{end}", timeout)
+    with contextlib.suppress(ServingError), locked():  # what went wrong first is what is told
+        try:
+            serves = _describe_default(name, addresses)["modelVersion"] == version
+        except ServingError:
+            serves = True
+        if serves:
+            is_needed()
+        else:
+            ask(addresses, "management", method, f"{version_path(name, version)}{end}", timeout)
 
 
 def _wait_until_ready(name: str, version: str, workers: int, addresses: Addresses, timeout: float) -> None:
@@ -271,11 +293,16 @@ def _make_default(name: str, version: str, before: str, addresses: Addresses, ti
         raise ServingError(
             f"expected {name} {before} to serve until {version} does, got {now} meanwhile: roll out anew if wanted"
         )
-    status, body = ask(addresses, "management", "PUT", f"{version_path(name, version)}/set-default", timeout)
-    if status != 200:
-        raise ServingError(f"expected TorchServe to make {name} {version} the default, got {status}: {words(body)}")
+    if not _describe(name, version, addresses)["workers"]:
+        raise ServingError(f"expected workers of {name} {version}, got none: another roll-out has ended them; roll out anew")
+    try:
+        status, body = ask(addresses, "management", "PUT", f"{version_path(name, version)}/set-default", timeout)
+        problem = "" if status == 200 else f"got {status}: {words(body)}"
+    except ServingError as error:  # it may have come to pass all the same
+        problem = f"got {error}"
     if (now := _describe_default(name, addresses)["modelVersion"]) != version:
-        raise ServingError(f"expected {name} {version} to serve now, got {now}, set by somebody else: roll out anew if wanted")
+        problem = problem or f"got {now}, set by somebody else: roll out anew if wanted"
+        raise ServingError(f"expected {name} {version} to serve now, {problem}")
 
 
 def _end(name: str, version: str, addresses: Addresses, keep: bool, timeout: float, drain_timeout: float | None) -> None:
@@ -284,6 +311,8 @@ def _end(name: str, version: str, addresses: Addresses, keep: bool, timeout: flo
     method, query = ("PUT", "?min_worker=0&max_worker=0&synchronous=true") if keep else ("DELETE", "")
     try:
         _drain(name, version, addresses, timeout, drain_timeout)
+        if _describe_default(name, addresses)["modelVersion"] == version:
+            raise ServingError("it serves again, set by somebody else")
         status, body = ask(addresses, "management", method, f"{path}{query}", timeout)
         if status not in (200, 202):
             raise ServingError(f"got {status}: {words(body)}")

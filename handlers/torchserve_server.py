@@ -157,11 +157,6 @@ class TorchServeProcess:
         def stage(target: Path) -> None:
             try:
                 stage_archive(archive, target, self.options)
-                if (
-                    target.is_symlink()
-                ):  # what it leads to may be another archive by the time that this version is rolled out again
-                    target.unlink()
-                    shutil.copyfile(archive, target)
             except (zipfile.BadZipFile, KeyError, TypeError, ValueError) as error:
                 raise ServingError(f"expected a model archive, got {archive}: make one with guard export") from error
 

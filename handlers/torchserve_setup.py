@@ -112,7 +112,7 @@ def stage_store(store: Path, models: Mapping[str, str], options: ServerOptions, 
 
 
 def stage_archive(source: Path, target: Path, options: ServerOptions) -> dict[str, Any]:
-    """Link an archive, or copy it with another model-config: TorchServe prefers that one to its own configuration."""
+    """Link an archive, or copy it, where it must last or with another model-config, which TorchServe prefers to its own."""
     wanted = {
         "minWorkers": options.workers,
         "maxWorkers": options.workers,
@@ -125,6 +125,8 @@ def stage_archive(source: Path, target: Path, options: ServerOptions) -> dict[st
         config = model.get("configFile")
         if config is not None and given:
             _copy_with_config(archive, target, config, given)
+        elif options.model_api:  # a version may be rolled out again when the next one has taken this file's place
+            shutil.copyfile(source, target)
         else:
             target.symlink_to(source.resolve())
     entry = {"defaultVersion": True, "marName": target.name, "responseTimeout": 120}

@@ -7,6 +7,7 @@ import fcntl
 import filecmp
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,11 @@ class Delivery:
     write: Callable[[Path], object]
 
     @contextlib.contextmanager
-    def placed(self, file: str) -> Iterator[None]:
-        """The archive in the store, under a name; if the block fails, it goes again, unless it was there before.
+    def placed(self, file: str) -> Iterator[Callable[[], None]]:
+        """The archive in the store, under a name; if the block fails, it goes again, unless it was there before or is needed.
+
+        Yields:
+            What to call when something needs it, whatever becomes of the block.
 
         Raises:
             ServingError: Another one has the name, or the store can't be written.
@@ -45,10 +49,11 @@ class Delivery:
                     f"expected no other archive {file} in {self.store}, got one of other content: export with another "
                     "--version, or delete it if nothing needs it"
                 )
+        needed = threading.Event()
         try:
-            yield
+            yield needed.set
         except BaseException:
-            if ours:
+            if ours and not needed.is_set():
                 target.unlink(missing_ok=True)
             raise
 

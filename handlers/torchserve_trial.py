@@ -22,6 +22,7 @@ _PROFILE = ("guard.json", "arrays.safetensors")
 _IMAGES = 4
 _ROUNDS, _PAUSE_SECONDS = 3, 1.0  # a guard that did not load is loaded anew after a second; a first answer may take too long
 _REJECTED, _TOO_LARGE = 422, 413
+_LATE = "out-of-time"
 
 
 def archive_images(archive: Path) -> list[bytes]:
@@ -69,24 +70,40 @@ def try_out(name: str, version: str, addresses: Addresses, images: Sequence[byte
         ServingError: It does not answer, or accepts none of the images.
     """
     bodies = list(itertools.islice(itertools.cycle(images or (b"",)), max(workers, len(images))))
-    path = version_path(name, version, "predictions")
     for attempt in range(_ROUNDS):
         time.sleep(_PAUSE_SECONDS if attempt else 0.0)
-        statuses: list[int] = []
-        for body in bodies:
-            status, answer = ask(addresses, "inference", "POST", path, timeout, body)
-            statuses.append(status)
-            if not (_is_success(status) or status in ((_REJECTED, _TOO_LARGE) if images else (400, _REJECTED))):
-                break
-        else:
-            rejected = statuses.count(_REJECTED)
-            if images and rejected and not any(map(_is_success, statuses)):
-                raise ServingError(
-                    f"expected {name} {version} to accept clean images of its own profile, got all {rejected} rejected: "
-                    "calibrate again"
-                )
-            return len(statuses) - statuses.count(_TOO_LARGE) if images else 0
-    raise ServingError(f"expected {name} {version} to answer, got {status}: {words(answer)}")
+        answers = [_asked(name, version, addresses, timeout, body) for body in bodies]
+        statuses = [status for status, _ in answers]
+        accepted, rejected = sum(map(_is_success, statuses)), statuses.count(_REJECTED)
+        failed = [answer for answer in answers if not _is_answer(*answer, bool(images), accepted > 0)]
+        if failed:
+            continue
+        if rejected and images and not accepted:
+            raise ServingError(
+                f"expected {name} {version} to accept clean images of its own profile, got all {rejected} rejected: "
+                "calibrate again"
+            )
+        return accepted + rejected if images else 0
+    status, said = failed[-1]
+    raise ServingError(f"expected {name} {version} to answer, got {status or 'nothing'}: {said}")
+
+
+def _asked(name: str, version: str, addresses: Addresses, timeout: float, body: bytes) -> tuple[int, str]:
+    """Status and words; 0 where the connection broke off, which is tried again, unlike what took too long."""
+    try:
+        status, answer = ask(addresses, "inference", "POST", version_path(name, version, "predictions"), timeout, body)
+    except ServingError as error:
+        if isinstance(error.__cause__, TimeoutError):
+            raise
+        return 0, str(error)
+    return status, words(answer)
+
+
+def _is_answer(status: int, said: str, with_images: bool, others: bool) -> bool:
+    """Whether a version that works may say so. A busy one may be late for one image, if not for all."""
+    if not with_images:
+        return _is_success(status) or status in (400, _REJECTED)
+    return _is_success(status) or status in (_REJECTED, _TOO_LARGE) or (status == 503 and said == _LATE and others)
 
 
 def _is_success(status: int) -> bool:

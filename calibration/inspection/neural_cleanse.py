@@ -72,7 +72,7 @@ def recover_triggers(
     """
     images = images.to(engine.device)
     at_once = images_at_once(answers, images, engine)
-    with torch.inference_mode():
+    with torch.no_grad():
         own = torch.cat([answers(part).argmax(dim=1) for part in images.split(at_once)]).clone()
     order = own.argsort(stable=True)
     work = Work(answers, images[order], own[order], search, seed, engine, at_once, checkpoints, progress)

@@ -94,5 +94,5 @@ def _kept_bytes(answers: nn.Module, image: Tensor, count: int, engine: Engine) -
 
 def says(answers: nn.Module, images: Tensor, device: torch.device) -> Tensor:
     """Labels, (B,), int64, on the processor, that a model on the device gives images, (B, C, H, W)."""
-    with torch.inference_mode():
+    with torch.no_grad():  # what a model keeps from this pass, the next one may need gradients through
         return torch.cat([answers(part.to(device)).argmax(dim=1).cpu() for part in images.split(_WITHOUT_GRADIENTS)])

@@ -217,5 +217,5 @@ def test_its_models_by_torchserve_from_one_to_the_other(
         export_mar(tmp_path / "profile-2", broken.parent, "digits", "3.0", {"guard": {"mode": "wrong"}})
         where = ("--management", server.management_url, "--inference", server.url, "--store", server.store)
         run = guard("roll-out", broken, *where)
-        assert "expected digits 3.0 to answer, got 503" in run.problem
+        assert "expected digits 3.0 to answer, got 503" in run.problem, run.err + server.log()[-4000:]
         assert ask(server, digits.test.pixels[0])[0] == 200  # the old version serves on

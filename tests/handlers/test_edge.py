@@ -410,6 +410,15 @@ def test_a_step_that_is_not_required_leaves_a_note(tmp_path: Path) -> None:
         assert msgspec.json.decode(status.result.manifest, type=Manifest).note == "expected more of sent/clean.npz, got less"
 
 
+def test_what_a_killed_step_leaves_half_written_costs_no_repair(tmp_path: Path) -> None:
+    """The draft of a profile was taken for strange files, and the repair before it went, too."""
+    draft = "import os, pathlib, sys; place = pathlib.Path(sys.argv[2], '.profile.x1'); place.mkdir()"
+    draft += "; (place / 'guard.json').write_text('{'); os.kill(os.getpid(), 9)"
+    with edge_server(tmp_path, running(REPAIR, draft, required=False)) as edge:
+        status = edge.ended(edge.started())
+        assert (status.state, status.error) == ("done", None)
+
+
 @pytest.mark.parametrize("required", [False, True])
 def test_a_command_that_does_not_end_is_ended(tmp_path: Path, required: bool) -> None:
     """And what was made before it is not lost, if it can be done without."""

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import parse_qsl
@@ -86,6 +87,7 @@ def test_in_order(answers: dict[str, tuple[int, bytes]]) -> None:
 @pytest.mark.parametrize("call", ["POST /models", "POST /predictions/m/2.0", "PUT /models/m/2.0/set-default"])
 def test_what_fails_before_the_change_takes_the_new_version_away(call: str, answers: dict[str, tuple[int, bytes]]) -> None:
     answers[call] = (503, b'{"message": "no"}')
+    del AFTER["GET /models/m"]
     with pytest.raises(ServingError, match="got 503: no"):
         roll_out("m", "m.mar", "2.0", WHERE)
     assert ASKED[-1] == "DELETE /models/m/2.0"
@@ -142,6 +144,7 @@ def test_a_version_that_was_kept_and_does_not_answer_loses_them(answers: dict[st
 def test_a_failure_leaves_the_store_as_it_was(call: str, answers: dict[str, tuple[int, bytes]], tmp_path: Path) -> None:
     (tmp_path / "m.mar").write_bytes(b"old")
     answers[call] = (503, b"{}")
+    del AFTER["GET /models/m"]
     with pytest.raises(ServingError):
         roll_out("m", "m-2.0.mar", "2.0", WHERE, delivery=Delivery(tmp_path, written))
     assert {item.name: item.read_bytes() for item in tmp_path.iterdir()} == {"m.mar": b"old"}
@@ -230,8 +233,71 @@ def test_a_first_answer_may_take_too_long(answers: dict[str, tuple[int, bytes]],
 
     monkeypatch.setattr("handlers.torchserve_trial.time", SimpleNamespace(sleep=sleep))
     assert roll_out("m", "m.mar", "2.0", WHERE, images=[b"one", b"two"]).tried == 2
-    assert SENT == [b"one", b"one", b"two"]
+    assert SENT == [b"one", b"two", b"one", b"two"]  # each round reaches every worker, or none but one would get warm
     assert slept == [0.0, 1.0]
+
+
+def test_of_a_busy_version_one_answer_may_come_too_late(
+    answers: dict[str, tuple[int, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = iter([(200, b"{}"), (503, b'{"reason": "out-of-time"}'), (200, b"{}")])
+    monkeypatch.setattr(torchserve_trial, "ask", lambda *_: next(given))
+    assert roll_out("m", "m.mar", "2.0", WHERE, images=[b"one", b"two", b"three"]).tried == 2
+
+
+def test_a_connection_that_breaks_off_is_tried_again(
+    answers: dict[str, tuple[int, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: Iterator[ServingError | tuple[int, bytes]] = iter([ServingError("connection reset"), (200, b"{}")])
+
+    def ask(*_: object) -> tuple[int, bytes]:
+        found = next(given)
+        if isinstance(found, ServingError):
+            raise found
+        return found
+
+    monkeypatch.setattr(torchserve_trial, "ask", ask)
+    assert roll_out("m", "m.mar", "2.0", WHERE, images=[b"one"]).tried == 1
+
+
+def test_a_kept_version_that_serves_meanwhile_keeps_its_workers(answers: dict[str, tuple[int, bytes]], tmp_path: Path) -> None:
+    """Somebody else went back to it, and was faster."""
+    AFTER["GET /models/m"] = ("PUT /models/m/2.0", (200, described("2.0")))
+    with pytest.raises(ServingError, match=r"expected m 1\.0 to serve until 2\.0 does, got 2\.0 meanwhile"):
+        roll_out("m", "m-2.0.mar", "2.0", WHERE, delivery=keep(tmp_path, answers))
+    assert QUERIES["PUT /models/m/2.0"] == {"min_worker": "1", "max_worker": "1"}
+
+
+def test_a_change_whose_answer_is_lost_has_come_to_pass(answers: dict[str, tuple[int, bytes]], tmp_path: Path) -> None:
+    SILENT.add("PUT /models/m/2.0/set-default")
+    assert roll_out("m", "m-2.0.mar", "2.0", WHERE, delivery=Delivery(tmp_path, written)).version == "2.0"
+    assert "DELETE /models/m/2.0" not in ASKED
+    assert (tmp_path / "m-2.0.mar").is_file()
+
+
+def test_a_version_whose_workers_somebody_else_has_ended_does_not_serve(answers: dict[str, tuple[int, bytes]]) -> None:
+    AFTER["GET /models/m/2.0"] = ("POST /predictions/m/2.0", (200, described("2.0", workers=[])))
+    with pytest.raises(ServingError, match=r"expected workers of m 2\.0, got none"):
+        roll_out("m", "m.mar", "2.0", WHERE)
+    assert "PUT /models/m/2.0/set-default" not in ASKED
+
+
+def test_what_another_roll_out_has_registered_keeps_its_archive(answers: dict[str, tuple[int, bytes]], tmp_path: Path) -> None:
+    answers["POST /models"] = (409, b"{}")
+    with pytest.raises(ServingError, match="got 409"):
+        roll_out("m", "m-2.0.mar", "2.0", WHERE, delivery=Delivery(tmp_path, written))
+    assert [item.name for item in tmp_path.iterdir()] == ["m-2.0.mar"]
+
+
+@pytest.mark.parametrize("keep_old", [True, False])
+def test_an_old_version_that_serves_again_is_not_ended(
+    keep_old: bool, answers: dict[str, tuple[int, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody has set it back by hand while it drained."""
+    monkeypatch.setattr(torchserve_rollout, "_drain", lambda *_: AFTER.pop("GET /models/m"))
+    with pytest.raises(ServingError, match=r"could not be ended \(it serves again, set by somebody else\)"):
+        roll_out("m", "m.mar", "2.0", WHERE, keep_old=keep_old)
+    assert not [call for call in ASKED if call.startswith(("DELETE", "PUT /models/m/1.0"))]
 
 
 def test_images_over_a_versions_limits_are_no_trial_of_it(answers: dict[str, tuple[int, bytes]]) -> None:

@@ -33,6 +33,15 @@ def test_options_reach_an_archive_without_a_config(tmp_path: Path) -> None:
     assert (tmp_path / "store" / "a.mar").read_bytes() == (tmp_path / "m.mar").read_bytes()
 
 
+@pytest.mark.parametrize("updates", [False, True])
+def test_where_versions_change_the_store_holds_its_own_copy(tmp_path: Path, updates: bool) -> None:
+    """The file that it came from is the next version by the time that this one is rolled out again."""
+    first = archive(tmp_path / "m.mar").read_bytes()
+    stage_store(tmp_path, {"a": "m.mar"}, ServerOptions(model_api=updates), tmp_path / "store")
+    (tmp_path / "m.mar").write_bytes(b"the next")
+    assert (tmp_path / "store" / "a.mar").read_bytes() == (first if updates else b"the next")
+
+
 def test_options_win_over_an_archives_own_config(tmp_path: Path) -> None:
     before = archive(tmp_path / "m.mar", "batchSize: 2\nguard:\n  mode: monitor\n").read_bytes()
     stage_store(tmp_path, {"a": "m.mar"}, ServerOptions(batch_size=8, workers=3), tmp_path / "store")
