@@ -2,13 +2,15 @@
 
 Early acceptance must not let an input through that all passes would reject. The clean images of least entropy show how the sum
 of an input's entropies grows that ends at the threshold: S_n / S_N, overlay by overlay. Shares under which all of that growth
-stays, for most of them and at all stages together, accept.
+stays, for most of them and at all stages together, accept. What clean images can't show: a single overlay may hide a trigger
+from the model. Before several have been tried, only what all passes would accept is accepted.
 
 Early rejection must not cost clean inputs. Shares of the threshold under which the sums of next to none of the images come that
 all passes accept, at any stage, reject.
 
 The numbers below were chosen on the victims that development is done on, none of which a table reports: denser stages and a
-smaller goal took fewer passes, and fewer than 300 images led to boundaries that let more triggers through than all passes.
+smaller goal took fewer passes, and fewer than 300 images led to boundaries that let more triggers through than all passes, as
+did acceptance on one or two overlays.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from guard.detectors import Boundaries
 
 _ENDS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 50, 64, 80)
 _NEAR, _FEWEST = 0.1, 30  # of the images: share, and at least so many, that show how an input near the threshold goes
+_ACCEPTING_FROM = 3  # overlays: fewer don't show whether one hid a trigger
 _ACCEPTED = 0.2  # of inputs at the threshold, that are accepted before all passes
 _REJECTED = 0.25  # of the false rejection rate: clean inputs that are rejected before all passes would have accepted them
 _SMALLEST = 1e-6  # share: what is over nothing is accepted
@@ -67,7 +70,9 @@ def choose_boundaries(entropies: NDArray[np.float64], threshold: float, frr: flo
     passing = at_ends[full > total * threshold]
     if not (ends and len(near) and len(passing)):
         return None
-    accept = np.clip(_band(at_ends[near] / full[near, None], 1.0 - _ACCEPTED), _SMALLEST, 1.0)
+    accept, accepting = np.ones(len(ends)), np.array(ends) >= _ACCEPTING_FROM
+    if accepting.any():
+        accept[accepting] = np.clip(_band(at_ends[near][:, accepting] / full[near, None], 1.0 - _ACCEPTED), _SMALLEST, 1.0)
     reject = np.minimum(-_band(-passing, 1.0 - _REJECTED * frr) / (total * threshold), accept)
     return Boundaries(ends=(*ends, total), accept=(*accept.tolist(), 1.0), reject=(*reject.tolist(), 1.0))
 

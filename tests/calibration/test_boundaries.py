@@ -50,7 +50,8 @@ def test_inputs_at_the_threshold_mostly_get_the_verdict_of_all_passes() -> None:
     assert np.mean(~rejected & by_all) < 0.35 * np.mean(by_all)  # these lie at the threshold; a trigger's lie far below
     assert np.mean(rejected & ~by_all) < 0.01
     assert boundaries.ends[-1] == 60
-    assert np.all(np.diff(boundaries.accept) >= 0.0)
+    assert boundaries.accept[:2] == (1.0, 1.0)
+    assert np.all(np.diff(boundaries.accept[2:]) >= 0.0)
 
 
 def test_the_order_is_led_by_the_overlays_that_tell_soonest() -> None:
@@ -79,7 +80,24 @@ def test_an_input_that_gains_all_its_entropy_late_may_be_accepted_for_any() -> N
     table = np.zeros((300, 20))
     table[:, -1] = np.linspace(1.0, 2.0, 300)
     boundaries = chosen(table, 0.051, 0.01)
-    assert boundaries.accept[0] == 1e-6
+    assert boundaries.accept[2] == 1e-6
+
+
+def test_one_overlay_that_hides_a_trigger_lets_nothing_in_where_it_comes_first() -> None:
+    """Under it the model is as uncertain as on clean inputs, under all others certain."""
+    table, others = (entropies(count, seed)[:, ::-1] for count, seed in ((1000, 0), (5000, 1)))
+    limit = float(np.quantile(table.mean(axis=1), 0.01))
+    boundaries = chosen(table, limit, 0.01)
+    triggered = np.zeros_like(others)
+    triggered[:, 0] = others[:, 0]
+    assert np.all(final_scores(torch.from_numpy(triggered), boundaries).numpy() >= -limit)
+
+
+@pytest.mark.parametrize("overlays", [2, 3])
+def test_with_hardly_any_overlays_nothing_is_accepted_early(overlays: int) -> None:
+    table = entropies(400, 3, overlays)
+    boundaries = chosen(table, float(np.quantile(table.mean(axis=1), 0.01)), 0.01)
+    assert boundaries.accept == (1.0,) * overlays
 
 
 @pytest.mark.parametrize(("count", "used"), [(301, 300), (1200, 300), (1600, 400), (2400, 600), (90_000, 600)])
