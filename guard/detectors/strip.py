@@ -237,8 +237,9 @@ class Strip(Detector):
         """Overlays tried after the next stage: rows that are worth a call, and where any end will do, till it is full."""
         least = 2 * self.stage_rows if done else self.stage_rows  # what is not decided by the first takes many
         rows, total = max(1, -(-least // active)), len(self.overlays)
-        if self.boundaries is not None:
-            return next((end for end in self.boundaries.ends if end >= done + rows), total)
+        if self.boundaries is not None:  # where nothing can be accepted, a call is not worth what it may reject
+            ends = zip(self.boundaries.ends, self.boundaries.accept, strict=True)
+            return next((end for end, accept in ends if end >= done + rows and accept < 1.0), total)
         full = _FULL // math.prod(self.predictor.spec.shape)
         return min(total, done + max(rows, min(done // 2, full // active)))
 

@@ -80,6 +80,18 @@ def test_both_kinds_of_input_stop_early() -> None:
     assert found.exact.tolist() == [False, True, False]
 
 
+def test_a_stage_ends_where_inputs_can_be_accepted() -> None:
+    """Ends before that may only reject: not worth a call of their own, and they still do."""
+    boundaries = Boundaries(ends=(1, 2, 5, 12), accept=(1.0, 1.0, 0.5, 1.0), reject=(0.1, 0.1, 0.2, 1.0))
+    draws = torch.full((2, 12), 0.5)
+    draws[1, 0] = 0.0  # rejected at the first end, whatever comes after
+    strip, images, table = stopping(draws, boundaries=boundaries)
+    found = strip.inspect(images, -0.2)
+    assert found.exceeds.tolist() == [False, True]
+    assert found.passes.tolist() == [5, 5]
+    assert table.calls == 1
+
+
 def test_a_pass_without_an_answer_is_rejected() -> None:
     draws = torch.full((1, 12), 0.1)
     draws[0, 1] = math.nan
