@@ -73,7 +73,8 @@ def roll_out_command(
     """
     with needs("torchserve"):
         from handlers.torchserve_api import Addresses, read_keys
-        from handlers.torchserve_rollout import Capacity, archive_config, archive_version, roll_out
+        from handlers.torchserve_capacity import Capacity
+        from handlers.torchserve_rollout import archive_config, archive_version, roll_out
         from handlers.torchserve_store import Delivery
         from handlers.torchserve_trial import archive_images
 

@@ -47,22 +47,22 @@ def version_path(name: str, version: str, root: str = "models") -> str:
     return f"/{root}/{quote(name, safe='')}/{quote(version, safe='')}"
 
 
-def describe(path: str, addresses: Addresses, expected: str, advice: str = "") -> dict[str, Any]:
-    """What the management API says of the version at a path.
+def describe_version(name: str, version: str, addresses: Addresses) -> dict[str, Any]:
+    """What the management API says of a version.
 
     Raises:
-        ServingError: It does not know it; the message says what was expected, and the advice.
+        ServingError: It does not know it.
     """
-    status, body = ask(addresses, "management", "GET", path, 30.0)
-    if status != 200:
-        raise ServingError(f"expected TorchServe to {expected}, got {status}: {words(body)}{advice}")
-    try:
-        found = json.loads(body)[0]
-    except (ValueError, LookupError, TypeError):
-        found = None
-    if not isinstance(found, dict) or not {"modelVersion", "workers"} <= found.keys():
-        raise ServingError("expected TorchServe's description of a model, got another answer: is this its management API?")
-    return found
+    return _describe(version_path(name, version), addresses, f"know {name} {version}")
+
+
+def describe_default(name: str, addresses: Addresses) -> dict[str, Any]:
+    """What the management API says of the version that answers requests without one.
+
+    Raises:
+        ServingError: It does not know the model.
+    """
+    return _describe(f"/models/{quote(name, safe='')}", addresses, f"serve {name}", "; name what it serves by --name")
 
 
 def ask(
@@ -104,6 +104,19 @@ def words(body: bytes) -> str:
     except (ValueError, AttributeError):
         text = body.decode(errors="replace")
     return " ".join(text.split())[:300] or "no message"
+
+
+def _describe(path: str, addresses: Addresses, expected: str, advice: str = "") -> dict[str, Any]:
+    status, body = ask(addresses, "management", "GET", path, 30.0)
+    if status != 200:
+        raise ServingError(f"expected TorchServe to {expected}, got {status}: {words(body)}{advice}")
+    try:
+        found = json.loads(body)[0]
+    except (ValueError, LookupError, TypeError):
+        found = None
+    if not isinstance(found, dict) or not {"modelVersion", "workers"} <= found.keys():
+        raise ServingError("expected TorchServe's description of a model, got another answer: is this its management API?")
+    return found
 
 
 def _request(url: str, token: str | None, method: str, path: str, timeout: float, body: bytes) -> tuple[int, bytes]:

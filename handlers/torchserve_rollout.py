@@ -12,61 +12,25 @@ One that an earlier roll-out kept without workers is not registered, but gets wo
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib
 import json
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
 from guard.errors import ServingError
-from handlers.torchserve_api import Addresses, ask, describe, error_type, version_path, words
+from handlers.torchserve_api import Addresses, ask, describe_default, describe_version, version_path, words
+from handlers.torchserve_capacity import Capacity
+from handlers.torchserve_drain import drain
 from handlers.torchserve_store import Delivery
 from handlers.torchserve_trial import try_out
 
 _UNKNOWN, _CONFLICT = 404, 409
 _POLL_SECONDS = 0.2
-_QUIET_SECONDS = 2.0  # without a queued request: who asked the old version before the change is in its queue by then
-_RESPONSE_TIMEOUT = 120  # seconds; TorchServe's own default
-_MARGIN_SECONDS = 1.0  # between our clock's reading and the worker's
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Capacity:
-    """How a version takes requests; what is None is left to somebody else.
-
-    Args:
-        workers: Processes.
-        batch_size: Requests that a worker answers at once.
-        max_batch_delay: Milliseconds that a request waits for others to fill its batch.
-        response_timeout: Seconds after which TorchServe ends a worker that has not answered. An archive with a model-config
-            has that one's, or else 120, whatever is asked for.
-    """
-
-    workers: int | None = None
-    batch_size: int | None = None
-    max_batch_delay: int | None = None
-    response_timeout: int | None = None
-
-    @classmethod
-    def read(cls, settings: Mapping[str, object]) -> Capacity:
-        """From a model-config, or from TorchServe's description of a version: both use the same names."""
-        names = ("minWorkers", "maxWorkers", "batchSize", "maxBatchDelay", "responseTimeout")
-        least, most, batch_size, delay, response_timeout = (_whole(settings.get(name)) for name in names)
-        workers = least if least and most is not None and most >= least else None  # TorchServe ignores others, too
-        return cls(
-            workers=workers, batch_size=batch_size or None, max_batch_delay=delay, response_timeout=response_timeout or None
-        )
-
-    def or_else(self, other: Capacity) -> Capacity:
-        """This one, and the other where this one says nothing."""
-        mine = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        return dataclasses.replace(other, **mine)
 
 
 @final
@@ -149,7 +113,7 @@ def roll_out(
             one serves on; or the new one serves, and the old one could not be ended: the message says which.
     """
     started = time.monotonic()
-    serving = _describe_default(name, addresses)
+    serving = describe_default(name, addresses)
     before = str(serving["modelVersion"])
     if before == version:
         raise ServingError(f"expected another version of {name} than {version}, which is serving: export with --version")
@@ -192,10 +156,6 @@ def _opened(archive: Path) -> Iterator[tuple[zipfile.ZipFile, dict[str, Any]]]:
         raise ServingError(f"expected a model archive, got {archive}: make one with guard export") from error
 
 
-def _whole(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
-
-
 def _query(name: str, file: str, wanted: Capacity) -> str:
     """The parameters of registering. Batch size and delay prevail over those of the archive's model-config.
 
@@ -219,7 +179,7 @@ def _is_kept(name: str, version: str, addresses: Addresses, delivery: Delivery |
     path = version_path(name, version)
     if ask(addresses, "management", "GET", path, timeout)[0] != 200:
         return False
-    found = _describe(name, version, addresses)
+    found = describe_version(name, version, addresses)
     if found["workers"] or found.get("minWorkers", 0):
         state = "and has workers"
     elif delivery is None:
@@ -256,7 +216,7 @@ def _take_back(
     method, end = ("PUT", "?min_worker=0&max_worker=0") if kept else ("DELETE", "")
     with contextlib.suppress(ServingError), locked():  # what went wrong first is what is told
         try:
-            serves = _describe_default(name, addresses)["modelVersion"] == version
+            serves = describe_default(name, addresses)["modelVersion"] == version
         except ServingError:
             serves = True
         if serves:
@@ -268,13 +228,13 @@ def _take_back(
 def _wait_until_ready(name: str, version: str, workers: int, addresses: Addresses, timeout: float) -> None:
     """As many workers as wanted; where the archive's model-config has made it others, they are told."""
     deadline, path = time.monotonic() + timeout, version_path(name, version)
-    found = _describe(name, version, addresses)
+    found = describe_version(name, version, addresses)
     if found.get("minWorkers", workers) != workers:
         scaled = f"{path}?min_worker={workers}&max_worker={workers}"
         status, body = ask(addresses, "management", "PUT", scaled, timeout)
         if status not in (200, 202):
             raise ServingError(f"expected {workers} workers of {name} {version}, got {status}: {words(body)}")
-        found = _describe(name, version, addresses)
+        found = describe_version(name, version, addresses)
     processes: dict[str, int] = {}
     while len(found["workers"]) != workers or any(worker["status"] != "READY" for worker in found["workers"]):
         for worker in found["workers"]:
@@ -284,23 +244,23 @@ def _wait_until_ready(name: str, version: str, workers: int, addresses: Addresse
         if time.monotonic() > deadline:
             raise ServingError(f"expected {name} {version} to be ready within {timeout:g} s: see the server's log")
         time.sleep(_POLL_SECONDS)
-        found = _describe(name, version, addresses)
+        found = describe_version(name, version, addresses)
 
 
 def _make_default(name: str, version: str, before: str, addresses: Addresses, timeout: float) -> None:
     """Let it serve, unless another roll-out was faster."""
-    if (now := _describe_default(name, addresses)["modelVersion"]) != before:
+    if (now := describe_default(name, addresses)["modelVersion"]) != before:
         raise ServingError(
             f"expected {name} {before} to serve until {version} does, got {now} meanwhile: roll out anew if wanted"
         )
-    if not _describe(name, version, addresses)["workers"]:
+    if not describe_version(name, version, addresses)["workers"]:
         raise ServingError(f"expected workers of {name} {version}, got none: another roll-out has ended them; roll out anew")
     try:
         status, body = ask(addresses, "management", "PUT", f"{version_path(name, version)}/set-default", timeout)
         problem = "" if status == 200 else f"got {status}: {words(body)}"
     except ServingError as error:  # it may have come to pass all the same
         problem = f"got {error}"
-    if (now := _describe_default(name, addresses)["modelVersion"]) != version:
+    if (now := describe_default(name, addresses)["modelVersion"]) != version:
         problem = problem or f"got {now}, set by somebody else: roll out anew if wanted"
         raise ServingError(f"expected {name} {version} to serve now, {problem}")
 
@@ -310,8 +270,8 @@ def _end(name: str, version: str, addresses: Addresses, keep: bool, timeout: flo
     path = version_path(name, version)
     method, query = ("PUT", "?min_worker=0&max_worker=0&synchronous=true") if keep else ("DELETE", "")
     try:
-        _drain(name, version, addresses, timeout, drain_timeout)
-        if _describe_default(name, addresses)["modelVersion"] == version:
+        drain(name, version, addresses, timeout, drain_timeout)
+        if describe_default(name, addresses)["modelVersion"] == version:
             raise ServingError("it serves again, set by somebody else")
         status, body = ask(addresses, "management", method, f"{path}{query}", timeout)
         if status not in (200, 202):
@@ -319,59 +279,3 @@ def _end(name: str, version: str, addresses: Addresses, keep: bool, timeout: flo
     except ServingError:
         if ask(addresses, "management", "GET", path, timeout)[0] != _UNKNOWN:
             raise
-
-
-def _drain(name: str, version: str, addresses: Addresses, timeout: float, drain_timeout: float | None) -> None:
-    """Wait until the workers of a version have finished.
-
-    TorchServe tells what is queued, not what workers are at, and it ends them in the middle of a batch. It hands the queue
-    out in order: a single worker that answers a request of ours has answered all before it. Of several, an idle one would
-    answer while another is busy.
-    """
-    emptied = _wait_until_queue_is_empty(name, version, addresses, timeout)
-    found = _describe(name, version, addresses)
-    capacity = Capacity.read(found)
-    given_up = (capacity.response_timeout or _RESPONSE_TIMEOUT) + (capacity.max_batch_delay or 0) / 1000 + _MARGIN_SECONDS
-    patience = given_up if drain_timeout is None else min(drain_timeout, given_up)
-    if len(found["workers"]) == 1:
-        busy = _is_busy(name, version, addresses, time.monotonic() + max(patience, _MARGIN_SECONDS))
-        if busy and patience < given_up:
-            raise ServingError(f"after {patience:g} s its worker was still busy")
-    elif found["workers"]:
-        time.sleep(max(0.0, emptied + patience - time.monotonic()))
-
-
-def _wait_until_queue_is_empty(name: str, version: str, addresses: Addresses, timeout: float) -> float:
-    """Nothing queued for a while; since when, by the monotonic clock."""
-    deadline, emptied = time.monotonic() + max(timeout, 2.0 * _QUIET_SECONDS), time.monotonic()
-    while time.monotonic() - emptied < _QUIET_SECONDS:
-        pending = int(_describe(name, version, addresses).get("jobQueueStatus", {}).get("pendingRequests", 0))
-        if pending > 0:
-            emptied = time.monotonic()
-        if time.monotonic() > deadline:
-            raise ServingError(f"after {timeout:g} s it still had requests to answer, {pending} of them queued")
-        time.sleep(_POLL_SECONDS)
-    return emptied
-
-
-def _is_busy(name: str, version: str, addresses: Addresses, deadline: float) -> bool:
-    """Whether a worker has not answered until then, with whatever; one that died is not."""
-    while (left := deadline - time.monotonic()) > 0:
-        try:
-            _, body = ask(addresses, "inference", "POST", version_path(name, version, "predictions"), left)
-        except ServingError as error:
-            if isinstance(error.__cause__, TimeoutError):
-                return True
-            raise
-        if error_type(body) != "ServiceUnavailableException":  # which is TorchServe's own: it has queued nothing
-            return False
-        time.sleep(_POLL_SECONDS)
-    return any(worker["status"] == "READY" for worker in _describe(name, version, addresses)["workers"])
-
-
-def _describe(name: str, version: str, addresses: Addresses) -> dict[str, Any]:
-    return describe(version_path(name, version), addresses, f"know {name} {version}")
-
-
-def _describe_default(name: str, addresses: Addresses) -> dict[str, Any]:
-    return describe(f"/models/{quote(name, safe='')}", addresses, f"serve {name}", "; name what it serves by --name")

@@ -22,7 +22,8 @@ from typing import IO, Self, final
 
 from guard.errors import ServingError
 from handlers.torchserve_api import Addresses
-from handlers.torchserve_rollout import Capacity, RollOut, archive_config, archive_version, roll_out
+from handlers.torchserve_capacity import Capacity
+from handlers.torchserve_rollout import RollOut, archive_config, archive_version, roll_out
 from handlers.torchserve_setup import (
     HOST,
     STORE,

@@ -14,9 +14,10 @@ from urllib.parse import parse_qsl
 import pytest
 
 from guard.errors import ServingError
-from handlers import torchserve_api, torchserve_rollout, torchserve_trial
+from handlers import torchserve_api, torchserve_drain, torchserve_rollout, torchserve_trial
 from handlers.torchserve_api import Addresses
-from handlers.torchserve_rollout import Capacity, archive_config, roll_out
+from handlers.torchserve_capacity import Capacity
+from handlers.torchserve_rollout import archive_config, roll_out
 from handlers.torchserve_store import Delivery
 
 WHERE = Addresses(management="http://127.0.0.1:1", inference="http://127.0.0.1:2")
@@ -60,7 +61,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, bytes]]:
         record.clear()
     AFTER["GET /models/m"] = ("PUT /models/m/2.0/set-default", (200, described("2.0")))
     monkeypatch.setattr(torchserve_api, "_request", request)
-    monkeypatch.setattr(torchserve_rollout, "_QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(torchserve_drain, "_QUIET_SECONDS", 0.0)
     monkeypatch.setattr(torchserve_trial, "_PAUSE_SECONDS", 0.0)
     return given
 
@@ -294,7 +295,7 @@ def test_an_old_version_that_serves_again_is_not_ended(
     keep_old: bool, answers: dict[str, tuple[int, bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody has set it back by hand while it drained."""
-    monkeypatch.setattr(torchserve_rollout, "_drain", lambda *_: AFTER.pop("GET /models/m"))
+    monkeypatch.setattr(torchserve_rollout, "drain", lambda *_: AFTER.pop("GET /models/m"))
     with pytest.raises(ServingError, match=r"could not be ended \(it serves again, set by somebody else\)"):
         roll_out("m", "m.mar", "2.0", WHERE, keep_old=keep_old)
     assert not [call for call in ASKED if call.startswith(("DELETE", "PUT /models/m/1.0"))]
@@ -313,7 +314,7 @@ def written(draft: Path) -> None:
 def test_what_fails_after_the_change_says_that_the_new_version_serves(
     call: str, answers: dict[str, tuple[int, bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torchserve_rollout, "_QUIET_SECONDS", 0.01)
+    monkeypatch.setattr(torchserve_drain, "_QUIET_SECONDS", 0.01)
     answers[call] = (500, b"")
     with pytest.raises(ServingError, match=r"m 2\.0 serves now, but 1\.0 could not be ended .*500.*: end it by hand"):
         roll_out("m", "m.mar", "2.0", WHERE)
@@ -345,8 +346,8 @@ def test_tokens_that_no_header_can_hold(token: str) -> None:
 def test_an_old_version_that_still_has_requests_is_not_taken_away(
     answers: dict[str, tuple[int, bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torchserve_rollout, "_QUIET_SECONDS", 0.05)
-    monkeypatch.setattr(torchserve_rollout, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(torchserve_drain, "_QUIET_SECONDS", 0.05)
+    monkeypatch.setattr(torchserve_drain, "_POLL_SECONDS", 0.01)
     busy = json.loads(described("1.0"))
     busy[0]["jobQueueStatus"] = {"pendingRequests": 5}
     answers["GET /models/m/1.0"] = (200, json.dumps(busy).encode())
@@ -392,7 +393,7 @@ def test_a_worker_that_dies_while_it_loads_is_not_waited_for(
     def describe(name: str, version: str, _: Addresses) -> dict[str, object]:
         return {"workers": [{"id": "9001", "status": "UNLOADING", "pid": next(lives)}]}
 
-    monkeypatch.setattr(torchserve_rollout, "_describe", describe)
+    monkeypatch.setattr(torchserve_rollout, "describe_version", describe)
     with pytest.raises(ServingError, match=r"a worker of m 2\.0 died while it loaded its model"):
         roll_out("m", "m.mar", "2.0", WHERE)
     assert ASKED[-1] == "DELETE /models/m/2.0"
@@ -451,8 +452,8 @@ def test_without_workers_nothing_is_waited_for(answers: dict[str, tuple[int, byt
 
 
 def test_a_full_queue_is_no_answer_of_a_worker(answers: dict[str, tuple[int, bytes]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torchserve_rollout, "_MARGIN_SECONDS", 0.05)
-    monkeypatch.setattr(torchserve_rollout, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(torchserve_drain, "_MARGIN_SECONDS", 0.05)
+    monkeypatch.setattr(torchserve_drain, "_POLL_SECONDS", 0.01)
     answers["POST /predictions/m/1.0"] = (503, b'{"code": 503, "type": "ServiceUnavailableException", "message": "full"}')
     with pytest.raises(ServingError, match="its worker was still busy"):
         roll_out("m", "m.mar", "2.0", WHERE, drain_timeout=0.1)
