@@ -3,14 +3,15 @@
 Early acceptance must not let an input through that all passes would reject. The clean images of least entropy show how the sum
 of an input's entropies grows that ends at the threshold: S_n / S_N, overlay by overlay. Shares under which all of that growth
 stays, for most of them and at all stages together, accept. What clean images can't show: a single overlay may hide a trigger
-from the model. Before several have been tried, only what all passes would accept is accepted.
+from the model. Before several have been tried, only what all passes would accept is accepted; and never what is not over the
+threshold on average so far, though clean images may have gained less by then.
 
 Early rejection must not cost clean inputs. Shares of the threshold under which the sums of next to none of the images come that
 all passes accept, at any stage, reject.
 
 The numbers below were chosen on the victims that development is done on, none of which a table reports: denser stages and a
 smaller goal took fewer passes, and fewer than 300 images led to boundaries that let more triggers through than all passes, as
-did acceptance on one or two overlays.
+did acceptance on one or two overlays (`benchmarks/boundaries.py`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ _NEAR, _FEWEST = 0.1, 30  # of the images: share, and at least so many, that sho
 _ACCEPTING_FROM = 3  # overlays: fewer don't show whether one hid a trigger
 _ACCEPTED = 0.2  # of inputs at the threshold, that are accepted before all passes
 _REJECTED = 0.25  # of the false rejection rate: clean inputs that are rejected before all passes would have accepted them
-_SMALLEST = 1e-6  # share: what is over nothing is accepted
 _GOAL = 8  # overlays' worth of the threshold, that the order of the overlays is to gather soon
 _SHARE, _LEAST, _MOST = 0.25, 300, 600  # of the clean images that are not set aside
 
@@ -53,13 +53,16 @@ def order_for_boundaries(entropies: NDArray[np.float64], threshold: float) -> ND
     return order_overlays(entropies, _GOAL * threshold)
 
 
-def choose_boundaries(entropies: NDArray[np.float64], threshold: float, frr: float) -> Boundaries | None:
+def choose_boundaries(
+    entropies: NDArray[np.float64], threshold: float, frr: float, accepting_from: int = _ACCEPTING_FROM
+) -> Boundaries | None:
     """Boundaries of a test that decides as all passes would, mostly; None where entropies are too much alike to choose any.
 
     Args:
         entropies: (n, N), bits, of each clean image under each overlay, in the order in which they are tried.
         threshold: Of the mean entropy, in bits, over 0.
         frr: False rejection rate that it is for.
+        accepting_from: Overlays, before which only what all passes would accept is accepted.
     """
     total = entropies.shape[1]
     ends = [end for end in _ENDS if end < total]
@@ -70,9 +73,10 @@ def choose_boundaries(entropies: NDArray[np.float64], threshold: float, frr: flo
     passing = at_ends[full > total * threshold]
     if not (ends and len(near) and len(passing)):
         return None
-    accept, accepting = np.ones(len(ends)), np.array(ends) >= _ACCEPTING_FROM
-    if accepting.any():
-        accept[accepting] = np.clip(_band(at_ends[near][:, accepting] / full[near, None], 1.0 - _ACCEPTED), _SMALLEST, 1.0)
+    accept, some = np.ones(len(ends)), np.array(ends) >= accepting_from
+    if some.any():
+        growth = _band(at_ends[near][:, some] / full[near, None], 1.0 - _ACCEPTED)
+        accept[some] = np.clip(growth, np.array(ends)[some] / total, 1.0)
     reject = np.minimum(-_band(-passing, 1.0 - _REJECTED * frr) / (total * threshold), accept)
     return Boundaries(ends=(*ends, total), accept=(*accept.tolist(), 1.0), reject=(*reject.tolist(), 1.0))
 
