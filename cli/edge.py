@@ -70,7 +70,8 @@ def serve(
     with needs("edge"):
         from handlers.asgi_server import serve_asgi
         from handlers.edge import MAX_CONNECTIONS, create_edge_app
-        from handlers.edge_jobs import EdgeLimits, JobStore
+        from handlers.edge_jobs import JobStore
+        from handlers.edge_limits import EdgeLimits
         from handlers.edge_worker import EdgeWorker
         from handlers.request_log import configure_logging
 

@@ -15,49 +15,21 @@ import secrets
 import shutil
 import threading
 import time
-import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
 import msgspec
 
-from guard.errors import UNREADABLE, EdgeError, TooLargeError
+from guard.errors import UNREADABLE, EdgeError
 from guard.folders import write_whole
+from handlers.edge_limits import EdgeLimits
 from handlers.edge_protocol import JOB_ID, FileInfo, JobRequest, JobStatus, Progress, Sealed, State
 
 logger = logging.getLogger("guard.edge")
 
 _JSON = "job.json"
 _ACTIVE: tuple[State, ...] = ("receiving", "queued", "running")
-
-
-@final
-@dataclass(frozen=True)
-class EdgeLimits:
-    """How much an edge server takes and keeps.
-
-    Attributes:
-        max_bytes: Of one file, also once it is unpacked.
-        max_job_bytes: Of all files that a job sends.
-        max_jobs: Jobs kept; the oldest that have ended make room.
-        job_seconds: After which a job that still runs has failed.
-        receiving_seconds: After which a job of whose files nothing arrives is dropped.
-        kept_seconds: After which a job that has ended, or can't be read, is dropped.
-    """
-
-    max_bytes: int = 1024**3
-    max_job_bytes: int = 2 * 1024**3
-    max_jobs: int = 16
-    job_seconds: float = 24 * 3600.0
-    receiving_seconds: float = 3600.0
-    kept_seconds: float = 7 * 24 * 3600.0
-
-    def __post_init__(self) -> None:
-        """Refuse bounds that nothing fits into."""
-        if min(self.max_bytes, self.max_job_bytes, self.max_jobs) < 1:
-            raise EdgeError(f"expected positive bounds, got {self.max_bytes}, {self.max_job_bytes} and {self.max_jobs}")
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,7 +99,7 @@ class JobStore:
             TooLargeError: It declares more than is taken.
             EdgeError: There are as many unfinished jobs as are kept.
         """
-        self._check_sizes(request)
+        self.limits.check_request(request)
         with self.lock:
             self.expire()
             self._make_room()
@@ -215,7 +187,7 @@ class JobStore:
             EdgeError: It holds pickles, is no archive though its name says so, or the job no longer takes files.
             FileNotFoundError: The job was deleted meanwhile.
         """
-        self._check_archive(part, expected.name)
+        self.limits.check_file(part, expected.name)
         with self.lock:
             job = self.get(job_id)
             if job.state != "receiving":
@@ -311,33 +283,6 @@ class JobStore:
 
     def _ids(self) -> list[str]:
         return [folder.name for folder in self._jobs.iterdir() if JOB_ID.fullmatch(folder.name)]
-
-    def _check_sizes(self, request: JobRequest) -> None:
-        largest = max(item.size for item in request.files)
-        if largest > self.limits.max_bytes:
-            raise TooLargeError(
-                f"expected files of at most {self.limits.max_bytes} bytes, got one of {largest}: send fewer images"
-            )
-        together = sum(item.size for item in request.files)
-        if together > self.limits.max_job_bytes:
-            raise TooLargeError(f"expected at most {self.limits.max_job_bytes} bytes a job, got {together}: send fewer images")
-
-    def _check_archive(self, path: Path, name: str) -> None:
-        """Look at an archive's table of contents: the commands that load it read all of it into memory."""
-        if not name.endswith((".npz", ".pt", ".pt2")):
-            return
-        try:
-            with zipfile.ZipFile(path) as archive:
-                entries = archive.infolist()
-        except FileNotFoundError:  # deleted meanwhile
-            raise
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-            raise EdgeError(f"expected an archive in {name}, got something else: save it again", 422, "bad-file") from error
-        unpacked = sum(entry.file_size for entry in entries)
-        if unpacked > self.limits.max_bytes:
-            raise TooLargeError(f"expected {name} to unpack to at most {self.limits.max_bytes} bytes, got {unpacked}")
-        if name.endswith(".pt2") and any("/sample_inputs/" in entry.filename and entry.file_size for entry in entries):
-            raise EdgeError(f"refused {name}: its sample inputs are pickled; send it without them", 422, "pickled")
 
     def _write(self, job: Job) -> None:
         write_whole(self.folder(job.id) / _JSON, msgspec.json.format(msgspec.json.encode(job), indent=1))

@@ -29,7 +29,8 @@ from guard.profile import ModelRecord
 from handlers.asgi_server import AsgiServer
 from handlers.edge_client import EdgeClient
 from handlers.edge_commands import Step
-from handlers.edge_jobs import EdgeLimits, Job, JobStore
+from handlers.edge_jobs import Job, JobStore
+from handlers.edge_limits import EdgeLimits
 from handlers.edge_protocol import FileInfo, JobRequest, RepairOptions
 from tests.cli.conftest import Command, Files
 from tests.cli.test_json_documented import DOCS

@@ -20,7 +20,8 @@ from starlette.types import ASGIApp
 
 from handlers.edge import create_edge_app
 from handlers.edge_commands import Step
-from handlers.edge_jobs import EdgeLimits, Job, JobStore
+from handlers.edge_jobs import Job, JobStore
+from handlers.edge_limits import EdgeLimits
 from handlers.edge_protocol import FileInfo, JobRequest, JobStatus, RepairOptions
 from handlers.edge_worker import EdgeWorker, Plan
 from tests.handlers.toy_service import call
