@@ -185,7 +185,7 @@ class JobStore:
         Raises:
             TooLargeError: It unpacks to more than is taken.
             EdgeError: It holds pickles, is no archive though its name says so, or the job no longer takes files.
-            FileNotFoundError: The job was deleted meanwhile.
+            OSError: The disk fails, or the job was deleted meanwhile (FileNotFoundError).
         """
         self.limits.check_file(part, expected.name)
         with self.lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,16 +61,17 @@ class EdgeLimits:
         Raises:
             TooLargeError: It unpacks to more than is taken.
             EdgeError: It holds pickles, or is no archive though its name says so.
-            FileNotFoundError: It was deleted meanwhile.
+            OSError: The disk fails, or the file was deleted meanwhile (FileNotFoundError).
         """
         if not name.endswith((".npz", ".pt", ".pt2")):
             return
         try:
             with zipfile.ZipFile(path) as archive:
                 entries = archive.infolist()
-        except FileNotFoundError:  # deleted meanwhile
-            raise
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            cause = error if isinstance(error, OSError) else error.__context__  # zipfile takes some for a bad archive, too
+            if isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL):  # an offset that leads nowhere is one
+                raise cause from None
             raise EdgeError(f"expected an archive in {name}, got something else: save it again", 422, "bad-file") from error
         unpacked = sum(entry.file_size for entry in entries)
         if unpacked > self.max_bytes:
