@@ -4,79 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from urllib.parse import parse_qsl
 
 import pytest
 
 from guard.errors import ServingError
-from handlers import torchserve_api, torchserve_drain, torchserve_rollout, torchserve_trial
+from handlers import torchserve_drain, torchserve_rollout
 from handlers.torchserve_api import Addresses
 from handlers.torchserve_capacity import Capacity
 from handlers.torchserve_rollout import archive_config, roll_out
 from handlers.torchserve_store import Delivery
-
-WHERE = Addresses(management="http://127.0.0.1:1", inference="http://127.0.0.1:2")
-
-
-def described(version: str, **more: object) -> bytes:
-    return json.dumps([{"modelVersion": version, "workers": [{"status": "READY"}], **more}]).encode()
-
-
-@pytest.fixture
-def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, bytes]]:
-    """What is answered, by method and path; every call is recorded under `asked`."""
-    given: dict[str, tuple[int, bytes]] = {
-        "GET /models/m": (200, described("1.0")),
-        "GET /models/m/1.0": (200, described("1.0")),
-        "GET /models/m/2.0": (200, described("2.0")),
-        "POST /models": (200, b"{}"),
-        "POST /predictions/m/1.0": (400, b"{}"),
-        "POST /predictions/m/2.0": (400, b"{}"),
-        "PUT /models/m/2.0/set-default": (200, b"{}"),
-        "DELETE /models/m/1.0": (200, b"{}"),
-        "DELETE /models/m/2.0": (200, b"{}"),
-    }
-
-    def request(_: str, __: object, method: str, path: str, timeout: float, body: bytes) -> tuple[int, bytes]:
-        path, _, query = path.partition("?")
-        call = f"{method} {path}"
-        ASKED.append(call)
-        QUERIES[call] = dict(parse_qsl(query))
-        if body:
-            SENT.append(body)
-        if call in AFTER and AFTER[call][0] in ASKED:
-            return AFTER[call][1]
-        if call == "GET /models/m/2.0" and "POST /models" not in ASKED and call not in THERE:
-            return 404, b"{}"
-        if call in SILENT:
-            raise ServingError("no answer") from TimeoutError()
-        return given[call]
-
-    for record in (ASKED, THERE, SILENT, QUERIES, SENT, AFTER):
-        record.clear()
-    AFTER["GET /models/m"] = ("PUT /models/m/2.0/set-default", (200, described("2.0")))
-    monkeypatch.setattr(torchserve_api, "_request", request)
-    monkeypatch.setattr(torchserve_drain, "_QUIET_SECONDS", 0.0)
-    monkeypatch.setattr(torchserve_trial, "_PAUSE_SECONDS", 0.0)
-    return given
-
-
-ASKED: list[str] = []
-THERE: set[str] = set()
-"""Descriptions of versions that are registered from the start."""
-SILENT: set[str] = set()
-"""Calls that are not answered in time."""
-QUERIES: dict[str, dict[str, str]] = {}
-"""Parameters of the calls."""
-SENT: list[bytes] = []
-"""Bodies of the calls that have one."""
-AFTER: dict[str, tuple[str, tuple[int, bytes]]] = {}
-"""Calls that are answered otherwise once another has been made: that one, and the answer."""
+from tests.handlers.conftest import AFTER, ASKED, QUERIES, SILENT, THERE, WHERE, described
 
 
 def test_in_order(answers: dict[str, tuple[int, bytes]]) -> None:
@@ -196,71 +135,6 @@ def test_an_old_version_that_somebody_else_has_ended_is_no_trouble(answers: dict
     assert roll_out("m", "m.mar", "2.0", WHERE).replaced == "1.0"
 
 
-def test_every_worker_of_a_new_version_gets_an_image(answers: dict[str, tuple[int, bytes]]) -> None:
-    answers["GET /models/m/2.0"] = (200, described("2.0", workers=[{"status": "READY"}] * 3))
-    answers["POST /predictions/m/2.0"] = (201, b"{}")
-    done = roll_out("m", "m.mar", "2.0", WHERE, images=[b"one", b"two"], capacity=Capacity(workers=3))
-    assert (done.tried, SENT) == (3, [b"one", b"two", b"one"])
-
-
-@pytest.mark.parametrize(
-    ("status", "body", "problem"),
-    [
-        (503, b'{"reason": "guard-failed"}', r"expected m 2\.0 to answer, got 503: guard-failed"),
-        (400, b'{"message": "wrong size"}', r"expected m 2\.0 to answer, got 400: wrong size"),
-        (500, b"", "got 500: no message"),
-        (422, b"{}", "expected m 2.0 to accept clean images of its own profile, got all 2 rejected"),
-    ],
-)
-def test_a_new_version_that_does_not_judge_an_image_is_taken_away(
-    status: int, body: bytes, problem: str, answers: dict[str, tuple[int, bytes]]
-) -> None:
-    answers["POST /predictions/m/2.0"] = (status, body)
-    with pytest.raises(ServingError, match=problem):
-        roll_out("m", "m.mar", "2.0", WHERE, images=[b"one", b"two"])
-    assert ASKED[-1] == "DELETE /models/m/2.0"
-
-
-def test_a_first_answer_may_take_too_long(answers: dict[str, tuple[int, bytes]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one does that a latency budget cuts off before everything is warm."""
-    answers["POST /predictions/m/2.0"] = (503, b'{"reason": "out-of-time"}')
-    monkeypatch.setattr(torchserve_trial, "_PAUSE_SECONDS", 1.0)
-    slept: list[float] = []
-
-    def sleep(seconds: float) -> None:
-        slept.append(seconds)
-        if seconds > 0:
-            answers["POST /predictions/m/2.0"] = (200, b"{}")
-
-    monkeypatch.setattr("handlers.torchserve_trial.time", SimpleNamespace(sleep=sleep))
-    assert roll_out("m", "m.mar", "2.0", WHERE, images=[b"one", b"two"]).tried == 2
-    assert SENT == [b"one", b"two", b"one", b"two"]  # each round reaches every worker, or none but one would get warm
-    assert slept == [0.0, 1.0]
-
-
-def test_of_a_busy_version_one_answer_may_come_too_late(
-    answers: dict[str, tuple[int, bytes]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given = iter([(200, b"{}"), (503, b'{"reason": "out-of-time"}'), (200, b"{}")])
-    monkeypatch.setattr(torchserve_trial, "ask", lambda *_: next(given))
-    assert roll_out("m", "m.mar", "2.0", WHERE, images=[b"one", b"two", b"three"]).tried == 2
-
-
-def test_a_connection_that_breaks_off_is_tried_again(
-    answers: dict[str, tuple[int, bytes]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: Iterator[ServingError | tuple[int, bytes]] = iter([ServingError("connection reset"), (200, b"{}")])
-
-    def ask(*_: object) -> tuple[int, bytes]:
-        found = next(given)
-        if isinstance(found, ServingError):
-            raise found
-        return found
-
-    monkeypatch.setattr(torchserve_trial, "ask", ask)
-    assert roll_out("m", "m.mar", "2.0", WHERE, images=[b"one"]).tried == 1
-
-
 def test_a_kept_version_that_serves_meanwhile_keeps_its_workers(answers: dict[str, tuple[int, bytes]], tmp_path: Path) -> None:
     """Somebody else went back to it, and was faster."""
     AFTER["GET /models/m"] = ("PUT /models/m/2.0", (200, described("2.0")))
@@ -301,11 +175,6 @@ def test_an_old_version_that_serves_again_is_not_ended(
     assert not [call for call in ASKED if call.startswith(("DELETE", "PUT /models/m/1.0"))]
 
 
-def test_images_over_a_versions_limits_are_no_trial_of_it(answers: dict[str, tuple[int, bytes]]) -> None:
-    answers["POST /predictions/m/2.0"] = (413, b"")
-    assert roll_out("m", "m.mar", "2.0", WHERE, images=[b"one"]).tried == 0
-
-
 def written(draft: Path) -> None:
     draft.write_bytes(b"archive")
 
@@ -341,19 +210,6 @@ def test_addresses_that_are_none(url: str) -> None:
 def test_tokens_that_no_header_can_hold(token: str) -> None:
     with pytest.raises(ServingError, match="expected a token of printable ASCII characters"):
         roll_out("m", "m.mar", "2.0", dataclasses.replace(WHERE, management_token=token))
-
-
-def test_an_old_version_that_still_has_requests_is_not_taken_away(
-    answers: dict[str, tuple[int, bytes]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torchserve_drain, "_QUIET_SECONDS", 0.05)
-    monkeypatch.setattr(torchserve_drain, "_POLL_SECONDS", 0.01)
-    busy = json.loads(described("1.0"))
-    busy[0]["jobQueueStatus"] = {"pendingRequests": 5}
-    answers["GET /models/m/1.0"] = (200, json.dumps(busy).encode())
-    with pytest.raises(ServingError, match=r"m 2\.0 serves now, but 1\.0 could not be ended .*5 of them queued"):
-        roll_out("m", "m.mar", "2.0", WHERE, timeout=0.2)
-    assert not [call for call in ASKED if call.startswith("DELETE")]
 
 
 def test_a_new_version_is_as_the_old_one_where_nothing_else_is_said(answers: dict[str, tuple[int, bytes]]) -> None:
@@ -423,40 +279,3 @@ def test_a_token_that_is_not_the_servers_is_no_answer_of_the_new_version(answers
     with pytest.raises(ServingError, match="to take the token, got: Token failed"):
         roll_out("m", "m.mar", "2.0", WHERE)
     assert ASKED[-1] == "DELETE /models/m/2.0"
-
-
-def test_a_worker_that_is_busy_for_longer_than_the_caller_waits_is_left(answers: dict[str, tuple[int, bytes]]) -> None:
-    SILENT.add("POST /predictions/m/1.0")
-    with pytest.raises(ServingError, match=r"m 2\.0 serves now, but 1\.0 could not be ended \(after 5 s its worker was still"):
-        roll_out("m", "m.mar", "2.0", WHERE, drain_timeout=5)
-    assert not [call for call in ASKED if call.startswith("DELETE")]
-    ASKED.clear()
-    roll_out("m", "m.mar", "2.0", WHERE)  # by then TorchServe has given up what it was at
-    assert ASKED[-1] == "DELETE /models/m/1.0"
-
-
-def test_of_several_workers_one_may_still_be_busy(answers: dict[str, tuple[int, bytes]]) -> None:
-    two = {"modelVersion": "1.0", "workers": [{"status": "READY"}] * 2}
-    answers["GET /models/m/1.0"] = (200, json.dumps([two]).encode())
-    started = time.monotonic()
-    roll_out("m", "m.mar", "2.0", WHERE, drain_timeout=0.5)
-    assert time.monotonic() - started >= 0.5
-    assert ASKED[-1] == "DELETE /models/m/1.0"
-
-
-def test_without_workers_nothing_is_waited_for(answers: dict[str, tuple[int, bytes]]) -> None:
-    answers["GET /models/m/1.0"] = (200, b'[{"modelVersion": "1.0", "workers": []}]')
-    roll_out("m", "m.mar", "2.0", WHERE)
-    assert ASKED[-1] == "DELETE /models/m/1.0"
-    assert "POST /predictions/m/1.0" not in ASKED
-
-
-def test_a_full_queue_is_no_answer_of_a_worker(answers: dict[str, tuple[int, bytes]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torchserve_drain, "_MARGIN_SECONDS", 0.05)
-    monkeypatch.setattr(torchserve_drain, "_POLL_SECONDS", 0.01)
-    answers["POST /predictions/m/1.0"] = (503, b'{"code": 503, "type": "ServiceUnavailableException", "message": "full"}')
-    with pytest.raises(ServingError, match="its worker was still busy"):
-        roll_out("m", "m.mar", "2.0", WHERE, drain_timeout=0.1)
-    answers["GET /models/m/1.0"] = (200, described("1.0").replace(b"READY", b"UNLOADED"))
-    ASKED.clear()
-    assert roll_out("m", "m.mar", "2.0", WHERE, drain_timeout=0.1).replaced == "1.0"  # its worker died: nothing is at work
