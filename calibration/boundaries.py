@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from calibration.overlays import order_overlays
 from guard.detectors import Boundaries
 
-_ENDS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 50, 64, 80)
-_NEAR, _FEWEST = 0.1, 30  # of the images: share, and at least so many, that show how an input near the threshold goes
+_ENDS = (*range(1, 17), 18, 20, 22, 24, 26, 28, 32, 36, 40, 45, 50, 57, 64, 72, 80)
+_NEAR, _FEWEST = 0.2, 30  # of the images: share, and at least so many, that show how an input near the threshold goes
 _ACCEPTING_FROM = 3  # overlays: fewer don't show whether one hid a trigger
 _ACCEPTED = 0.4  # of inputs at the threshold, that are accepted before all passes
 _REJECTED = 0.25  # of the false rejection rate: clean inputs that are rejected before all passes would have accepted them
