@@ -13,6 +13,7 @@ from typing import final
 import msgspec
 
 from benchmarks import (
+    boundaries,
     codefend,
     deep_inspect,
     detectors,
@@ -64,6 +65,7 @@ QUOTED = (
     Quoted("README.md", _of(strip.load_reports, strip.short_table)),
     Quoted("docs/victims.md", _of(strip.load_reports, strip.table)),
     Quoted("docs/victims.md", _of(passes.load_reports, passes.table)),
+    Quoted("docs/victims.md", _of(boundaries.load_reports, boundaries.table)),
     Quoted("docs/victims.md", _of(fixed.load_reports, fixed.table)),
     Quoted("docs/victims.md", _of(red_team.load_reports, red_team.table)),
     Quoted("docs/speed.md", _of(speed_strip.load_reports, speed_strip.table)),
