@@ -34,9 +34,10 @@ from calibration.boundaries import choose_boundaries, order_for_boundaries
 from calibration.data import Progress
 from calibration.discovery import discover
 from calibration.settings import asked_strips
+from calibration.strip import mean_passes
 from calibration.thresholds import set_threshold
 from guard.detectors import Boundaries, Strip
-from guard.detectors.boundaries import Evidence, final_scores
+from guard.detectors.boundaries import final_scores
 from guard.errors import InputError
 
 NAMES = ("mnist-dev", "gtsrb-dev", "cifar10-dev", "cifar10-dev-two")
@@ -186,14 +187,8 @@ def _let_in(triggered: NDArray[np.float64], boundaries: Boundaries | None, thres
 
 def _passes(entropies: NDArray[np.float64], boundaries: Boundaries | None, threshold: float) -> float:
     """In batches large enough that every end is one of a stage."""
-    count, total = entropies.shape
-    evidence, table, passes = Evidence(count, total, boundaries, threshold), torch.from_numpy(entropies), torch.zeros(count)
-    active, done = torch.arange(count), 0
-    for end in range(1, total + 1) if boundaries is None else boundaries.ends:
-        evidence.add(active, table[active, done:end])
-        passes[active], done = end, end
-        active = torch.nonzero(evidence.undecided).squeeze(1)
-    return float(passes.mean())
+    ends = range(1, entropies.shape[1] + 1) if boundaries is None else boundaries.ends
+    return mean_passes(torch.from_numpy(entropies), boundaries, threshold, ends)
 
 
 def _tables(found: Victim, parts: Parts, cache: Path, progress: Progress) -> Tables:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +16,7 @@ from calibration.detectors import DetectorCalibration
 from calibration.overlays import order_overlays
 from calibration.settings import Settings
 from calibration.thresholds import set_threshold, share
-from guard.detectors import Strip
+from guard.detectors import Boundaries, Strip
 from guard.detectors.boundaries import Evidence
 from guard.errors import CalibrationError
 from guard.records import ThresholdRecord
@@ -60,7 +60,7 @@ def calibrate_strip(
         strip, table = replace(strip, overlays=strip.overlays[order]), table[:, order]
     scores = strip.score_passes(table).numpy()
     record = threshold(scores)
-    return DetectorCalibration(strip, record, scores, _mean_passes(strip, table, record.value))
+    return DetectorCalibration(strip, record, scores, mean_passes(table, strip.boundaries, record.value, strip.stage_ends()))
 
 
 def _sequential(strip: Strip, table: Tensor, frr: float) -> Strip:
@@ -89,11 +89,18 @@ def _batches(strip: Strip, clean: ImageSet, progress: Progress) -> Iterator[Tens
         progress(what, int(part[-1]) + 1, len(clean))
 
 
-def _mean_passes(strip: Strip, table: Tensor, threshold: float) -> float:
-    """That a clean image takes on its own, given its entropy under each overlay."""
-    evidence, active = Evidence(len(table), table.shape[1], strip.boundaries, threshold), torch.arange(len(table))
+def mean_passes(table: Tensor, boundaries: Boundaries | None, threshold: float, ends: Sequence[int]) -> float:
+    """That an image takes.
+
+    Args:
+        table: (n, N), float64, bits, of each image under each overlay.
+        boundaries: None for exact early acceptance.
+        threshold: On the score.
+        ends: Overlays tried at the end of each stage; the last is N.
+    """
+    evidence, active = Evidence(len(table), table.shape[1], boundaries, threshold), torch.arange(len(table))
     passes, done = torch.zeros(len(table)), 0
-    for end in strip.stage_ends():
+    for end in ends:
         evidence.add(active, table[active, done:end])
         passes[active], done = end, end
         active = torch.nonzero(evidence.undecided).squeeze(1)

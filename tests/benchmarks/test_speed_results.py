@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 from benchmarks.speed import memory, overhead, precision, serving, strip
 from benchmarks.speed.rivals import RIVALS
 
@@ -20,7 +22,9 @@ def test_a_thousand_traffic_signs_take_less_than_nine_seconds() -> None:
     (report,) = (report for report in strip.load_reports() if report.name == "gtsrb-b")
     seconds = {item.name: item.mixed_seconds for item in report.speeds if item.mixed_seconds is not None}
     assert set(seconds) == set(strip.OURS)
-    assert seconds["sequential"] < 9.0  # exact ones take 7 to 11, as fast as the machine is that day
+    assert seconds["sequential"] < 9.0
+    bare = statistics.median(item.per_second * item.of_bare for item in report.speeds)
+    assert max(seconds.values()) * bare < 9.0 * 8_500  # of a machine on which the model alone answers so many a second
 
 
 def test_the_guarded_server_keeps_a_quarter_of_the_bare_ones_throughput() -> None:
