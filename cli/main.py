@@ -10,9 +10,9 @@ import traceback
 import typer
 
 from cli import calibrate, check, demo, edge, evaluate, export, quarantine, red_team, repair, roll_out, scan, serve
-from cli.stopping import stopped_by_sigterm
 from guard import GuardError, __version__
 from guard.files import printable
+from handlers.stopping import stopped_by_sigterm
 
 _UNREAD = 128 + signal.SIGPIPE  # what a shell says of a program that wrote to a closed pipe
 

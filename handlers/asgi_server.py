@@ -14,6 +14,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Self, final
 
 from guard.errors import MissingExtraError, ServingError, one_line
+from handlers.stopping import signals_call
 
 try:
     import uvicorn
@@ -173,11 +174,5 @@ def _stopped_by_signals(server: uvicorn.Server) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    numbers += [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
+    with signals_call(stop, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

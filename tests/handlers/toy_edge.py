@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
+import json
+import sqlite3
 import sys
 import time
 import zipfile
@@ -29,6 +32,7 @@ from tests.handlers.toy_service import call
 TOKEN = "a-token-of-some-length"
 AUTHORISED = {"authorization": f"Bearer {TOKEN}"}
 DEADLINE = 30.0
+NOBODY = "0" * 32
 
 REPAIR = """
 import pathlib, sys
@@ -153,3 +157,9 @@ def _sent_files() -> dict[str, bytes]:
 def requested(files: dict[str, bytes], factory: str | None = None) -> JobRequest:
     infos = tuple(FileInfo(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in files.items())
     return JobRequest(options=RepairOptions(method="codefend"), files=infos, factory=factory)
+
+
+def queued(folder: Path) -> list[str]:
+    """Jobs in the queue, also those that are at work."""
+    with contextlib.closing(sqlite3.connect(folder / "queue" / "data.db")) as database:
+        return [json.loads(data) for (data,) in database.execute("SELECT data FROM ack_queue_default").fetchall()]

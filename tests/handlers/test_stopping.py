@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cli.stopping import stopped_by_sigterm
+from handlers.stopping import stopped_by_sigterm
 
 
 @pytest.fixture(autouse=True)
