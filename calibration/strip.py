@@ -98,12 +98,12 @@ def mean_passes(table: Tensor, boundaries: Boundaries | None, threshold: float, 
         threshold: On the score.
         ends: Overlays tried at the end of each stage; the last is N.
     """
-    evidence, active = Evidence(len(table), table.shape[1], boundaries, threshold), torch.arange(len(table))
+    evidence = Evidence(len(table), table.shape[1], boundaries, threshold)
     passes, done = torch.zeros(len(table)), 0
     for end in ends:
-        evidence.add(active, table[active, done:end])
-        passes[active], done = end, end
-        active = torch.nonzero(evidence.undecided).squeeze(1)
+        active = torch.from_numpy(evidence.rows)
         if not len(active):
             break
+        evidence.add(table[active, done:end])
+        passes[active], done = end, end
     return float(passes.mean())

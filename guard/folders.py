@@ -17,7 +17,7 @@ from guard.errors import GuardError
 from guard.files import as_text, is_text
 
 _T = TypeVar("_T")
-_TRIES, _PAUSE = 5, 0.02  # seconds
+_TRIES, _PAUSE = 25, 0.02  # seconds; one who replaces again and again met five readings in a row
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 _OLD = "replaced"
 

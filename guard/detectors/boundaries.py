@@ -18,6 +18,8 @@ References: Jennison and Turnbull, Group Sequential Methods, 1999. STRIP with bo
 
 from __future__ import annotations
 
+import bisect
+import functools
 import itertools
 from typing import final
 
@@ -70,20 +72,18 @@ class Evidence:
         total: N.
         boundaries: None for exact early acceptance.
         threshold: On the score: once an image's verdict is certain, what comes after tells nothing. None: everything tells.
+
+    Attributes:
+        rows: (A,), int64: the images that are undecided, of which alone is learned.
     """
 
     def __init__(self, images: int, total: int, boundaries: Boundaries | None, threshold: float | None) -> None:
-        self._total, self._done = total, 0
-        self._stages = (
-            None
-            if boundaries is None
-            else dict(zip(boundaries.ends, zip(boundaries.accept, boundaries.reject, strict=True), strict=True))
-        )
-        self._limit = None if threshold is None else np.float32(-threshold)  # of V: at it or under it, rejected
+        self.rows: NDArray[np.int64] = np.arange(images)
+        self._total, self._done, self._boundaries = total, 0, boundaries
+        self._limit = None if threshold is None else _last_rounded_to(np.float32(-threshold))  # V: at it or under it, rejected
         self._sums = np.zeros(images)
         self._accepting = np.zeros(images)  # max S_j / (N a_j)
         self._most = np.full(images, np.inf)  # V is at most that
-        self._undecided = np.ones(images, dtype=np.bool_)
 
     @property
     def exact(self) -> Tensor:
@@ -93,53 +93,83 @@ class Evidence:
     @property
     def scores(self) -> Tensor:
         """(B,), float32: minus V where that is known; else a bound of it, on the same side of the threshold."""
-        lowest, most = _rounded(np.minimum(self._accepting, self._most)), _rounded(self._most)
-        rejected = False if self._limit is None else most <= self._limit
-        return torch.from_numpy(-np.where(rejected, most, lowest))
+        lowest = np.minimum(self._accepting, self._most)
+        bounds = lowest if self._limit is None else np.where(self._most <= self._limit, self._most, lowest)
+        with np.errstate(over="ignore"):  # a share may be so small that V is infinite in float32
+            return torch.from_numpy(-bounds.astype(np.float32))
 
-    @property
-    def undecided(self) -> Tensor:
-        """(B,), bool: what is still to come may turn the verdict."""
-        return torch.from_numpy(self._undecided.copy())
-
-    def add(self, rows: Tensor, entropies: Tensor) -> None:
+    def add(self, entropies: Tensor) -> None:
         """Learn of further passes.
 
         Args:
-            rows: (A,), int64, the images that had them: all that are undecided, or some that nobody asks about again.
-            entropies: (A, n), float64, bits.
+            entropies: (A, n), float64, bits, of `rows`.
         """
-        before, own = self._done, rows.numpy()
-        self._done = last = before + entropies.shape[1]
-        sums = np.concatenate([self._sums[own, None], entropies.numpy()], axis=1)
-        sums = np.add.accumulate(sums, axis=1)[:, 1:]  # one by one, in order
-        self._sums[own] = sums[:, -1]
-        for end in (last,) if self._stages is None else (end for end in self._stages if before < end <= last):
-            open_ = self._undecided[own]
-            self._close(own[open_], sums[open_, end - before - 1] / self._total, end)
+        rows, before = self.rows, self._done
+        sums = entropies.numpy().copy()
+        sums[:, 0] += self._sums[rows]
+        np.add.accumulate(sums, axis=1, out=sums)  # one by one, in order
+        self._sums[rows], self._done = sums[:, -1], before + sums.shape[1]
+        if self._boundaries is None:
+            ends, accept, reject = np.array([self._done]), np.ones(1), np.array([float(self._done == self._total)])
+        else:
+            ends, accept, reject = _stages(self._boundaries, before, self._done)
+        if not len(ends):
+            return
+        accepting, most = self._bounds(sums[:, ends - before - 1] / self._total, accept, reject)
+        if self._limit is None:
+            self._accepting[rows], self._most[rows] = accepting[:, -1], most[:, -1]
+            return
+        lowest = np.minimum(accepting, most)  # NaN is over nothing: undecided, and in the end rejected
+        decided = ((lowest > self._limit) & (lowest <= _MOST)) | (most <= self._limit)
+        stage = decided.argmax(axis=1)  # the first, and the first at all where none decides
+        closed = decided[np.arange(len(rows)), stage]
+        stage[~closed] = len(ends) - 1
+        self._accepting[rows] = accepting[np.arange(len(rows)), stage]
+        self._most[rows] = most[np.arange(len(rows)), stage]
+        self.rows = rows[~closed]
 
-    def _close(self, rows: NDArray[np.int64], means: NDArray[np.float64], end: int) -> None:
-        """A stage; (A,), and (A,): S_n / N."""
-        accept, reject = (1.0, float(end == self._total)) if self._stages is None else self._stages[end]
-        accepting, most = self._accepting[rows], self._most[rows]
-        if reject > 0.0:
-            most = np.minimum(most, np.maximum(means / reject, accepting))
-            self._most[rows] = most
-        accepting = np.maximum(accepting, means / accept)
-        self._accepting[rows] = accepting
-        if self._limit is not None:  # NaN is over nothing: undecided, and in the end rejected
-            lowest = _rounded(np.minimum(accepting, most))
-            self._undecided[rows] = ~((lowest > self._limit) & np.isfinite(lowest)) & ~(_rounded(most) <= self._limit)
+    def _bounds(
+        self, means: NDArray[np.float64], accept: NDArray[np.float64], reject: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """After each of K stages, max S_j / (N a_j), and what V is at most; from S_k / N, all of them (A, K)."""
+        accepting, most = (np.empty((len(means), len(accept) + 1)) for _ in range(2))
+        accepting[:, 0], most[:, 0] = self._accepting[self.rows], self._most[self.rows]
+        np.divide(means, accept, out=accepting[:, 1:])
+        np.maximum.accumulate(accepting, axis=1, out=accepting)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            np.divide(means, reject, out=most[:, 1:])
+        np.maximum(most[:, 1:], accepting[:, :-1], out=most[:, 1:])
+        most[:, 1:][:, reject == 0.0] = np.inf
+        np.minimum.accumulate(most, axis=1, out=most)
+        return accepting[:, 1:], most[:, 1:]
+
+
+def _stages(
+    boundaries: Boundaries, before: int, last: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    """Ends, and the shares there, of the stages that end after so many overlays, up to so many."""
+    ends, accept, reject = _arrays(boundaries)
+    some = slice(bisect.bisect_right(boundaries.ends, before), bisect.bisect_right(boundaries.ends, last))
+    return ends[some], accept[some], reject[some]
+
+
+@functools.lru_cache(maxsize=16)
+def _arrays(boundaries: Boundaries) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    return np.array(boundaries.ends, dtype=np.int64), np.array(boundaries.accept), np.array(boundaries.reject)
 
 
 def final_scores(entropies: Tensor, boundaries: Boundaries | None) -> Tensor:
     """Minus V, from every overlay's entropy; (B, N), float64, to (B,), float32."""
     evidence = Evidence(len(entropies), entropies.shape[1], boundaries, None)
-    evidence.add(torch.arange(len(entropies)), entropies)
+    evidence.add(entropies)
     return evidence.scores
 
 
-def _rounded(values: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Rounding is monotone, so that a larger V never gets a larger score."""
-    with np.errstate(over="ignore"):  # a share may be so small that V is infinite in float32
-        return values.astype(np.float32)
+def _last_rounded_to(limit: np.float32) -> np.float64:
+    """The largest float64 that is no more than a limit when it is rounded to float32, as scores are."""
+    with np.errstate(over="ignore"):
+        middle = (np.float64(limit) + np.float64(np.nextafter(limit, np.float32(np.inf)))) / 2.0
+        return middle if np.float32(middle) <= limit else np.nextafter(middle, -np.inf)
+
+
+_MOST = _last_rounded_to(np.finfo(np.float32).max)

@@ -78,4 +78,4 @@ class Detector(ABC):
 
 def at_or_over(scores: Tensor, threshold: float) -> Tensor:
     """(B,), bool: the comparison that every detector makes; what is not finite can't be trusted and exceeds."""
-    return ~(scores < torch.tensor(threshold, dtype=scores.dtype)) | ~torch.isfinite(scores)
+    return ~((scores < threshold) & (scores > -torch.inf))

@@ -17,12 +17,14 @@ Reference: Gao et al., STRIP, arXiv:1902.06531; clamped addition as in CoDefend,
 
 from __future__ import annotations
 
+import bisect
 import functools
 import math
 import time
 from dataclasses import dataclass
 from typing import Literal, final, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,7 +58,7 @@ def blend_images(images: Tensor, overlays: Tensor, blend: Blend = "add", alpha: 
     Returns:
         (B, N, C, H, W), in [0, 1].
     """
-    return superimpose(images, overlay_layers(overlays, blend, alpha), blend, alpha)
+    return superimpose(image_bases(images, blend, alpha), overlay_layers(overlays, blend, alpha), blend)
 
 
 def overlay_layers(overlays: Tensor, blend: Blend, alpha: float) -> Tensor:
@@ -80,19 +82,23 @@ def overlay_layers(overlays: Tensor, blend: Blend, alpha: float) -> Tensor:
     return (-alpha * (layers / contrast).to(torch.float64)).clamp(-_MOST_LOGIT, _MOST_LOGIT).exp().to(torch.float32)
 
 
-def superimpose(images: Tensor, layers: Tensor, blend: Blend, alpha: float) -> Tensor:
-    """The rest of a blend; (B, N, C, H, W), in [0, 1], the same bits whatever the batch.
+def image_bases(images: Tensor, blend: Blend, alpha: float) -> Tensor:
+    """The part of a blend that depends on the images alone; (B, C, H, W).
 
-    `logit` is sigmoid(logit(x) + a*z) written as 1 / (1 + e * (1 - x) / x) with e = exp(-a*z), the layer.
+    For `logit`, the odds against: sigmoid(logit(x) + a*z) is 1 / (1 + e * (1 - x) / x), with e = exp(-a*z), the layer.
     """
     if blend == "logit":
         inside = images.clamp(_LOGIT_EDGE, 1.0 - _LOGIT_EDGE)
-        odds_against = ((1.0 - inside) / inside).unsqueeze(1)
-        return (odds_against * layers.unsqueeze(0)).add_(1.0).reciprocal_()
-    if blend == "max":
-        return torch.maximum(images.unsqueeze(1), layers.unsqueeze(0)).clamp_(0.0, 1.0)
-    base = images * (1.0 - alpha) if blend == "mix" else images
-    return (base.unsqueeze(1) + layers.unsqueeze(0)).clamp_(0.0, 1.0)
+        return (1.0 - inside).div_(inside)
+    return images * (1.0 - alpha) if blend == "mix" else images
+
+
+def superimpose(bases: Tensor, layers: Tensor, blend: Blend) -> Tensor:
+    """The rest of a blend; (B, N, C, H, W), in [0, 1], the same bits whatever the batch."""
+    bases, layers = bases.unsqueeze(1), layers.unsqueeze(0)
+    if blend == "logit":
+        return (bases * layers).add_(1.0).reciprocal_()
+    return (torch.maximum(bases, layers) if blend == "max" else bases + layers).clamp_(0.0, 1.0)
 
 
 def entropy_bits(probabilities: Tensor) -> Tensor:
@@ -105,7 +111,7 @@ def entropy_bits(probabilities: Tensor) -> Tensor:
         (...), float64; NaN where a row is NaN.
     """
     nats: Tensor = torch.special.entr(probabilities.to(torch.float64)).sum(dim=-1)
-    return nats.div(math.log(2.0)).clamp_min(0.0)
+    return nats.div_(math.log(2.0)).clamp_min_(0.0)
 
 
 @final
@@ -161,6 +167,12 @@ class Strip(Detector):
         """(N, C, H, W): the overlays, prepared once for the blend."""
         return overlay_layers(self.overlays, self.blend, self.alpha)
 
+    @functools.cached_property
+    def _accepting_ends(self) -> tuple[int, ...]:
+        """Ends of the stages at which an input can be accepted before it is certain."""
+        stages = () if self.boundaries is None else zip(self.boundaries.ends, self.boundaries.accept, strict=True)
+        return tuple(end for end, accept in stages if accept < 1.0)
+
     def pass_entropies(self, images: Tensor) -> Tensor:
         """Each overlay's entropy, for models that give probabilities.
 
@@ -170,12 +182,12 @@ class Strip(Detector):
         Returns:
             (B, N), float64, bits.
         """
-        return entropy_bits(self._answers(images, self.layers))
+        return entropy_bits(self._every_answer(images))
 
     def score(self, images: Tensor) -> Tensor:
         """Minus the mean entropy of all N passes, or what boundaries make of it, in bits; (B,), float32."""
         if self.predictor.labels_only:
-            return -entropy_bits(self._answers(images, self.layers).mean(dim=1)).to(torch.float32)
+            return -entropy_bits(self._every_answer(images).mean(dim=1)).to(torch.float32)
         return self.score_passes(self.pass_entropies(images))
 
     def score_passes(self, entropies: Tensor) -> Tensor:
@@ -210,36 +222,36 @@ class Strip(Detector):
         total = len(self.overlays)
         batch = len(images)
         if self.predictor.labels_only:
-            scores = self.score(images)
-            passes = torch.full((batch,), total)
-            return Inspection(at_or_over(scores, threshold), scores, torch.ones(batch, dtype=torch.bool), passes)
+            scores, yes = self.score(images), torch.ones(batch, dtype=torch.bool)
+            return Inspection(at_or_over(scores, threshold), scores, yes, torch.full((batch,), total))
         evidence = Evidence(batch, total, self.boundaries, threshold)
-        passes = torch.zeros(batch, dtype=torch.int64)
-        active = torch.arange(batch)
+        bases, passes = image_bases(images, self.blend, self.alpha), np.zeros(batch, dtype=np.int64)
         done, own = 0, None
-        while done < total and len(active):
+        while done < total and len(evidence.rows):
+            active = evidence.rows
             end = self._end_of_stage(done, len(active))
             if not clock.allows((end - done) * len(active)):
                 break
-            chosen = images if len(active) == batch else images[active.to(images.device)]
-            answers = self._answers(chosen, self.layers[done:end], riding=riding and not done)
+            chosen = bases if len(active) == batch else bases[torch.from_numpy(active).to(bases.device)]
+            answers = self._answers(chosen, self.layers[done:end], images if riding and not done else None)
             if riding and not done:
                 own, answers = answers[:, 0], answers[:, 1:]
-            evidence.add(active, entropy_bits(answers))
+            evidence.add(entropy_bits(answers))
             passes[active] = done = end
-            active = torch.nonzero(evidence.undecided).squeeze(1)
-        scores = evidence.scores
-        late = evidence.undecided & (passes < total) & ~scores.isnan()  # without an answer it has failed, in time
-        scores = scores.masked_fill(late, torch.nan)
-        return Inspection(at_or_over(scores, threshold), scores, evidence.exact & ~late, passes, late, own)
+        scores, late = evidence.scores, torch.zeros(batch, dtype=torch.bool)
+        if done < total and len(evidence.rows):
+            late[torch.from_numpy(evidence.rows)] = True
+            late &= ~scores.isnan()  # without an answer it has failed, in time
+            scores = scores.masked_fill(late, torch.nan)
+        return Inspection(at_or_over(scores, threshold), scores, evidence.exact & ~late, torch.from_numpy(passes), late, own)
 
     def _end_of_stage(self, done: int, active: int) -> int:
         """Overlays tried after the next stage: rows that are worth a call, and where any end will do, till it is full."""
         least = 2 * self.stage_rows if done else self.stage_rows  # what is not decided by the first takes many
         rows, total = max(1, -(-least // active)), len(self.overlays)
         if self.boundaries is not None:  # where nothing can be accepted, a call is not worth what it may reject
-            ends = zip(self.boundaries.ends, self.boundaries.accept, strict=True)
-            return next((end for end, accept in ends if end >= done + rows and accept < 1.0), total)
+            number = bisect.bisect_left(self._accepting_ends, done + rows)
+            return self._accepting_ends[number] if number < len(self._accepting_ends) else total
         full = _FULL // math.prod(self.predictor.spec.shape)
         return min(total, done + max(rows, min(done // 2, full // active)))
 
@@ -250,28 +262,33 @@ class Strip(Detector):
             ends.append(self._end_of_stage(ends[-1], active))
         return ends[1:]
 
-    def _answers(self, images: Tensor, layers: Tensor, *, riding: bool = False) -> Tensor:
+    def _every_answer(self, images: Tensor) -> Tensor:
+        return self._answers(image_bases(images, self.blend, self.alpha), self.layers)
+
+    def _answers(self, bases: Tensor, layers: Tensor, riders: Tensor | None = None) -> Tensor:
         """(B, n, M) on the CPU: answers to every blend, in forward passes of at most the predictor's `max_rows`.
 
-        With `riding`, (B, 1 + n, M), the images' own first.
+        With the images themselves as `riders`, (B, 1 + n, M), theirs first.
         """
-        layers, columns, most = layers.to(images.device), len(layers) + riding, self.predictor.max_rows
-        if len(images) * columns <= most:
-            return self._answer(images, layers, riding=riding).cpu()
-        parts = []
-        for part in images.split(max(1, most // columns)):
+        layers, riding, most = layers.to(bases.device), riders is not None, self.predictor.max_rows
+        columns = len(layers) + riding
+        if len(bases) * columns <= most:
+            return self._answer(bases, layers, riders).cpu()
+        parts, size = [], max(1, most // columns)
+        for number, part in enumerate(bases.split(size)):
+            own = None if riders is None else riders[number * size :][: len(part)]
             answers = [
-                self._answer(part, some, riding=riding and not number)
-                for number, some in enumerate(layers.split(max(1, most - riding)))
+                self._answer(part, some, own if not first else None)
+                for first, some in enumerate(layers.split(max(1, most - riding)))
             ]
             parts.append(torch.cat(answers, dim=1))
         return torch.cat(parts).cpu()
 
-    def _answer(self, images: Tensor, layers: Tensor, *, riding: bool) -> Tensor:
-        blends = superimpose(images, layers, self.blend, self.alpha)
-        if riding:
-            blends = torch.cat([images.unsqueeze(1), blends], dim=1)
-        return self.predictor(blends.flatten(0, 1), keep=False).reshape(len(images), blends.shape[1], -1)
+    def _answer(self, bases: Tensor, layers: Tensor, riders: Tensor | None) -> Tensor:
+        blends = superimpose(bases, layers, self.blend)
+        if riders is not None:
+            blends = torch.cat([riders.unsqueeze(1), blends], dim=1)
+        return self.predictor(blends.flatten(0, 1), keep=False).reshape(len(bases), blends.shape[1], -1)
 
 
 class _Clock:

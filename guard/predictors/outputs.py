@@ -110,7 +110,7 @@ def to_probabilities(raw: Tensor, kind: OutputKind, num_classes: int, batch: int
     values = raw.to(torch.float32)
     total = values.sum(dim=1, keepdim=True)
     if kind == "logits":
-        return torch.softmax(values, dim=1) + (total - total)  # zero, or NaN where a logit is not finite
+        return torch.softmax(values, dim=1).add_(total, alpha=0.0)  # zero times it: NaN where a logit is not finite
     bad = ~torch.isfinite(values).all(dim=1) | ((total[:, 0] - 1.0).abs() > _COARSE_TOLERANCE) | (values < -0.001).any(dim=1)
     return (values.clamp_min(0.0) / total).masked_fill(bad.unsqueeze(1), torch.nan)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, final
@@ -83,10 +84,15 @@ class Predictor:
         """True when the model gives labels without probabilities."""
         return self.output == "labels"
 
-    @property
+    @functools.cached_property
     def max_rows(self) -> int:
         """Images that fit one forward pass under the memory limit; those of one at least."""
         return self._whole(self.memory_limit // bytes_per_image(self.spec))
+
+    @functools.cached_property
+    def _cpu_rows(self) -> int:
+        most = max(_CPU_LEAST, min(_CPU_MOST, _CPU_NUMBERS // math.prod(self.spec.shape)))
+        return self._whole(min(self.max_rows, most))
 
     def in_full_precision(self) -> Predictor:
         """For answers that go out: itself, where it is that already."""
@@ -107,12 +113,12 @@ class Predictor:
         Raises:
             ModelError: The model raised, or returned another shape.
         """
-        rows = self.max_rows
-        if images.device.type == "cpu":
-            rows = self._whole(min(rows, max(_CPU_LEAST, min(_CPU_MOST, _CPU_NUMBERS // math.prod(self.spec.shape)))))
+        rows = self._cpu_rows if images.device.type == "cpu" else self.max_rows
         with without_gradients(self.backend):
+            if len(images) <= rows:
+                return self._forward(images, keep)
             parts = [self._forward(part, keep) for part in images.split(rows)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return torch.cat(parts)
 
     def _whole(self, rows: int) -> int:
         """So many images, at most, that no forward pass is filled up but the last."""

@@ -7,11 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from guard.detectors import Boundaries, Strip
+from guard.detectors.boundaries import _last_rounded_to
 from guard.errors import CalibrationError
 from guard.predictors import Predictor
 from tests.guard.detectors.test_strip import KEYED, Table, inspected, keyed, peaked
@@ -68,6 +70,16 @@ def test_verdicts_are_the_scores(seed: int, stage_rows: int) -> None:
     for scores, expected, found in inspected(strip, images, table):
         assert (found.scores >= scores)[~expected].all()  # "at least so many bits"
         assert (found.scores <= scores)[expected].all()  # "at most"
+
+
+@pytest.mark.parametrize("limit", [0.0, -0.0, 1e-45, 1.0, 1.0 + 2**-23, -0.7, 3e38, math.inf])
+def test_what_is_decided_in_float64_is_decided_as_rounded_scores_are(limit: float) -> None:
+    """The last number that counts as at the limit, and the next, which does not."""
+    single = np.float32(limit)
+    last = _last_rounded_to(single)
+    assert np.float32(last) <= single
+    with np.errstate(over="ignore"):
+        assert limit == math.inf or np.float32(np.nextafter(last, np.inf)) > single
 
 
 def test_both_kinds_of_input_stop_early() -> None:
