@@ -1,5 +1,7 @@
 """STRIP over a model that PyTorch runs: as it is, with channels last, and with that in bfloat16, at N = 100, sequential.
 
+Against STRIP as others run it, all N passes over the same model as it is.
+
     python -m benchmarks.speed.precision measure --all    # on an idle machine
     python -m benchmarks.speed.precision table
 
@@ -11,7 +13,7 @@ that part, too.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,7 @@ from benchmarks.entry import enter
 from benchmarks.plans import Plan
 from benchmarks.reports import load_results, markdown, percent, run, versions
 from benchmarks.roster import REPORTED
+from benchmarks.speed.rivals import RIVALS, Pixels, Rival
 from benchmarks.speed.timing import in_turn, median_ratio
 from benchmarks.strip import evaluation_images, shuffled
 from benchmarks.victims import CACHE, bars, victim
@@ -33,11 +36,12 @@ from guard.detectors import Strip
 from guard.predictors import Execution
 from guard.predictors.execution import ORDINARY
 
-TIMED: Mapping[str, Plan] = {name: REPORTED[name] for name in ("gtsrb-b", "cifar10-c")}
+TIMED: Mapping[str, Plan] = {name: REPORTED[name] for name in ("mnist-a", "gtsrb-b", "cifar10-c")}
 _LAST = Execution(memory_format="channels-last")
 _SETTINGS = Settings(passes="sequential")
 _DEFENDER, _CLEAN, _TRIGGERED = 2_500, 2_000, 600
 _TIMED, _BATCH, _ROUNDS, _THREADS = 128, 32, 7, 2
+_RIVALS: Mapping[str, Rival] = {name: RIVALS[name] for name in ("original notebook", "ART 1.20.1")}
 
 
 class Speed(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,6 +51,7 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
         execution: Which.
         per_second: Clean inputs inspected.
         faster: Than as it is, round by round.
+        than_others: Times as fast as each of the others, round by round.
         frr: Of clean images.
         far: Of attacks that succeed unguarded.
         turned: Verdicts on the clean images that are not those of the model as it is.
@@ -55,6 +60,7 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
     execution: Execution
     per_second: float
     faster: float
+    than_others: dict[str, float]
     frr: Estimate
     far: Estimate
     turned: Estimate
@@ -95,7 +101,18 @@ def measure(name: str, parts: Parts, cache: Path = CACHE) -> Report:
     )
     clean, triggered = probe.clean.images(slice(None)), probe.triggered.images(slice(None))
     triggered = triggered[full.predictor(triggered).argmax(dim=1) == probe.targets]
-    seconds = in_turn({str(execution): partial(_rejected, *way, clean[:_TIMED]) for execution, way in ways.items()}, _ROUNDS)
+    timed: dict[str, Callable[[], object]] = {
+        str(execution): partial(_rejected, *way, clean[:_TIMED]) for execution, way in ways.items()
+    }
+    predictor, overlays = replace(full.predictor, execution=ORDINARY), full.strips[0].overlays.numpy()
+
+    def predict(batch: Pixels) -> Pixels:
+        answers: Pixels = predictor(torch.from_numpy(batch)).numpy()
+        return answers
+
+    for rival, method in _RIVALS.items():
+        timed[rival] = partial(method, predict, clean[:_TIMED].numpy(), overlays)
+    seconds = in_turn(timed, _ROUNDS)
     as_it_is = _rejected(*ways[ORDINARY], clean)
     speeds = []
     for execution, way in ways.items():
@@ -105,6 +122,7 @@ def measure(name: str, parts: Parts, cache: Path = CACHE) -> Report:
                 execution=execution,
                 per_second=_TIMED / statistics.median(own),
                 faster=median_ratio(seconds[str(ORDINARY)], own),
+                than_others={rival: median_ratio(seconds[rival], own) for rival in _RIVALS},
                 frr=proportion(int(rejected.sum()), len(clean)),
                 far=proportion(int((~_rejected(*way, triggered)).sum()), len(triggered)),
                 turned=proportion(int((rejected != as_it_is).sum()), len(clean)),
@@ -134,7 +152,7 @@ def load_reports() -> list[Report]:
 
 def table(reports: Sequence[Report]) -> str:
     """Markdown."""
-    header = ("victim", "PyTorch runs it", "inputs/s", "as fast as it is", "FRR", "FAR", "verdicts turned")
+    header = ("victim", "PyTorch runs it", "inputs/s", "as fast as it is", *_RIVALS, "FRR", "FAR", "verdicts turned")
     rows = []
     for report in reports:
         for number, item in enumerate(report.speeds):
@@ -145,6 +163,7 @@ def table(reports: Sequence[Report]) -> str:
                     str(item.execution),
                     f"{item.per_second:.0f}",
                     f"{item.faster:.1f} times",
+                    *(f"{item.than_others[rival]:.1f} times" for rival in _RIVALS),
                     *rates,
                 ]
             )

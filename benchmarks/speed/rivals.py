@@ -23,6 +23,10 @@ Predict = Callable[[Pixels], Pixels]
 """(B, C, H, W) in [0, 1] to (B, M) probabilities."""
 
 
+Rival = Callable[[Predict, Pixels, Pixels], NDArray[np.float64]]
+"""What `predict` does, (B, C, H, W) inputs and (N, C, H, W) overlays to mean entropies, (B,)."""
+
+
 def entropy(probabilities: Pixels) -> NDArray[np.float64]:
     """(..., M) to (...), in bits."""
     wide = probabilities.astype(np.float64)
@@ -66,7 +70,7 @@ def trojanzoo(predict: Predict, inputs: Pixels, overlays: Pixels) -> NDArray[np.
     return sums / len(overlays)
 
 
-RIVALS: Mapping[str, Callable[[Predict, Pixels, Pixels], NDArray[np.float64]]] = {
+RIVALS: Mapping[str, Rival] = {
     "original notebook": notebook,
     "ART 1.20.1": art,
     "BackdoorBench": backdoorbench,

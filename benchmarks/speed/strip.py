@@ -26,7 +26,7 @@ from benchmarks.entry import enter
 from benchmarks.plans import Plan
 from benchmarks.reports import load_results, markdown, percent, run, versions
 from benchmarks.roster import REPORTED
-from benchmarks.speed.rivals import RIVALS, Pixels
+from benchmarks.speed.rivals import RIVALS, Pixels, Rival
 from benchmarks.speed.timing import in_turn, median_ratio
 from benchmarks.strip import Probe, as_onnx, evaluation_images, shuffled
 from benchmarks.victims import CACHE, bars, name_of, victim
@@ -169,7 +169,7 @@ def _rejected(made: Calibration, images: torch.Tensor) -> torch.Tensor:
 
 
 def _in_batches(
-    method: Callable[[Callable[[Pixels], Pixels], Pixels, Pixels], NDArray[np.float64]],
+    method: Rival,
     predict: Callable[[Pixels], Pixels],
     images: Pixels,
     overlays: Pixels,
