@@ -6,8 +6,8 @@ Against STRIP as others run it, all N passes over the same model as it is.
     python -m benchmarks.speed.precision table
 
 The first two have one threshold, for they give the same answers but for rounding; bfloat16 has its own, as `guard calibrate
---precision bfloat16` sets it. Timed in turn on clean images of the evaluation part, 32 at once, on two threads; rates are of
-that part, too.
+--precision bfloat16` sets it, and boundaries of its own. Timed in turn on clean images of the evaluation part, 32 at once, on
+two threads; rates are of that part, too.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
         than_others: Times as fast as each of the others, round by round.
         frr: Of clean images.
         far: Of attacks that succeed unguarded.
-        turned: Verdicts on the clean images that are not those of the model as it is.
+        turned: Verdicts on the clean images that are not those of the same detector, at the same threshold, with the model as
+            it is.
     """
 
     execution: Execution
@@ -113,10 +114,10 @@ def measure(name: str, parts: Parts, cache: Path = CACHE) -> Report:
     for rival, method in _RIVALS.items():
         timed[rival] = partial(method, predict, clean[:_TIMED].numpy(), overlays)
     seconds = in_turn(timed, _ROUNDS)
-    as_it_is = _rejected(*ways[ORDINARY], clean)
     speeds = []
     for execution, way in ways.items():
         own, rejected = seconds[str(execution)], _rejected(*way, clean)
+        as_it_is = _rejected(_run(way[0], ORDINARY), way[1], clean)
         speeds.append(
             Speed(
                 execution=execution,
