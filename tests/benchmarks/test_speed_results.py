@@ -7,14 +7,16 @@ import statistics
 from benchmarks.speed import memory, overhead, precision, serving, strip
 from benchmarks.speed.rivals import RIVALS
 
+_TIMES = {"mnist-a": 20.0, "gtsrb-b": 10.0, "cifar10-c": 10.0}
 
-def test_sequential_strip_is_ten_times_as_fast_as_the_others_and_misses_no_more() -> None:
+
+def test_sequential_strip_is_as_many_times_as_fast_as_the_others_as_was_asked_and_misses_no_more() -> None:
     assert [report.name for report in strip.load_reports()] == list(strip.TIMED)
     for report in strip.load_reports():
         speeds = {item.name: item for item in report.speeds}
         ours = speeds["sequential"]
         for rival in RIVALS:
-            assert ours.per_second >= 10.0 * speeds[rival].per_second, (report.name, rival)
+            assert ours.per_second >= _TIMES[report.name] * speeds[rival].per_second, (report.name, rival)
             assert ours.far.value <= speeds[rival].far.value + 0.005
 
 
