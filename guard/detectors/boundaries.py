@@ -105,7 +105,7 @@ class Evidence:
             entropies: (A, n), float64, bits, of `rows`.
         """
         rows, before = self.rows, self._done
-        sums = entropies.numpy().copy()
+        sums = entropies.numpy().astype(np.float64)
         sums[:, 0] += self._sums[rows]
         np.add.accumulate(sums, axis=1, out=sums)  # one by one, in order
         self._sums[rows], self._done = sums[:, -1], before + sums.shape[1]
@@ -134,10 +134,10 @@ class Evidence:
         """After each of K stages, max S_j / (N a_j), and what V is at most; from S_k / N, all of them (A, K)."""
         accepting, most = (np.empty((len(means), len(accept) + 1)) for _ in range(2))
         accepting[:, 0], most[:, 0] = self._accepting[self.rows], self._most[self.rows]
-        np.divide(means, accept, out=accepting[:, 1:])
-        np.maximum.accumulate(accepting, axis=1, out=accepting)
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(all="ignore"):
+            np.divide(means, accept, out=accepting[:, 1:])
             np.divide(means, reject, out=most[:, 1:])
+        np.maximum.accumulate(accepting, axis=1, out=accepting)
         np.maximum(most[:, 1:], accepting[:, :-1], out=most[:, 1:])
         most[:, 1:][:, reject == 0.0] = np.inf
         np.minimum.accumulate(most, axis=1, out=most)
@@ -168,8 +168,10 @@ def final_scores(entropies: Tensor, boundaries: Boundaries | None) -> Tensor:
 def _last_rounded_to(limit: np.float32) -> np.float64:
     """The largest float64 that is no more than a limit when it is rounded to float32, as scores are."""
     with np.errstate(over="ignore"):
-        middle = (np.float64(limit) + np.float64(np.nextafter(limit, np.float32(np.inf)))) / 2.0
+        above = np.float64(np.nextafter(limit, np.float32(np.inf)))
+        middle = (np.float64(limit) + (above if limit == np.inf else min(above, _BEYOND))) / 2.0
         return middle if np.float32(middle) <= limit else np.nextafter(middle, -np.inf)
 
 
+_BEYOND = np.float64(2.0**128)  # what would come after the largest float32
 _MOST = _last_rounded_to(np.finfo(np.float32).max)

@@ -18,6 +18,7 @@ from guard.errors import CalibrationError
 from guard.predictors import Predictor
 from tests.guard.detectors.test_strip import KEYED, Table, inspected, keyed, peaked
 
+LARGEST = float(np.finfo(np.float32).max)
 BOUNDARIES = Boundaries(ends=(2, 3, 7, 12), accept=(0.25, 0.3, 0.75, 1.0), reject=(0.0, 0.1, 0.5, 1.0))
 
 
@@ -72,7 +73,7 @@ def test_verdicts_are_the_scores(seed: int, stage_rows: int) -> None:
         assert (found.scores <= scores)[expected].all()  # "at most"
 
 
-@pytest.mark.parametrize("limit", [0.0, -0.0, 1e-45, 1.0, 1.0 + 2**-23, -0.7, 3e38, math.inf])
+@pytest.mark.parametrize("limit", [0.0, -0.0, 1e-45, 1.0, 1.0 + 2**-23, -0.7, 3e38, LARGEST, math.inf])
 def test_what_is_decided_in_float64_is_decided_as_rounded_scores_are(limit: float) -> None:
     """The last number that counts as at the limit, and the next, which does not."""
     single = np.float32(limit)
@@ -80,6 +81,13 @@ def test_what_is_decided_in_float64_is_decided_as_rounded_scores_are(limit: floa
     assert np.float32(last) <= single
     with np.errstate(over="ignore"):
         assert limit == math.inf or np.float32(np.nextafter(last, np.inf)) > single
+
+
+def test_a_sum_that_is_infinite_in_float32_is_not_accepted_early() -> None:
+    """Of a share next to nothing: its score would be minus infinity, which exceeds every threshold."""
+    tiny = Boundaries(ends=(1, 2, 12), accept=(1e-40, 0.9, 1.0), reject=(0.0, 0.0, 1.0))
+    strip, images, _ = stopping(torch.full((1, 12), 0.1), boundaries=tiny)
+    assert int(strip.inspect(images, -0.01).passes) == 12
 
 
 def test_both_kinds_of_input_stop_early() -> None:
