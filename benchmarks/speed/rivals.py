@@ -22,7 +22,6 @@ Pixels = NDArray[np.float32]
 Predict = Callable[[Pixels], Pixels]
 """(B, C, H, W) in [0, 1] to (B, M) probabilities."""
 
-
 Rival = Callable[[Predict, Pixels, Pixels], NDArray[np.float64]]
 """What `predict` does, (B, C, H, W) inputs and (N, C, H, W) overlays to mean entropies, (B,)."""
 

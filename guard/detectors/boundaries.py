@@ -122,10 +122,10 @@ class Evidence:
         lowest = np.minimum(accepting, most)  # NaN is over nothing: undecided, and in the end rejected
         decided = ((lowest > self._limit) & (lowest <= _MOST)) | (most <= self._limit)
         stage = decided.argmax(axis=1)  # the first, and the first at all where none decides
-        closed = decided[np.arange(len(rows)), stage]
+        every = np.arange(len(rows))
+        closed = decided[every, stage]
         stage[~closed] = len(ends) - 1
-        self._accepting[rows] = accepting[np.arange(len(rows)), stage]
-        self._most[rows] = most[np.arange(len(rows)), stage]
+        self._accepting[rows], self._most[rows] = accepting[every, stage], most[every, stage]
         self.rows = rows[~closed]
 
     def _bounds(

@@ -278,8 +278,8 @@ class Strip(Detector):
         for number, part in enumerate(bases.split(size)):
             own = None if riders is None else riders[number * size :][: len(part)]
             answers = [
-                self._answer(part, some, own if not first else None)
-                for first, some in enumerate(layers.split(max(1, most - riding)))
+                self._answer(part, some, None if later else own)
+                for later, some in enumerate(layers.split(max(1, most - riding)))
             ]
             parts.append(torch.cat(answers, dim=1))
         return torch.cat(parts).cpu()

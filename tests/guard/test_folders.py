@@ -12,7 +12,7 @@ import pytest
 from guard import folders
 from guard.errors import RepairError
 from guard.files import printable
-from guard.folders import FolderKind
+from guard.folders import FolderKind, read_settled
 
 KIND = FolderKind("basket's", "basket.json", lambda name: name == "apple", RepairError)
 
@@ -102,3 +102,20 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 def test_what_steers_a_terminal_is_escaped_and_blanks_stay() -> None:
     assert printable("new\nline\x1b[31mred\u202e.png") == "new\\nline\\x1b[31mred\\u202e.png"
     assert printable("Screenshot 3.45\u202fPM.png") == "Screenshot 3.45\u202fPM.png"
+
+
+def test_who_replaces_a_folder_again_and_again_is_waited_for(tmp_path: Path) -> None:
+    """Ten times the folder is another one by the time that it was read; five were once too few."""
+    folder, reads = tmp_path / "folder", 0
+    folder.mkdir()
+
+    def read() -> str:
+        nonlocal reads
+        reads += 1
+        if reads <= 10:
+            folder.rename(tmp_path / f"old-{reads}")
+            folder.mkdir()
+            raise RepairError("half of it")
+        return "whole"
+
+    assert read_settled(folder, read) == "whole"
