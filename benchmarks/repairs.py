@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import msgspec
@@ -196,20 +197,25 @@ def load_reports() -> list[Report]:
 
 
 def table(reports: Sequence[Report]) -> str:
-    """Markdown, one line per victim and method, those of a victim below what it was."""
+    """Markdown, one line per victim and method, below what its victim was; trained again on another machine, that differs."""
     header = ("victim", "repair", "CA", "ASR", "ASR, 4 copies", "ASR, 9 copies", "clean images", "minutes, of which scan")
+    by_model: dict[tuple[str, Exams], list[Report]] = {}
+    for victim_name, own in groupby(reports, key=lambda report: report.victim):
+        for report in own:
+            by_model.setdefault((victim_name, report.before), []).append(report)
     rows, last = [], ""
-    for report in reports:
-        if report.victim != last:
-            rows.append([f"**{report.victim}**", "none", *_cells(report.before), "", ""])
-            last = report.victim
-        done = ["gave up: " + report.gave_up.split(":")[0], "", "", ""] if report.after is None else _cells(report.after)
-        minutes = f"{report.minutes + report.scan_minutes:.1f}" + (
-            f", {report.scan_minutes:.1f}" if report.scan_minutes else ""
-        )
-        refused = ", refused" if report.after is not None and report.gave_up else ""
-        rows.append(["", report.method + refused, *done, f"{report.images:,}", minutes])
+    for (victim_name, before), repaired in by_model.items():
+        rows.append([f"**{victim_name}**{', trained again' if victim_name == last else ''}", "none", *_cells(before), "", ""])
+        rows.extend(_row(report) for report in repaired)
+        last = victim_name
     return markdown(header, rows)
+
+
+def _row(report: Report) -> list[str]:
+    done = ["gave up: " + report.gave_up.split(":")[0], "", "", ""] if report.after is None else _cells(report.after)
+    minutes = f"{report.minutes + report.scan_minutes:.1f}" + (f", {report.scan_minutes:.1f}" if report.scan_minutes else "")
+    refused = ", refused" if report.after is not None and report.gave_up else ""
+    return ["", report.method + refused, *done, f"{report.images:,}", minutes]
 
 
 def _cells(found: Exams) -> list[str]:
