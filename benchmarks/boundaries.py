@@ -37,7 +37,7 @@ from calibration.settings import asked_strips
 from calibration.strip import mean_passes
 from calibration.thresholds import set_threshold
 from guard.detectors import Boundaries, Strip
-from guard.detectors.boundaries import final_scores
+from guard.detectors.boundaries import Evidence, final_scores
 from guard.errors import InputError
 
 NAMES = ("mnist-dev", "gtsrb-dev", "cifar10-dev", "cifar10-dev-two")
@@ -188,7 +188,8 @@ def _let_in(triggered: NDArray[np.float64], boundaries: Boundaries | None, thres
 def _passes(entropies: NDArray[np.float64], boundaries: Boundaries | None, threshold: float) -> float:
     """In batches large enough that every end is one of a stage."""
     ends = range(1, entropies.shape[1] + 1) if boundaries is None else boundaries.ends
-    return mean_passes(torch.from_numpy(entropies), boundaries, threshold, ends)
+    evidence = Evidence(len(entropies), entropies.shape[1], boundaries, threshold)
+    return mean_passes(torch.from_numpy(entropies), evidence, ends)
 
 
 def _tables(found: Victim, parts: Parts, cache: Path, progress: Progress) -> Tables:

@@ -1,4 +1,4 @@
-"""How many forward passes STRIP takes, exact and sequential, and what that changes: for every victim under STRIP's default.
+"""How many forward passes STRIP takes, exact, by votes and sequential, and what that changes: for every victim, by one blend.
 
     python -m benchmarks.passes measure --name gtsrb-b
     python -m benchmarks.passes measure --all
@@ -30,7 +30,7 @@ from calibration.statistics import Estimate, proportion
 from guard import Predictor
 
 _DEFENDER, _CLEAN, _TRIGGERED, _BATCH = 5_000, 2_000, 500, 32
-_CHOICES: tuple[PassesChoice, ...] = ("exact", "sequential")
+_CHOICES: tuple[PassesChoice, ...] = ("exact", "votes", "sequential")
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,7 +66,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         name: Of the victim in `REPORTED`.
         command: That made this.
         plan: What was trained.
-        figures: Of both ways.
+        figures: Of each way.
         seconds: Of the measurement.
         libraries: Versions.
     """
@@ -141,21 +141,21 @@ def load_reports() -> list[Report]:
 
 
 def table(reports: Sequence[Report]) -> str:
-    """Markdown: both ways, side by side."""
+    """Markdown: the ways side by side; empty where one has not been measured."""
     header = ["victim"]
     for figure in ("FRR", "FAR", "passes, clean", "passes, triggered"):
-        header += [f"{figure}: exact", "sequential"]
+        header += [f"{figure}: {_CHOICES[0]}", *_CHOICES[1:]]
     rows = []
     for report in reports:
         found = {item.passes: item for item in report.figures}
-        both = [found[choice] for choice in _CHOICES]
+        every = [found.get(choice) for choice in _CHOICES]
         rows.append(
             [
                 report.name,
-                *(percent(item.frr) for item in both),
-                *(percent(item.far) for item in both),
-                *(f"{item.clean_passes:.1f} ({item.clean_passes_alone:.1f})" for item in both),
-                *("" if item.triggered_passes is None else f"{item.triggered_passes:.1f}" for item in both),
+                *("" if item is None else percent(item.frr) for item in every),
+                *("" if item is None else percent(item.far) for item in every),
+                *("" if item is None else f"{item.clean_passes:.1f} ({item.clean_passes_alone:.1f})" for item in every),
+                *("" if item is None or item.triggered_passes is None else f"{item.triggered_passes:.1f}" for item in every),
             ]
         )
     return markdown(header, rows)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from calibration.data import ImageSet, Progress
 from calibration.filters import FoundTrigger, activation_filter
-from calibration.settings import Settings, asked_strips
+from calibration.settings import Settings, asked_strips, votes
 from calibration.thresholds import set_threshold
 from guard import Predictor
 from guard.detectors import ActivationFilter, Detector, FeatureSqueezing, Strip
@@ -56,7 +56,7 @@ class DetectorCalibration:
     def record(self, array: str) -> DetectorRecord:
         """For the profile; STRIP's overlays under that name."""
         match self.detector:
-            case Strip(blend=blend, alpha=alpha, name=name, boundaries=boundaries):
+            case Strip(blend=blend, alpha=alpha, name=name, boundaries=boundaries, votes=votes):
                 return StripRecord(
                     threshold=self.threshold,
                     blend=blend,
@@ -64,6 +64,7 @@ class DetectorCalibration:
                     mean_passes=self.mean_passes,
                     array=array,
                     boundaries=boundaries,
+                    votes=votes,
                     title=name,
                 )
             case FeatureSqueezing(squeezers=squeezers, bits=bits):
@@ -90,10 +91,10 @@ def compose(
         ModelError: The model can't be looked into.
     """
     asked = asked_strips(settings)
-    found: list[Detector] = [
-        Strip(predictor, set_aside[number :: len(asked)], blend, alpha, name="strip" if len(asked) == 1 else f"strip-{blend}")
-        for number, (blend, alpha) in enumerate(asked)
-    ]
+    found: list[Detector] = []
+    for number, (blend, alpha) in enumerate(asked):
+        own, name = set_aside[number :: len(asked)], "strip" if len(asked) == 1 else f"strip-{blend}"
+        found.append(Strip(predictor, own, blend, alpha, name=name, votes=votes(settings, len(own))))
     if "feature-squeezing" in settings.detectors:
         found.append(FeatureSqueezing(predictor))
     return found + [activation_filter(predictor, set_aside, trigger) for trigger in triggers]

@@ -31,6 +31,8 @@ FIGURES = {
 SPEED = ("images at once", "model alone, ms an image", "guarded, ms an image", "times", "passes an image")
 """Above `speed_rows`."""
 
+_STOPS = {"exact": "when its verdict is certain", "votes": "when votes make its verdict certain", "sequential": "by boundaries"}
+
 
 def calibration_report(calibration: Calibration, further: Sequence[Section] = ()) -> bytes:
     """The page that lies beside a profile, HTML in one file; `further` sections come after the pictures."""
@@ -109,6 +111,8 @@ def _limit(part: DetectorCalibration) -> str:
     match detector:
         case Strip():
             superimposed = f"{len(detector.overlays)} clean images superimposed by {detector.blend}"
+            if detector.votes is not None:
+                return f"entropy is over {limit} under fewer than {detector.votes} of {superimposed}"
             if detector.boundaries is None:
                 return f"mean entropy under {superimposed} is at most {limit}"
             return f"mean entropy under {superimposed}, as boundaries tell it from the first few, is at most {limit}"
@@ -145,8 +149,7 @@ def _settings_rows(calibration: Calibration) -> list[tuple[str, str]]:
         rows.append(("Clean accuracy of the model", f"{profile.clean_accuracy:.2%}"))
     rows.append(("Mean forward passes of a clean input", f"{calibration.mean_passes:.1f} of {calibration.most_passes}"))
     if strips:
-        sequential = any(strip.boundaries is not None for strip in strips)
-        rows.append(("STRIP stops early", "by boundaries" if sequential else "when its verdict is certain"))
+        rows.append(("STRIP stops early", _STOPS[strips[0].passes]))
     return rows + [(f"Version of {name}", version) for name, version in profile.libraries.items()]
 
 

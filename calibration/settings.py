@@ -18,9 +18,10 @@ BlendChoice = Literal["logit", "logit+demeaned", "add", "mix", "demeaned", "max"
 DetectorChoice = Literal["strip", "feature-squeezing"]
 """An online test that needs nothing but the model and clean images."""
 
-PassesChoice = Literal["exact", "sequential"]
-"""How many of STRIP's passes an input takes: as many as make the verdict of all of them certain, or fewer, by boundaries that
-are calibrated along with the threshold, see `calibration.boundaries`."""
+PassesChoice = Literal["exact", "votes", "sequential"]
+"""How many of STRIP's passes an input takes: as many as make the verdict of their mean entropy certain, as many as give it the
+votes of a few overlays, see `guard.detectors.votes`, or fewer, by boundaries that are calibrated along with the threshold, see
+`calibration.boundaries`."""
 
 PrecisionChoice = Literal["float32", "bfloat16", "auto"]
 """Of detectors' forward passes in PyTorch on a CPU; `auto` takes bfloat16 where that is clearly faster and turns hardly any
@@ -32,6 +33,7 @@ PreprocessChoice = Literal["none", "gym", "gym-intensive", "shrink-pad", "flip"]
 _PAIR: tuple[tuple[Blend, float], ...] = (("logit", 3.5), ("demeaned", 1.5))
 _ALPHAS: dict[Blend, float] = {"add": 1.0, "mix": 0.5, "demeaned": 1.5, "max": 1.0, "logit": 3.5}
 _MIN_OVERLAYS = 2
+_VOTES, _FEWEST_VOTES = 0.05, 3  # of the overlays: as few as hide a trigger seldom, on development victims
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,6 +115,11 @@ def named(choice: BlendChoice, alpha: float | None) -> str:
 def asked_strips(settings: Settings) -> tuple[tuple[Blend, float], ...]:
     """The same for settings; none where STRIP is not among the detectors."""
     return strips(settings.blend, settings.alpha) if "strip" in settings.detectors else ()
+
+
+def votes(settings: Settings, overlays: int) -> int | None:
+    """Of so many overlays of one STRIP, that an input needs; None where it is not by votes."""
+    return min(overlays, max(_FEWEST_VOTES, round(_VOTES * overlays))) if settings.passes == "votes" else None
 
 
 def set_aside(settings: Settings) -> int:

@@ -16,8 +16,9 @@ from calibration.detectors import DetectorCalibration
 from calibration.overlays import order_overlays
 from calibration.settings import Settings
 from calibration.thresholds import set_threshold, share
-from guard.detectors import Boundaries, Strip
+from guard.detectors import Strip
 from guard.detectors.boundaries import Evidence
+from guard.detectors.votes import Votes
 from guard.errors import CalibrationError
 from guard.records import ThresholdRecord
 
@@ -55,12 +56,12 @@ def calibrate_strip(
         strip = _sequential(strip, _entropies(strip, choosing, progress), share(settings.frr, None, detectors)[0])
     table = _entropies(strip, clean, progress)
     if strip.boundaries is None:
-        provisional = threshold(strip.score_passes(table).numpy())
-        order = torch.from_numpy(order_overlays(table.numpy(), -provisional.value * table.shape[1]))
+        order = torch.from_numpy(_certain_soon(strip, table, -threshold(strip.score_passes(table).numpy()).value))
         strip, table = replace(strip, overlays=strip.overlays[order]), table[:, order]
     scores = strip.score_passes(table).numpy()
     record = threshold(scores)
-    return DetectorCalibration(strip, record, scores, mean_passes(table, strip.boundaries, record.value, strip.stage_ends()))
+    passes = mean_passes(table, strip.evidence(len(table), record.value), strip.stage_ends())
+    return DetectorCalibration(strip, record, scores, passes)
 
 
 def _sequential(strip: Strip, table: Tensor, frr: float) -> Strip:
@@ -89,16 +90,21 @@ def _batches(strip: Strip, clean: ImageSet, progress: Progress) -> Iterator[Tens
         progress(what, int(part[-1]) + 1, len(clean))
 
 
-def mean_passes(table: Tensor, boundaries: Boundaries | None, threshold: float, ends: Sequence[int]) -> float:
+def _certain_soon(strip: Strip, table: Tensor, limit: float) -> NDArray[np.int64]:
+    """(N,): the order of the overlays in which few make the verdict certain, for a threshold in bits."""
+    if strip.votes is None:
+        return order_overlays(table.numpy(), limit * table.shape[1])
+    return order_overlays((table > limit).to(torch.float64).numpy(), float(strip.votes))
+
+
+def mean_passes(table: Tensor, evidence: Evidence | Votes, ends: Sequence[int]) -> float:
     """That an image takes.
 
     Args:
         table: (n, N), float64, bits, of each image under each overlay.
-        boundaries: None for exact early acceptance.
-        threshold: On the score.
+        evidence: Nothing yet, of so many images.
         ends: Overlays tried at the end of each stage; the last is N.
     """
-    evidence = Evidence(len(table), table.shape[1], boundaries, threshold)
     passes, done = torch.zeros(len(table)), 0
     for end in ends:
         active = torch.from_numpy(evidence.rows)

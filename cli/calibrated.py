@@ -99,7 +99,8 @@ def _rows(made: Calibrated) -> list[tuple[str, str]]:
 
 
 def _stops(calibration: Calibration) -> str:
-    return ", by boundaries" if any(strip.boundaries is not None for strip in calibration.strips) else ""
+    how = {strip.passes for strip in calibration.strips}
+    return ", by boundaries" if "sequential" in how else ", by votes" if "votes" in how else ""
 
 
 def _threshold_row(part: DetectorCalibration) -> tuple[str, str]:
@@ -191,13 +192,13 @@ def _detector(part: DetectorCalibration) -> dict[str, object]:
     rate = {"frr": limit.frr, "frr_low": limit.frr_low, "frr_high": limit.frr_high}
     own: dict[str, object]
     match detector:
-        case Strip(blend=blend, alpha=alpha, overlays=overlays, boundaries=boundaries):
+        case Strip(blend=blend, alpha=alpha, overlays=overlays, passes=passes):
             own = {
                 "blend": blend,
                 "alpha": alpha,
                 "entropy_threshold": -limit.value,
                 "overlays": len(overlays),
-                "passes": "exact" if boundaries is None else "sequential",
+                "passes": passes,
             }
         case ActivationFilter(neurons=neurons):
             own = {"threshold": limit.value, "neurons": neurons.tolist()}

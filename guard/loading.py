@@ -173,7 +173,15 @@ def _detector(record: DetectorRecord, watched: Predictor, profile: Profile, arra
     match record:
         case StripRecord():
             overlays = _images(profile, arrays, record.array)
-            return Strip(watched, overlays, record.blend, record.alpha, name=record.title, boundaries=record.boundaries)
+            return Strip(
+                watched,
+                overlays,
+                record.blend,
+                record.alpha,
+                name=record.title,
+                boundaries=record.boundaries,
+                votes=record.votes,
+            )
         case FeatureSqueezingRecord():
             return FeatureSqueezing(watched, record.squeezers, record.bits, record.title)
         case ActivationFilterRecord():

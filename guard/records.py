@@ -50,6 +50,7 @@ class StripRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         mean_passes: Mean forward passes on the clean calibration images, one image at a time.
         array: Name of its overlays among the profile's arrays.
         boundaries: Where it may stop before all passes; None where only as soon as their verdict is certain.
+        votes: Overlays that must have made the model unsure; None where their entropies are added up.
     """
 
     threshold: ThresholdRecord
@@ -58,6 +59,7 @@ class StripRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     mean_passes: float | None = None
     array: str = OVERLAYS
     boundaries: Boundaries | None = None
+    votes: int | None = None
     title: Annotated[str, msgspec.Meta(pattern=r"^strip(-[a-z]+)?\Z")] = "strip"
 
 

@@ -80,7 +80,7 @@ class Evidence:
     def __init__(self, images: int, total: int, boundaries: Boundaries | None, threshold: float | None) -> None:
         self.rows: NDArray[np.int64] = np.arange(images)
         self._total, self._done, self._boundaries = total, 0, boundaries
-        self._limit = None if threshold is None else _last_rounded_to(np.float32(-threshold))  # V: at it or under it, rejected
+        self._limit = None if threshold is None else last_rounded_to(np.float32(-threshold))  # V: at it or under it, rejected
         self._sums = np.zeros(images)
         self._accepting = np.zeros(images)  # max S_j / (N a_j)
         self._most = np.full(images, np.inf)  # V is at most that
@@ -165,7 +165,7 @@ def final_scores(entropies: Tensor, boundaries: Boundaries | None) -> Tensor:
     return evidence.scores
 
 
-def _last_rounded_to(limit: np.float32) -> np.float64:
+def last_rounded_to(limit: np.float32) -> np.float64:
     """The largest float64 that is no more than a limit when it is rounded to float32, as scores are."""
     with np.errstate(over="ignore"):
         above = np.float64(np.nextafter(limit, np.float32(np.inf)))
@@ -174,4 +174,4 @@ def _last_rounded_to(limit: np.float32) -> np.float64:
 
 
 _BEYOND = np.float64(2.0**128)  # what would come after the largest float32
-_MOST = _last_rounded_to(np.finfo(np.float32).max)
+_MOST = last_rounded_to(np.finfo(np.float32).max)

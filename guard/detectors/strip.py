@@ -5,7 +5,8 @@
 in bits, entropy over the classes. The score is -H: low entropy is suspicious. Every h_n is >= 0 and floating-point
 addition of non-negative numbers never decreases a sum, so once the running mean (sum so far / N) is over the threshold
 in bits, the full mean is too: `inspect` stops there and accepts with the verdict that all N passes would give. With
-`boundaries`, it stops sooner, and at triggered inputs as well; the score is then another one, see `guard.detectors.boundaries`.
+`boundaries`, it stops sooner, and at triggered inputs as well; with `votes`, as soon as so many h_n are over the threshold. The
+score is then another one, see `guard.detectors.boundaries` and `guard.detectors.votes`.
 
 Blind to: source-specific and all-to-all backdoors, triggers that a blend destroys (faint or spread over the image), and
 attackers who train against it. Which triggers survive depends on the blend: a guard may run several, each with overlays and a
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from guard.detectors.boundaries import Boundaries, Evidence, final_scores
 from guard.detectors.detector import Detector, Inspection, at_or_over
+from guard.detectors.votes import Votes, vote_scores
 from guard.errors import CalibrationError
 from guard.predictors.predictor import Predictor
 
@@ -128,9 +130,11 @@ class Strip(Detector):
             also grow, to half of what went before, until they fill a processor, so that a lone input takes few calls.
         name: `strip`, or `strip-BLEND` where a guard has several.
         boundaries: Where it may stop; None for exact early acceptance.
+        votes: Overlays that must have made the model unsure; None for the mean entropy, or what boundaries make of it.
 
     Raises:
-        CalibrationError: No overlays, an alpha out of range, or boundaries of another number of overlays.
+        CalibrationError: No overlays, an alpha out of range, boundaries of another number of overlays, more votes than
+            overlays, or both.
         InputError: The overlays are not images.
     """
 
@@ -141,6 +145,7 @@ class Strip(Detector):
     stage_rows: int = 4
     name: str = "strip"
     boundaries: Boundaries | None = None
+    votes: int | None = None
 
     def __post_init__(self) -> None:
         """Validate once."""
@@ -151,16 +156,22 @@ class Strip(Detector):
             raise CalibrationError(f"expected a blend of {', '.join(get_args(Blend))}, got {self.blend!r}")
         if not (math.isfinite(self.alpha) and 0.0 < self.alpha <= (1.0 if self.blend == "mix" else math.inf)):
             raise CalibrationError(f"expected alpha in (0, 1] for mix and over 0 otherwise, got {self.alpha} for {self.blend}")
-        if self.boundaries is None:
-            return
-        if self.predictor.labels_only:
+        if self.passes != "exact" and self.predictor.labels_only:
             raise CalibrationError(
-                "expected a model with probabilities for boundaries, got labels: their entropy is of all passes"
+                f"expected a model with probabilities for {self.passes} passes, got labels: take exact ones (--passes exact)"
             )
-        if self.boundaries.ends[-1] != len(self.overlays):
-            raise CalibrationError(
-                f"expected boundaries of {len(self.overlays)} overlays, got {self.boundaries.ends[-1]}: calibrate again"
-            )
+        total = len(self.overlays)
+        if self.boundaries is not None and self.votes is not None:
+            raise CalibrationError("expected boundaries or votes, got both: calibrate again")
+        if self.votes is not None and not 1 <= self.votes <= total:
+            raise CalibrationError(f"expected votes of 1 to {total} overlays, got of {self.votes}: calibrate again")
+        if self.boundaries is not None and self.boundaries.ends[-1] != total:
+            raise CalibrationError(f"expected boundaries of {total} overlays, got {self.boundaries.ends[-1]}: calibrate again")
+
+    @property
+    def passes(self) -> Literal["exact", "votes", "sequential"]:
+        """What lets it stop before all overlays are tried."""
+        return "votes" if self.votes is not None else "exact" if self.boundaries is None else "sequential"
 
     @functools.cached_property
     def layers(self) -> Tensor:
@@ -185,14 +196,20 @@ class Strip(Detector):
         return entropy_bits(self._every_answer(images))
 
     def score(self, images: Tensor) -> Tensor:
-        """Minus the mean entropy of all N passes, or what boundaries make of it, in bits; (B,), float32."""
+        """Minus the mean entropy of all N passes, or what boundaries or votes make of them, in bits; (B,), float32."""
         if self.predictor.labels_only:
             return -entropy_bits(self._every_answer(images).mean(dim=1)).to(torch.float32)
         return self.score_passes(self.pass_entropies(images))
 
     def score_passes(self, entropies: Tensor) -> Tensor:
         """The score that follows from every overlay's entropy; (B, N), float64, to (B,), float32."""
-        return final_scores(entropies, self.boundaries)
+        return final_scores(entropies, self.boundaries) if self.votes is None else vote_scores(entropies, self.votes)
+
+    def evidence(self, images: int, threshold: float | None) -> Evidence | Votes:
+        """Nothing yet, of so many images; see there."""
+        if self.votes is not None:
+            return Votes(images, len(self.overlays), self.votes, threshold)
+        return Evidence(images, len(self.overlays), self.boundaries, threshold)
 
     def inspect(self, images: Tensor, threshold: float) -> Inspection:
         """Compare `score(images)` with a threshold, stopping for each image as soon as the verdict is certain.
@@ -224,7 +241,7 @@ class Strip(Detector):
         if self.predictor.labels_only:
             scores, yes = self.score(images), torch.ones(batch, dtype=torch.bool)
             return Inspection(at_or_over(scores, threshold), scores, yes, torch.full((batch,), total))
-        evidence = Evidence(batch, total, self.boundaries, threshold)
+        evidence = self.evidence(batch, threshold)
         bases, passes = image_bases(images, self.blend, self.alpha), np.zeros(batch, dtype=np.int64)
         done, own = 0, None
         while done < total and len(evidence.rows):
@@ -253,7 +270,7 @@ class Strip(Detector):
             number = bisect.bisect_left(self._accepting_ends, done + rows)
             return self._accepting_ends[number] if number < len(self._accepting_ends) else total
         full = _FULL // math.prod(self.predictor.spec.shape)
-        return min(total, done + max(rows, min(done // 2, full // active)))
+        return min(total, max(self.votes or 0, done + max(rows, min(done // 2, full // active))))
 
     def stage_ends(self, active: int = 1) -> list[int]:
         """How many overlays have been tried after each stage, while so many images remain."""

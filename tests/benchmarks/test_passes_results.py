@@ -18,7 +18,7 @@ def test_there_are_victims_of_every_set() -> None:
 
 @pytest.mark.parametrize("report", REPORTS, ids=lambda report: report.name)
 def test_few_passes_for_clean_inputs_at_the_rate_asked_for(report: passes.Report) -> None:
-    exact, sequential = report.figures
+    exact, sequential = (item for item in report.figures if item.passes != "votes")
     assert sequential.passes == "sequential"
     assert sequential.clean_passes <= MOST[report.plan.images]
     assert sequential.clean_passes < exact.clean_passes
@@ -27,7 +27,7 @@ def test_few_passes_for_clean_inputs_at_the_rate_asked_for(report: passes.Report
 
 @pytest.mark.parametrize("report", SEEN, ids=lambda report: report.name)
 def test_few_passes_for_triggered_inputs_and_as_many_of_them_found(report: passes.Report) -> None:
-    exact, sequential = report.figures
+    exact, sequential = (item for item in report.figures if item.passes != "votes")
     assert exact.far is not None
     assert sequential.far is not None
     assert sequential.triggered_passes is not None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from guard.detectors import Boundaries, Strip
-from guard.detectors.boundaries import _last_rounded_to
+from guard.detectors.boundaries import last_rounded_to
 from guard.errors import CalibrationError
 from guard.predictors import Predictor
 from tests.guard.detectors.test_strip import KEYED, Table, inspected, keyed, peaked
@@ -77,7 +77,7 @@ def test_verdicts_are_the_scores(seed: int, stage_rows: int) -> None:
 def test_what_is_decided_in_float64_is_decided_as_rounded_scores_are(limit: float) -> None:
     """The last number that counts as at the limit, and the next, which does not."""
     single = np.float32(limit)
-    last = _last_rounded_to(single)
+    last = last_rounded_to(single)
     assert np.float32(last) <= single
     with np.errstate(over="ignore"):
         assert limit == math.inf or np.float32(np.nextafter(last, np.inf)) > single
@@ -143,5 +143,5 @@ def test_boundaries_belong_to_their_overlays_and_to_probabilities() -> None:
     strip, _, table = stopping(torch.zeros(1, 12))
     with pytest.raises(CalibrationError, match="expected boundaries of 11 overlays, got 12"):
         replace(strip, overlays=strip.overlays[1:])
-    with pytest.raises(CalibrationError, match="expected a model with probabilities for boundaries, got labels"):
+    with pytest.raises(CalibrationError, match="expected a model with probabilities for sequential passes, got labels"):
         replace(strip, predictor=Predictor(table, KEYED, 2, "labels"))

@@ -1,0 +1,63 @@
+"""A guard by votes on a real backdoor: fewer passes than a mean's, the same rates, and what is saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from calibration import Calibration, Settings, calibrate, evaluate
+from cli.demonstration.digits import ATTACK, Digits
+from guard import Guard
+from guard.errors import CalibrationError
+
+BY_VOTES = Settings(passes="votes")
+
+
+@pytest.fixture(scope="module")
+def voted(digits: Digits, backdoored: nn.Module) -> Calibration:
+    return calibrate(backdoored, digits.clean, BY_VOTES)
+
+
+def test_fewer_passes_at_the_same_rates(digits: Digits, calibration: Calibration, voted: Calibration) -> None:
+    clean, triggered = (images.select(torch.arange(200)) for images in (digits.test, digits.triggered))
+    pixels = clean.images(slice(None))
+    exact, fewer = (
+        float(made.strips[0].inspect(pixels, made.thresholds[0].value).passes.double().mean()) for made in (calibration, voted)
+    )
+    assert fewer < 0.9 * exact
+    assert voted.mean_passes < calibration.mean_passes
+    figures = evaluate(voted.guard(), clean, triggered, ATTACK.target_label)
+    assert figures.guarded_attack_success_rate is not None
+    assert figures.guarded_attack_success_rate.value <= 0.02
+    assert figures.frr.value <= 0.03
+
+
+def test_no_image_is_spent_on_more_than_the_threshold(digits: Digits, voted: Calibration) -> None:
+    assert voted.strips[0].votes == 5
+    assert voted.thresholds[0].images == len(digits.clean) - 100
+
+
+def test_saved_and_loaded_it_decides_as_it_did(
+    tmp_path: Path, digits: Digits, backdoored: nn.Module, voted: Calibration
+) -> None:
+    voted.save(tmp_path / "profile")
+    images = torch.cat([digits.test.images(slice(0, 40)), digits.triggered.images(slice(0, 40))])
+    assert Guard.load(tmp_path / "profile", backdoored)(images) == voted.guard()(images)
+
+
+def test_three_votes_at_least_of_each_of_a_pair(digits: Digits, backdoored: nn.Module) -> None:
+    found = calibrate(backdoored, digits.clean, Settings(passes="votes", blend="logit+demeaned", frr=0.04, overlays=20))
+    assert [strip.votes for strip in found.strips] == [3, 3]
+
+
+def test_a_model_of_labels_takes_exact_passes(digits: Digits, backdoored: nn.Module) -> None:
+    class Labels(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            labels: Tensor = backdoored(images).argmax(dim=1)
+            return labels
+
+    with pytest.raises(CalibrationError, match=r"expected a model with probabilities for votes passes, got labels: take exact"):
+        calibrate(Labels().eval(), digits.clean, BY_VOTES)
