@@ -29,18 +29,22 @@ def archive_images(archive: Path) -> list[bytes]:
     """A few clean images of the profile in an archive, as PNG: none where it holds no profile, or no PNG holds its images.
 
     Raises:
-        ServingError: No archive.
+        ServingError: No archive that can be read.
         GuardError: The profile can't be read.
+        OSError: No room for a copy of the profile.
     """
     try:
-        with zipfile.ZipFile(archive) as opened, tempfile.TemporaryDirectory() as folder:
+        with zipfile.ZipFile(archive) as opened:
             if not set(_PROFILE) <= set(opened.namelist()):
                 return []
-            for name in _PROFILE:
-                opened.extract(name, folder)
-            profile, arrays = load_profile(folder)
+            held = {name: opened.read(name) for name in _PROFILE}
     except (OSError, zipfile.BadZipFile) as error:
-        raise ServingError(f"expected a model archive, got {archive}: make one with guard export") from error
+        got = error.strerror if isinstance(error, OSError) and error.strerror else "not one"
+        raise ServingError(f"expected a model archive, got {archive}: {got}; make one with guard export") from error
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in held.items():
+            (Path(folder) / name).write_bytes(content)
+        profile, arrays = load_profile(folder)
     if profile.input.channels not in (1, 3):
         return []
     found = []

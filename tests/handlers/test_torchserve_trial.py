@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,8 +60,24 @@ def test_other_archives_have_none(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "m.mar", "w") as made:
         made.writestr("handler.py", "")
     assert archive_images(tmp_path / "m.mar") == []
-    with pytest.raises(ServingError, match="expected a model archive"):
-        archive_images(tmp_path / "none.mar")
+    (tmp_path / "text.mar").write_text("not an archive")
+    for name, reason in (("none.mar", "No such file or directory"), (".", "Is a directory"), ("text.mar", "not one")):
+        with pytest.raises(ServingError, match=f"expected a model archive, got .*: {reason}; make one with guard export"):
+            archive_images(tmp_path / name)
+
+
+def test_a_full_disk_is_no_missing_archive(
+    toy: tuple[Profile, dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_profile(*toy, tmp_path / "other")
+    archive = archived(tmp_path / "other")
+
+    def full(path: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        archive_images(archive)
 
 
 def test_a_damaged_profile_is_told(tmp_path: Path) -> None:
