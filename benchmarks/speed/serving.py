@@ -203,16 +203,17 @@ def ask(url: str, bodies: Sequence[bytes], clients: int, requests: int) -> tuple
         ServingError: An answer was neither 200 nor a rejection.
     """
     numbers = itertools.count()
-    ready = threading.Barrier(clients + 1, timeout=60)
+    ready, stopped = threading.Barrier(clients + 1, timeout=60), threading.Event()
 
     def client() -> list[float]:
         address = urlsplit(url)
         connection = HTTPConnection(address.hostname or "", address.port, timeout=60)
         waited = []
-        with contextlib.closing(connection):
+        with contextlib.closing(connection), contextlib.ExitStack() as ending:
+            ending.callback(stopped.set)  # by then every request is sent, or one has failed
             connection.connect()
             ready.wait()
-            while (number := next(numbers)) < requests:
+            while not stopped.is_set() and (number := next(numbers)) < requests:
                 started = time.perf_counter()
                 connection.request("POST", address.path, bodies[number % len(bodies)])
                 response = connection.getresponse()
@@ -226,7 +227,10 @@ def ask(url: str, bodies: Sequence[bytes], clients: int, requests: int) -> tuple
         running = [pool.submit(client) for _ in range(clients)]
         ready.wait()
         started = time.perf_counter()
-        waited = [seconds for one in running for seconds in one.result()]
+        try:
+            waited = [seconds for one in running for seconds in one.result()]
+        finally:
+            stopped.set()  # interrupted
         return requests / (time.perf_counter() - started), waited
 
 

@@ -23,13 +23,14 @@ from guard.predictors.onnx import OnnxBackend
 class _Counting(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     status = 200
+    fails_at = 0  # the request that gets a 500
     bodies: list[bytes]
     connections: set[int]
 
     def do_POST(self) -> None:
         self.bodies.append(self.rfile.read(int(self.headers["content-length"])))
         self.connections.add(self.client_address[1])
-        self.send_response(self.status)
+        self.send_response(500 if len(self.bodies) == self.fails_at else self.status)
         self.send_header("content-length", "0")
         self.end_headers()
 
@@ -58,6 +59,14 @@ def test_every_request_is_sent_once_over_one_connection_a_client(counting: tuple
     assert 1 <= len(handler.connections) <= 4
     assert len(waited) == 30
     assert sum(waited) / 4 <= 30 / rate * 1.5
+
+
+def test_the_others_stop_where_one_fails(counting: tuple[str, type[_Counting]]) -> None:
+    url, handler = counting
+    handler.fails_at = 20
+    with pytest.raises(ServingError, match="got status 500"):
+        ask(url, [b"one"], clients=3, requests=5_000)
+    assert len(handler.bodies) < 1_000
 
 
 def test_rejections_are_answers_and_failures_are_not(counting: tuple[str, type[_Counting]]) -> None:
