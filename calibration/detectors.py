@@ -94,7 +94,7 @@ def compose(
     found: list[Detector] = []
     for number, (blend, alpha) in enumerate(asked):
         own, name = set_aside[number :: len(asked)], "strip" if len(asked) == 1 else f"strip-{blend}"
-        found.append(Strip(predictor, own, blend, alpha, name=name, votes=votes(settings, len(own))))
+        found.append(Strip(predictor, own, blend, alpha, name=name, votes=votes(settings.passes, len(own))))
     if "feature-squeezing" in settings.detectors:
         found.append(FeatureSqueezing(predictor))
     return found + [activation_filter(predictor, set_aside, trigger) for trigger in triggers]

@@ -39,7 +39,7 @@ class _Words:
 
 _WORDS = {
     "strip": _Words(
-        "Entropy of {}", "mean entropy under superimposed images (bits)", "a trigger pushes entropy towards 0"
+        "Entropy of {}", "entropy under superimposed images (bits)", "a trigger pushes entropy towards 0"
     ),
     "feature-squeezing": _Words(
         "Change of the answers to {} when they are squeezed",

@@ -25,7 +25,7 @@ from calibration.data import ImageSet, Progress, no_progress
 from calibration.division import check_labels
 from calibration.overlays import choose_overlays
 from calibration.planting import draw_plants, plant_trigger
-from calibration.settings import BlendChoice, strips
+from calibration.settings import BlendChoice, PassesChoice, strips
 from calibration.statistics import Estimate
 from calibration.thresholds import check_rate, needed_images, rank
 from calibration.trials import Planted, Setting, Trial
@@ -95,6 +95,7 @@ def red_team(
     overlays: int = 100,
     seed: int = 0,
     candidates: Sequence[tuple[BlendChoice, float | None]] = CANDIDATES,
+    passes: PassesChoice = "exact",
     progress: Progress = no_progress,
 ) -> RedTeam:
     """Plant triggers in copies of a model and compare STRIP's settings on them.
@@ -107,6 +108,7 @@ def red_team(
         overlays: N, at most.
         seed: Of triggers, targets and the split.
         candidates: Blends and weights; one that can't be calibrated from so few images is left out.
+        passes: By what STRIP judges: votes, or the mean entropy, which sequential passes nearly do.
         progress: Told how far it is.
 
     Raises:
@@ -132,7 +134,8 @@ def red_team(
     for number, plant in enumerate(plants):
         progress("planting triggers", number, len(plants))
         copied = plant_trigger(predictor, plant.attack, clean.images(tuning), labels[tuning], generator)
-        trials.append(Trial.of(copied, plant, clean.images(superimposed), clean.images(choosing), labels[choosing]))
+        aside, compared = clean.images(superimposed), clean.images(choosing)
+        trials.append(Trial.of(copied, plant, aside, compared, labels[choosing], passes))
     progress("planting triggers", len(plants), len(plants))
     able = [item for item in candidates if rank(len(choosing), frr / len(strips(*item))) >= 1]
     chosen = _settle([trial for trial in trials if trial.plant.say != "none"], able, overlays, frr, progress)

@@ -31,8 +31,6 @@ FIGURES = {
 SPEED = ("images at once", "model alone, ms an image", "guarded, ms an image", "times", "passes an image")
 """Above `speed_rows`."""
 
-_STOPS = {"exact": "when its verdict is certain", "votes": "when votes make its verdict certain", "sequential": "by boundaries"}
-
 
 def calibration_report(calibration: Calibration, further: Sequence[Section] = ()) -> bytes:
     """The page that lies beside a profile, HTML in one file; `further` sections come after the pictures."""
@@ -123,6 +121,12 @@ def _limit(part: DetectorCalibration) -> str:
     return f"score ({detector.name}) is at least {limit}"
 
 
+def _stops(strip: Strip) -> str:
+    if strip.votes is not None:
+        return f"when {strip.votes} of {len(strip.overlays)} overlays have voted for the input"
+    return "when its verdict is certain" if strip.boundaries is None else "by boundaries"
+
+
 def _montage(strips: Sequence[Strip]) -> bytes:
     """The first overlays: two rows of a lone detector's, a row of each of several."""
     if len(strips) > 1:
@@ -149,7 +153,7 @@ def _settings_rows(calibration: Calibration) -> list[tuple[str, str]]:
         rows.append(("Clean accuracy of the model", f"{profile.clean_accuracy:.2%}"))
     rows.append(("Mean forward passes of a clean input", f"{calibration.mean_passes:.1f} of {calibration.most_passes}"))
     if strips:
-        rows.append(("STRIP stops early", _STOPS[strips[0].passes]))
+        rows.append(("STRIP stops early", " or ".join(dict.fromkeys(_stops(strip) for strip in strips))))
     return rows + [(f"Version of {name}", version) for name, version in profile.libraries.items()]
 
 

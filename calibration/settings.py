@@ -34,6 +34,7 @@ _PAIR: tuple[tuple[Blend, float], ...] = (("logit", 3.5), ("demeaned", 1.5))
 _ALPHAS: dict[Blend, float] = {"add": 1.0, "mix": 0.5, "demeaned": 1.5, "max": 1.0, "logit": 3.5}
 _MIN_OVERLAYS = 2
 _VOTES, _FEWEST_VOTES = 0.05, 3  # of the overlays: as few as hide a trigger seldom, on development victims
+_MIN_VOTERS = 10  # overlays: of fewer, nearly all would have to vote
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,9 +118,9 @@ def asked_strips(settings: Settings) -> tuple[tuple[Blend, float], ...]:
     return strips(settings.blend, settings.alpha) if "strip" in settings.detectors else ()
 
 
-def votes(settings: Settings, overlays: int) -> int | None:
+def votes(passes: PassesChoice, overlays: int) -> int | None:
     """Of so many overlays of one STRIP, that an input needs; None where it is not by votes."""
-    return min(overlays, max(_FEWEST_VOTES, round(_VOTES * overlays))) if settings.passes == "votes" else None
+    return min(overlays, max(_FEWEST_VOTES, round(_VOTES * overlays))) if passes == "votes" else None
 
 
 def set_aside(settings: Settings) -> int:
@@ -144,6 +145,12 @@ def check_settings(settings: Settings, images: int) -> None:
     if aside < fewest and (blends or settings.triggers):
         of = "" if blends < 2 else f" for {settings.blend}"
         raise CalibrationError(f"expected at least {fewest} overlays{of}, got {aside}: the paper uses 100")
+    if settings.passes == "votes" and blends and aside < _MIN_VOTERS * blends:
+        of = "" if blends < 2 else f" under {settings.blend}"
+        fewest_voters = _MIN_VOTERS * blends
+        raise CalibrationError(
+            f"expected at least {fewest_voters} overlays for votes{of}, got {aside}: use more --overlays, or --passes exact"
+        )
     if images <= aside:
         raise CalibrationError(
             f"expected more clean images than the {aside} overlays, got {images}: add images or use fewer --overlays"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from calibration.evaluation import joint_scores
 from calibration.planting import Plant, Say
-from calibration.settings import BlendChoice, named, strips
+from calibration.settings import BlendChoice, PassesChoice, named, strips, votes
 from calibration.statistics import Estimate, auroc, proportion
 from calibration.thresholds import rank
 from guard.detectors import Strip
@@ -89,11 +89,14 @@ class Trial:
     triggered: Tensor
     clean_accuracy: float
     attack_success: Estimate
+    passes: PassesChoice
     bits: dict[tuple[BlendChoice, float | None, int], tuple[NDArray[np.float64], NDArray[np.float64]]]
     figures: dict[Setting, Figures]
 
     @classmethod
-    def of(cls, copied: Predictor, plant: Plant, overlays: Tensor, images: Tensor, labels: Tensor) -> Self:
+    def of(
+        cls, copied: Predictor, plant: Plant, overlays: Tensor, images: Tensor, labels: Tensor, passes: PassesChoice = "exact"
+    ) -> Self:
         """Ask a copy about clean images and triggered ones, before any detector.
 
         Args:
@@ -102,6 +105,7 @@ class Trial:
             overlays: (N, C, H, W), in [0, 1].
             images: (B, C, H, W), in [0, 1], clean.
             labels: (B,), int64.
+            passes: By what STRIP judges: votes, or the mean entropy, which sequential passes nearly do.
         """
         wanted = plant.attack.targets(images, labels)
         triggered = (plant.attack.trigger(images) * 255.0).round() / 255.0
@@ -115,6 +119,7 @@ class Trial:
             triggered=triggered[success][: _MOST_TRIGGERED if rate.value >= _TOOK else 0],
             clean_accuracy=float((copied(images).argmax(dim=1).cpu() == labels).double().mean()),
             attack_success=rate,
+            passes=passes,
             bits={},
             figures={},
         )
@@ -139,7 +144,7 @@ class Trial:
         for count in counts:
             used = [(clean[:, : count // parts], triggered[:, : count // parts]) for clean, triggered in found]
             setting = Setting(choice, alpha, count)
-            self.figures[setting] = _figures(setting, used, frr)
+            self.figures[setting] = _figures(setting, used, frr, self.passes)
 
     def planted(self) -> Planted:
         """What was found, for people and files."""
@@ -157,12 +162,21 @@ def _entropies(strip: Strip, images: Tensor) -> NDArray[np.float64]:
     return np.concatenate([strip.pass_entropies(part).numpy() for part in images.split(_BATCH)])
 
 
-def _figures(setting: Setting, bits: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]], frr: float) -> Figures:
+def _figures(
+    setting: Setting, bits: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]], frr: float, passes: PassesChoice
+) -> Figures:
     """Each detector's entropies of clean and of triggered images, (n, N) and (m, N), to rates of them together."""
     if not all(np.isfinite(part).all() for both in bits for part in both):
         raise CalibrationError(f"the copy gives NaN or Inf on images superimposed by {setting.blend}: it can't be red-teamed")
-    scores = [-np.stack([part.mean(axis=1) for part in side]) for side in zip(*bits, strict=True)]
+    scores = [-np.stack([_judged(part, passes) for part in side]) for side in zip(*bits, strict=True)]
     thresholds = np.sort(scores[0], axis=1)[:, ::-1][:, rank(scores[0].shape[1], frr / len(bits)) - 1]
     clean, triggered = (joint_scores(side.astype(np.float32), thresholds.tolist()) for side in scores)
     accepted = int((scores[1] <= thresholds[:, None]).all(axis=0).sum())
     return Figures(setting=setting, far=proportion(accepted, len(triggered)), auroc=auroc(clean, triggered))
+
+
+def _judged(bits: NDArray[np.float64], passes: PassesChoice) -> NDArray[np.float64]:
+    """(n,): what is compared with a threshold, of each overlay's entropies, (n, N)."""
+    needed = votes(passes, bits.shape[1])
+    found: NDArray[np.float64] = bits.mean(axis=1) if needed is None else np.partition(bits, -needed, axis=1)[:, -needed]
+    return found

@@ -94,9 +94,9 @@ def calibrate_command(
         Literal["exact", "votes", "sequential"] | None,
         typer.Option(
             help="When STRIP stops before it has superimposed all overlays. exact: when no further one can turn the verdict of "
-            "their mean entropy. votes: sooner, once a twentieth of them, at least 3, have made the model unsure. sequential: "
-            "sooner still, and at triggered inputs, too, by boundaries that keep to the same share of false rejections; needs "
-            "300 to 600 clean images more.",
+            "their mean entropy. votes: by the default blend sooner, once the entropy under a twentieth of them, at least 3, is "
+            "over the threshold. sequential: sooner still, and at triggered inputs, too, by boundaries that keep to the same "
+            "share of false rejections; needs 300 to 600 clean images more.",
             show_default="exact",
             rich_help_panel=_RATES,
         ),
@@ -323,7 +323,8 @@ def _red_team(
             check_drop(*accuracies(answers, unseen, settings.seed, progress, before), settings.max_accuracy_drop)
     settle_threads(predictor)
     able = [item for item in CANDIDATES if _can_calibrate(_with(settings, *item), len(rest))]
-    found = red_team(predictor, first, settings.frr, settings.overlays, settings.seed, candidates=able, progress=progress)
+    asked = (settings.frr, settings.overlays, settings.seed)
+    found = red_team(predictor, first, *asked, candidates=able, passes=settings.passes, progress=progress)
     left_out = tuple(item for item in CANDIDATES if item not in able) + found.left_out
     found, chosen = msgspec.structs.replace(found, left_out=left_out), found.chosen
     return rest, _with(settings, chosen.blend, chosen.alpha, chosen.overlays), found

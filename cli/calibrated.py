@@ -99,8 +99,10 @@ def _rows(made: Calibrated) -> list[tuple[str, str]]:
 
 
 def _stops(calibration: Calibration) -> str:
-    how = {strip.passes for strip in calibration.strips}
-    return ", by boundaries" if "sequential" in how else ", by votes" if "votes" in how else ""
+    for strip in calibration.strips:
+        if strip.passes != "exact":
+            return ", by boundaries" if strip.votes is None else f", by {strip.votes} votes of {len(strip.overlays)}"
+    return ""
 
 
 def _threshold_row(part: DetectorCalibration) -> tuple[str, str]:
@@ -192,13 +194,14 @@ def _detector(part: DetectorCalibration) -> dict[str, object]:
     rate = {"frr": limit.frr, "frr_low": limit.frr_low, "frr_high": limit.frr_high}
     own: dict[str, object]
     match detector:
-        case Strip(blend=blend, alpha=alpha, overlays=overlays, passes=passes):
+        case Strip(blend=blend, alpha=alpha, overlays=overlays, passes=passes, votes=votes):
             own = {
                 "blend": blend,
                 "alpha": alpha,
                 "entropy_threshold": -limit.value,
                 "overlays": len(overlays),
                 "passes": passes,
+                "votes": votes,
             }
         case ActivationFilter(neurons=neurons):
             own = {"threshold": limit.value, "neurons": neurons.tolist()}

@@ -164,7 +164,7 @@ class Strip(Detector):
         if self.boundaries is not None and self.votes is not None:
             raise CalibrationError("expected boundaries or votes, got both: calibrate again")
         if self.votes is not None and not 1 <= self.votes <= total:
-            raise CalibrationError(f"expected votes of 1 to {total} overlays, got of {self.votes}: calibrate again")
+            raise CalibrationError(f"expected 1 to {total} votes of as many overlays, got {self.votes}: calibrate again")
         if self.boundaries is not None and self.boundaries.ends[-1] != total:
             raise CalibrationError(f"expected boundaries of {total} overlays, got {self.boundaries.ends[-1]}: calibrate again")
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from calibration import Calibration, Settings, calibrate, evaluate
+from calibration import BlendChoice, Calibration, Settings, calibrate, evaluate
+from calibration.settings import check_settings
+from calibration.trials import Setting, _figures
 from cli.demonstration.digits import ATTACK, Digits
 from guard import Guard
 from guard.errors import CalibrationError
@@ -51,6 +54,23 @@ def test_saved_and_loaded_it_decides_as_it_did(
 def test_three_votes_at_least_of_each_of_a_pair(digits: Digits, backdoored: nn.Module) -> None:
     found = calibrate(backdoored, digits.clean, Settings(passes="votes", blend="logit+demeaned", frr=0.04, overlays=20))
     assert [strip.votes for strip in found.strips] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("blend", "overlays", "fewest"), [("logit", 9, "10 overlays"), ("logit+demeaned", 19, "20 overlays")]
+)
+def test_too_few_overlays_to_vote_are_refused(blend: BlendChoice, overlays: int, fewest: str) -> None:
+    with pytest.raises(CalibrationError, match=f"expected at least {fewest}.* got {overlays}: use more --overlays"):
+        check_settings(Settings(passes="votes", blend=blend, overlays=overlays, frr=0.04), 1_000)
+
+
+def test_the_red_team_judges_by_votes() -> None:
+    """Six of a hundred overlays hide the trigger: a mean of these does not, five votes do."""
+    clean, triggered = np.full((200, 100), 1.0), np.zeros((50, 100))
+    triggered[:, :6] = 2.0
+    setting = Setting("logit", None, 100)
+    by_mean, by_votes = (_figures(setting, [(clean, triggered)], 0.01, how).far.value for how in ("exact", "votes"))
+    assert (by_mean, by_votes) == (0.0, 1.0)
 
 
 def test_a_model_of_labels_takes_exact_passes(digits: Digits, backdoored: nn.Module) -> None:

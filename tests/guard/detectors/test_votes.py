@@ -91,7 +91,7 @@ def test_an_answer_of_nan_before_the_votes_are_in_rejects() -> None:
 @pytest.mark.parametrize("count", [0, -1, 13])
 def test_votes_are_of_its_overlays(count: int) -> None:
     strip, _, _ = voting(torch.zeros(1, 12))
-    with pytest.raises(CalibrationError, match=f"expected votes of 1 to 12 overlays, got of {count}"):
+    with pytest.raises(CalibrationError, match=f"expected 1 to 12 votes of as many overlays, got {count}"):
         replace(strip, votes=count)
 
 
