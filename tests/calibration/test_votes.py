@@ -56,9 +56,7 @@ def test_three_votes_at_least_of_each_of_a_pair(digits: Digits, backdoored: nn.M
     assert [strip.votes for strip in found.strips] == [3, 3]
 
 
-@pytest.mark.parametrize(
-    ("blend", "overlays", "fewest"), [("logit", 9, "10 overlays"), ("logit+demeaned", 19, "20 overlays")]
-)
+@pytest.mark.parametrize(("blend", "overlays", "fewest"), [("logit", 9, "10 overlays"), ("logit+demeaned", 19, "20 overlays")])
 def test_too_few_overlays_to_vote_are_refused(blend: BlendChoice, overlays: int, fewest: str) -> None:
     with pytest.raises(CalibrationError, match=f"expected at least {fewest}.* got {overlays}: use more --overlays"):
         check_settings(Settings(passes="votes", blend=blend, overlays=overlays, frr=0.04), 1_000)

@@ -64,6 +64,19 @@ def test_sequential_passes_from_calibration_to_verdict(tmp_path: Path, guard: Co
         assert guard("check", tmp_path / "p", tmp_path / "images.npz").out.count(f"entropy {bound}") == len(inexact)
 
 
+def test_votes_from_calibration_to_verdict(tmp_path: Path, guard: Command, files: Files, digits: Digits) -> None:
+    command = ["calibrate", files.model, "--data", files.clean, "--out", tmp_path / "p", "--passes", "votes"]
+    assert "by 5 votes of 100" in guard(*command).out
+    assert "when 5 of 100 overlays have voted for the input" in (tmp_path / "p" / "report.html").read_text()
+    (summary,) = guard(*command, "--json").lines
+    assert [(item["passes"], item["votes"]) for item in summary["detectors"]] == [("votes", 5)]
+    for images, verdict in ((digits.test, "accepted"), (digits.triggered, "rejected")):
+        np.savez(tmp_path / "images.npz", x=images.pixels[:40, 0].numpy())
+        lines = guard("check", tmp_path / "p", tmp_path / "images.npz", "--json").lines
+        assert [line["verdict"] for line in lines].count(verdict) >= 38
+        assert all((line["entropy"] > line["threshold"]) == (line["verdict"] == "accepted") for line in lines)
+
+
 MIX = ["--detector", "strip", "--detector", "feature-squeezing", "--overlays", 20, "--frr", 0.06]
 
 
@@ -150,6 +163,7 @@ def test_detectors_that_can_not_be_calibrated(
             ["--detector", "feature-squeezing", "--blend", "add", "--passes", "exact"],
             "expected --blend and --passes with --detector strip",
         ),
+        (files.model, ["--passes", "votes", "--overlays", 9], "at least 10 overlays for votes, got 9"),
         (files.model, ["--passes", "sequential", "--overlays", 200], "at least 399 clean images besides the overlays"),
         (files.model, ["--detector", "strip", "--detector", "strip"], "expected each detector once"),
         (files.model, ["--detector", "magic"], "magic"),
