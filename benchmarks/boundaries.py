@@ -26,7 +26,7 @@ from benchmarks.datasets import Parts
 from benchmarks.entry import enter
 from benchmarks.plans import Plan
 from benchmarks.reports import load_results, markdown, run, versions
-from benchmarks.roster import REPAIR_DEVELOPMENT
+from benchmarks.roster import DEVELOPMENT, REPAIR_DEVELOPMENT
 from benchmarks.strip import as_onnx, shuffled
 from benchmarks.victims import CACHE, Victim, bars, triggered_images, victim
 from calibration import ImageSet, Settings
@@ -40,7 +40,8 @@ from guard.detectors import Boundaries, Strip
 from guard.detectors.boundaries import Evidence, final_scores
 from guard.errors import InputError
 
-NAMES = ("mnist-dev", "gtsrb-dev", "cifar10-dev", "cifar10-dev-two")
+NAMES = ("mnist-dev", "mnist-dev-noise", "gtsrb-dev", "cifar10-dev", "cifar10-dev-two")
+_PLANS: Mapping[str, Plan] = {name: {**DEVELOPMENT, **REPAIR_DEVELOPMENT}[name] for name in NAMES}
 ORDERS = ("ours", "random", "worst first")
 ACCEPTING = (1, 2, 3, 4)
 DRAWS = 40
@@ -113,7 +114,7 @@ class Tables:
 
 def measure(name: str, parts: Parts, cache: Path = CACHE) -> Report:
     """Measure one development victim."""
-    plan = REPAIR_DEVELOPMENT[name]
+    plan = _PLANS[name]
     with bars() as progress:
         found = victim(plan, parts, cache, progress)
         far, figures = compare(_tables(found, parts, cache, progress))
@@ -241,8 +242,7 @@ def table(reports: Sequence[Report]) -> str:
 
 def main() -> int:
     """Run from the command line."""
-    plans: Mapping[str, Plan] = {name: REPAIR_DEVELOPMENT[name] for name in NAMES}
-    return run("boundaries", __doc__, plans, Report, measure, table)
+    return run("boundaries", __doc__, _PLANS, Report, measure, table)
 
 
 if __name__ == "__main__":
