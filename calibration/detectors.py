@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -64,7 +65,7 @@ class DetectorCalibration:
                     mean_passes=self.mean_passes,
                     array=array,
                     boundaries=boundaries,
-                    votes=votes,
+                    votes=msgspec.UNSET if votes is None else votes,
                     title=name,
                 )
             case FeatureSqueezing(squeezers=squeezers, bits=bits):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -180,7 +181,7 @@ def _detector(record: DetectorRecord, watched: Predictor, profile: Profile, arra
                 record.alpha,
                 name=record.title,
                 boundaries=record.boundaries,
-                votes=record.votes,
+                votes=None if isinstance(record.votes, msgspec.UnsetType) else record.votes,
             )
         case FeatureSqueezingRecord():
             return FeatureSqueezing(watched, record.squeezers, record.bits, record.title)

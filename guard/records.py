@@ -50,7 +50,8 @@ class StripRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         mean_passes: Mean forward passes on the clean calibration images, one image at a time.
         array: Name of its overlays among the profile's arrays.
         boundaries: Where it may stop before all passes; None where only as soon as their verdict is certain.
-        votes: Overlays that must have made the model unsure; None where their entropies are added up.
+        votes: Overlays that must have made the model unsure. Left out where their entropies are added up, so that versions
+            that know no votes read it.
     """
 
     threshold: ThresholdRecord
@@ -59,7 +60,7 @@ class StripRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     mean_passes: float | None = None
     array: str = OVERLAYS
     boundaries: Boundaries | None = None
-    votes: int | None = None
+    votes: int | msgspec.UnsetType = msgspec.UNSET
     title: Annotated[str, msgspec.Meta(pattern=r"^strip(-[a-z]+)?\Z")] = "strip"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,16 @@ def test_saved_and_loaded_it_decides_as_it_did(
     voted.save(tmp_path / "profile")
     images = torch.cat([digits.test.images(slice(0, 40)), digits.triggered.images(slice(0, 40))])
     assert Guard.load(tmp_path / "profile", backdoored)(images) == voted.guard()(images)
+
+
+def test_a_guard_without_votes_writes_none_so_that_older_versions_read_it(
+    tmp_path: Path, calibration: Calibration, voted: Calibration
+) -> None:
+    for made, expected in ((calibration, None), (voted, 5)):
+        made.save(tmp_path / "profile")
+        (detector,) = json.loads((tmp_path / "profile" / "guard.json").read_bytes())["detectors"]
+        assert detector.get("votes") == expected
+        assert ("votes" in detector) == (expected is not None)
 
 
 def test_three_votes_at_least_of_each_of_a_pair(digits: Digits, backdoored: nn.Module) -> None:
