@@ -25,7 +25,7 @@ from calibration.data import ImageSet, Progress, no_progress
 from calibration.division import check_labels
 from calibration.overlays import choose_overlays
 from calibration.planting import draw_plants, plant_trigger
-from calibration.settings import BlendChoice, PassesChoice, strips
+from calibration.settings import BlendChoice, PassesChoice, fewest_overlays, strips
 from calibration.statistics import Estimate
 from calibration.thresholds import check_rate, needed_images, rank
 from calibration.trials import Planted, Setting, Trial
@@ -108,7 +108,7 @@ def red_team(
         overlays: N, at most.
         seed: Of triggers, targets and the split.
         candidates: Blends and weights; one that can't be calibrated from so few images is left out.
-        passes: By what STRIP judges: votes, or the mean entropy, which sequential passes nearly do.
+        passes: By what STRIP judges: votes, or else the mean entropy.
         progress: Told how far it is.
 
     Raises:
@@ -138,7 +138,8 @@ def red_team(
         trials.append(Trial.of(copied, plant, aside, compared, labels[choosing], passes))
     progress("planting triggers", len(plants), len(plants))
     able = [item for item in candidates if rank(len(choosing), frr / len(strips(*item))) >= 1]
-    chosen = _settle([trial for trial in trials if trial.plant.say != "none"], able, overlays, frr, progress)
+    counts = overlay_counts(overlays, able, passes)
+    chosen = _settle([trial for trial in trials if trial.plant.say != "none"], able, counts, frr, progress)
     others = [trial for trial in trials if trial.plant.say == "none"]
     _compare(others, [(chosen.blend, chosen.alpha)], [chosen.overlays], frr, progress, "looking for blind spots")
     return RedTeam(
@@ -152,18 +153,22 @@ def red_team(
     )
 
 
+def overlay_counts(overlays: int, candidates: Sequence[tuple[BlendChoice, float | None]], passes: PassesChoice) -> list[int]:
+    """How many overlays settings are compared with, of so many at most: as many as each can be calibrated with, at least."""
+    fewest = max([_FEWEST_OVERLAYS, *(fewest_overlays(passes, len(strips(*item))) for item in candidates)])
+    return sorted({min(overlays, max(fewest, overlays // part)) for part in (4, 2, 1)})
+
+
 def _settle(
     trials: Sequence[Trial],
     candidates: Sequence[tuple[BlendChoice, float | None]],
-    overlays: int,
+    counts: Sequence[int],
     frr: float,
     progress: Progress,
 ) -> Setting:
-    """All candidates with few overlays, then the best of them with more."""
-    few = max(_FEWEST_OVERLAYS, overlays // 4)
-    _compare(trials, candidates, [few], frr, progress, "comparing all settings")
+    """All candidates with the fewest overlays, then the best of them with more."""
+    _compare(trials, candidates, counts[:1], frr, progress, "comparing all settings")
     best = list(dict.fromkeys((item.blend, item.alpha) for item in _ranked([trial.planted() for trial in trials])))
-    counts = sorted({few, max(_FEWEST_OVERLAYS, overlays // 2), overlays})
     _compare(trials, best[:_FINALISTS], counts, frr, progress, "comparing the best further")
     return choose([trial.planted() for trial in trials])
 

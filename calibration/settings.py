@@ -118,9 +118,14 @@ def asked_strips(settings: Settings) -> tuple[tuple[Blend, float], ...]:
     return strips(settings.blend, settings.alpha) if "strip" in settings.detectors else ()
 
 
-def votes(passes: PassesChoice, overlays: int) -> int | None:
+def needed_votes(passes: PassesChoice, overlays: int) -> int | None:
     """Of so many overlays of one STRIP, that an input needs; None where it is not by votes."""
     return min(overlays, max(_FEWEST_VOTES, round(_VOTES * overlays))) if passes == "votes" else None
+
+
+def fewest_overlays(passes: PassesChoice, blends: int) -> int:
+    """That so many STRIPs can be calibrated with."""
+    return (_MIN_VOTERS if passes == "votes" else _MIN_OVERLAYS) * max(1, blends)
 
 
 def set_aside(settings: Settings) -> int:
@@ -145,11 +150,11 @@ def check_settings(settings: Settings, images: int) -> None:
     if aside < fewest and (blends or settings.triggers):
         of = "" if blends < 2 else f" for {settings.blend}"
         raise CalibrationError(f"expected at least {fewest} overlays{of}, got {aside}: the paper uses 100")
-    if settings.passes == "votes" and blends and aside < _MIN_VOTERS * blends:
+    fewest = fewest_overlays(settings.passes, blends)
+    if settings.passes == "votes" and blends and aside < fewest:
         of = "" if blends < 2 else f" under {settings.blend}"
-        fewest_voters = _MIN_VOTERS * blends
         raise CalibrationError(
-            f"expected at least {fewest_voters} overlays for votes{of}, got {aside}: use more --overlays, or --passes exact"
+            f"expected at least {fewest} overlays for votes{of}, got {aside}: use more --overlays, or --passes exact"
         )
     if images <= aside:
         raise CalibrationError(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from calibration.evaluation import joint_scores
 from calibration.planting import Plant, Say
-from calibration.settings import BlendChoice, PassesChoice, named, strips, votes
+from calibration.settings import BlendChoice, PassesChoice, named, needed_votes, strips
 from calibration.statistics import Estimate, auroc, proportion
 from calibration.thresholds import rank
 from guard.detectors import Strip
@@ -105,7 +105,7 @@ class Trial:
             overlays: (N, C, H, W), in [0, 1].
             images: (B, C, H, W), in [0, 1], clean.
             labels: (B,), int64.
-            passes: By what STRIP judges: votes, or the mean entropy, which sequential passes nearly do.
+            passes: By what STRIP judges: votes, or else the mean entropy.
         """
         wanted = plant.attack.targets(images, labels)
         triggered = (plant.attack.trigger(images) * 255.0).round() / 255.0
@@ -177,6 +177,6 @@ def _figures(
 
 def _judged(bits: NDArray[np.float64], passes: PassesChoice) -> NDArray[np.float64]:
     """(n,): what is compared with a threshold, of each overlay's entropies, (n, N)."""
-    needed = votes(passes, bits.shape[1])
+    needed = needed_votes(passes, bits.shape[1])
     found: NDArray[np.float64] = bits.mean(axis=1) if needed is None else np.partition(bits, -needed, axis=1)[:, -needed]
     return found

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from calibration import BlendChoice, Calibration, Settings, calibrate, evaluate
+from calibration.red_team import overlay_counts
 from calibration.settings import check_settings
 from calibration.trials import Setting, _figures
 from cli.demonstration.digits import ATTACK, Digits
@@ -71,6 +72,17 @@ def test_three_votes_at_least_of_each_of_a_pair(digits: Digits, backdoored: nn.M
 def test_too_few_overlays_to_vote_are_refused(blend: BlendChoice, overlays: int, fewest: str) -> None:
     with pytest.raises(CalibrationError, match=f"expected at least {fewest}.* got {overlays}: use more --overlays"):
         check_settings(Settings(passes="votes", blend=blend, overlays=overlays, frr=0.04), 1_000)
+
+
+@pytest.mark.parametrize("overlays", [10, 20, 40, 100])
+def test_the_red_team_compares_no_setting_with_too_few_overlays_to_vote(overlays: int) -> None:
+    candidates: list[tuple[BlendChoice, float | None]] = [("logit", 3.5)]
+    if overlays >= 20:
+        candidates.append(("logit+demeaned", None))
+    for count in overlay_counts(overlays, candidates, "votes"):
+        for blend, alpha in candidates:
+            check_settings(Settings(passes="votes", blend=blend, alpha=alpha, overlays=count, frr=0.04), 1_000)
+    assert overlay_counts(100, candidates, "exact") == [25, 50, 100]
 
 
 def test_the_red_team_judges_by_votes() -> None:
