@@ -6,7 +6,7 @@
 A trigger may survive under most overlays and not under a few; whether one of these comes first is chance. So overlays are drawn
 from a pool again and again, with the clean images that choose boundaries, and put in our order, in a random one, and in the
 worst: the overlay under which the triggered images look cleanest comes first, ours follow. Each time boundaries are chosen that
-accept from the first, second, third or fourth overlay on. The defender's images alone are used.
+accept on any votes, or on more than half a one, one, one and a half or two. The defender's images alone are used.
 """
 
 from __future__ import annotations
@@ -33,17 +33,18 @@ from calibration import ImageSet, Settings
 from calibration.boundaries import choose_boundaries, order_for_boundaries
 from calibration.data import Progress
 from calibration.discovery import discover
-from calibration.settings import asked_strips
+from calibration.settings import asked_strips, votes_of
 from calibration.strip import mean_passes
 from calibration.thresholds import set_threshold
 from guard.detectors import Boundaries, Strip
-from guard.detectors.boundaries import Evidence, final_scores
+from guard.detectors.boundaries import SoftVotes, by_all, soft_vote_scores
+from guard.detectors.evidence import mean_scores
 from guard.errors import InputError
 
 NAMES = ("mnist-dev", "mnist-dev-noise", "gtsrb-dev", "cifar10-dev", "cifar10-dev-two")
 _PLANS: Mapping[str, Plan] = {name: {**DEVELOPMENT, **REPAIR_DEVELOPMENT}[name] for name in NAMES}
 ORDERS = ("ours", "random", "worst first")
-ACCEPTING = (1, 2, 3, 4)
+MORE_THAN = (0.0, 0.5, 1.0, 1.5, 2.0)
 DRAWS = 40
 
 _POOL, _CHOOSING, _CLEAN, _TRIGGERED = 300, 900, 1_000, 400
@@ -53,11 +54,11 @@ _AT_ONCE = 16
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
-    """Over all draws, boundaries that accept from one overlay on.
+    """Over all draws, boundaries of one rule.
 
     Attributes:
         order: Of the overlays.
-        accepting_from: Overlays before which nothing is accepted.
+        more_than: Votes that an input needs at any stage, and more.
         more: Triggered images let in beyond what all passes let in, mean of the draws.
         most_more: The most, of any draw.
         draws_with_more: In which it was over half a point.
@@ -66,7 +67,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     order: str
-    accepting_from: int
+    more_than: float
     more: float
     most_more: float
     draws_with_more: int
@@ -133,19 +134,18 @@ def compare(tables: Tables, draws: int = DRAWS, overlays: int = _OVERLAYS) -> tu
     """FAR of all passes, and what every order and rule makes of it."""
     generator = np.random.default_rng(0)
     fars: list[float] = []
-    found: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
+    found: dict[tuple[str, float], list[tuple[float, float, float]]] = {}
     for _ in range(draws):
         columns = generator.permutation(tables.clean.shape[1])[:overlays]
         rows = generator.permutation(len(tables.choosing))[:_CHOSEN]
         drawn = Tables(tables.choosing[rows][:, columns], tables.clean[:, columns], tables.triggered[:, columns])
-        limit = _threshold(drawn.clean, None)
-        fars.append(_let_in(drawn.triggered, None, limit))
+        fars.append(_let_in(drawn, None))
         for order, rule, some in _judged(drawn):
             found.setdefault((order, rule), []).append(_figures(some, rule, fars[-1]))
     return float(np.mean(fars)), [
         Figures(
             order=order,
-            accepting_from=rule,
+            more_than=rule,
             more=float(more.mean()),
             most_more=float(more.max()),
             draws_with_more=int((more > _MORE + 1e-9).sum()),
@@ -157,40 +157,52 @@ def compare(tables: Tables, draws: int = DRAWS, overlays: int = _OVERLAYS) -> tu
     ]
 
 
-def _judged(drawn: Tables) -> Iterator[tuple[str, int, Tables]]:
+def _judged(drawn: Tables) -> Iterator[tuple[str, float, Tables]]:
     """The same tables in each order, with each rule."""
-    threshold = float(np.quantile(drawn.choosing.mean(axis=1), _FRR))
-    ours = order_for_boundaries(drawn.choosing, threshold)
+    ours = order_for_boundaries(drawn.choosing, _limit(drawn.choosing), votes_of(drawn.choosing.shape[1]))
     worst = int(drawn.triggered.mean(axis=0).argmax())
     orders = dict(zip(ORDERS, (ours, np.arange(len(ours)), np.array([worst, *ours[ours != worst]])), strict=True))
     for order, columns in orders.items():
         some = Tables(drawn.choosing[:, columns], drawn.clean[:, columns], drawn.triggered[:, columns])
-        for rule in ACCEPTING:
+        for rule in MORE_THAN:
             yield order, rule, some
 
 
-def _figures(drawn: Tables, accepting_from: int, far: float) -> tuple[float, float, float]:
+def _figures(drawn: Tables, more_than: float, far: float) -> tuple[float, float, float]:
     """Let in beyond what all passes let in, and the passes of clean and of triggered images."""
-    threshold = float(np.quantile(drawn.choosing.mean(axis=1), _FRR))
-    boundaries = choose_boundaries(drawn.choosing, threshold, _FRR, accepting_from)
-    limit = _threshold(drawn.clean, boundaries)
-    clean, triggered = (_passes(entropies, boundaries, limit) for entropies in (drawn.clean, drawn.triggered))
-    return _let_in(drawn.triggered, boundaries, limit) - far, clean, triggered
+    votes, limit = votes_of(drawn.choosing.shape[1]), _limit(drawn.choosing)
+    boundaries = choose_boundaries(drawn.choosing, limit, votes, _FRR, more_than)
+    if boundaries is None:
+        raise InputError("expected entropies that differ, got ones too much alike to choose boundaries")
+    threshold = _threshold(drawn.clean, boundaries)
+    clean, triggered = (_passes(entropies, boundaries, threshold) for entropies in (drawn.clean, drawn.triggered))
+    return _let_in(drawn, boundaries) - far, clean, triggered
+
+
+def _limit(choosing: NDArray[np.float64]) -> float:
+    """Entropy threshold by the votes of all overlays."""
+    total = choosing.shape[1]
+    return float(np.quantile(-_scores(choosing, by_all(votes_of(total), total)), _FRR))
 
 
 def _threshold(clean: NDArray[np.float64], boundaries: Boundaries | None) -> float:
-    return set_threshold(final_scores(torch.from_numpy(clean), boundaries).numpy(), _FRR).value
+    return set_threshold(_scores(clean, boundaries), _FRR).value
 
 
-def _let_in(triggered: NDArray[np.float64], boundaries: Boundaries | None, threshold: float) -> float:
-    return float((final_scores(torch.from_numpy(triggered), boundaries) < threshold).double().mean())
+def _let_in(drawn: Tables, boundaries: Boundaries | None) -> float:
+    return float((_scores(drawn.triggered, boundaries) < _threshold(drawn.clean, boundaries)).mean())
 
 
-def _passes(entropies: NDArray[np.float64], boundaries: Boundaries | None, threshold: float) -> float:
-    """In batches large enough that every end is one of a stage."""
-    ends = range(1, entropies.shape[1] + 1) if boundaries is None else boundaries.ends
-    evidence = Evidence(len(entropies), entropies.shape[1], boundaries, threshold)
-    return mean_passes(torch.from_numpy(entropies), evidence, ends)
+def _scores(entropies: NDArray[np.float64], boundaries: Boundaries | None) -> NDArray[np.float32]:
+    """By the mean entropy without boundaries."""
+    table = torch.from_numpy(entropies)
+    return (mean_scores(table) if boundaries is None else soft_vote_scores(table, boundaries)).numpy()
+
+
+def _passes(entropies: NDArray[np.float64], boundaries: Boundaries, threshold: float) -> float:
+    """In batches large enough that every end is one of a stage at which an input can be accepted."""
+    evidence = SoftVotes(len(entropies), boundaries, threshold)
+    return mean_passes(torch.from_numpy(entropies), evidence, boundaries.accepting_ends)
 
 
 def _tables(found: Victim, parts: Parts, cache: Path, progress: Progress) -> Tables:
@@ -225,18 +237,18 @@ def load_reports() -> list[Report]:
 
 def table(reports: Sequence[Report]) -> str:
     """Markdown: one line for each rule."""
-    header = ["victim", "accepts from overlay"]
+    header = ["victim", "accepts on more votes than"]
     for order in ORDERS:
         header += [f"{order}: let in more, points", "passes, clean"]
     rows = []
     for report in reports:
-        for rule in ACCEPTING:
+        for rule in MORE_THAN:
             cells = []
             for order in ORDERS:
-                (item,) = (item for item in report.figures if (item.order, item.accepting_from) == (order, rule))
+                (item,) = (item for item in report.figures if (item.order, item.more_than) == (order, rule))
                 spread = f"{100 * item.more:.2f} (most {100 * item.most_more:.1f}; {item.draws_with_more} of {report.draws})"
                 cells += [spread, f"{item.clean_passes:.1f}"]
-            rows.append([report.name if rule == ACCEPTING[0] else "", str(rule), *cells])
+            rows.append([report.name if rule == MORE_THAN[0] else "", f"{rule:g}", *cells])
     return markdown(header, rows)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from calibration.data import ImageSet, Progress
 from calibration.filters import FoundTrigger, activation_filter
-from calibration.settings import Settings, asked_strips, needed_votes
+from calibration.settings import Settings, asked_strips, votes_of
 from calibration.thresholds import set_threshold
 from guard import Predictor
 from guard.detectors import ActivationFilter, Detector, FeatureSqueezing, Strip
@@ -95,7 +95,8 @@ def compose(
     found: list[Detector] = []
     for number, (blend, alpha) in enumerate(asked):
         own, name = set_aside[number :: len(asked)], "strip" if len(asked) == 1 else f"strip-{blend}"
-        found.append(Strip(predictor, own, blend, alpha, name=name, votes=needed_votes(settings.passes, len(own))))
+        votes = votes_of(len(own)) if settings.passes == "votes" else None
+        found.append(Strip(predictor, own, blend, alpha, name=name, votes=votes))
     if "feature-squeezing" in settings.detectors:
         found.append(FeatureSqueezing(predictor))
     return found + [activation_filter(predictor, set_aside, trigger) for trigger in triggers]

@@ -108,7 +108,7 @@ def red_team(
         overlays: N, at most.
         seed: Of triggers, targets and the split.
         candidates: Blends and weights; one that can't be calibrated from so few images is left out.
-        passes: By what STRIP judges: votes, or else the mean entropy.
+        passes: By what STRIP judges: the mean entropy, votes or, of sequential ones, soft votes.
         progress: Told how far it is.
 
     Raises:

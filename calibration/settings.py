@@ -118,14 +118,14 @@ def asked_strips(settings: Settings) -> tuple[tuple[Blend, float], ...]:
     return strips(settings.blend, settings.alpha) if "strip" in settings.detectors else ()
 
 
-def needed_votes(passes: PassesChoice, overlays: int) -> int | None:
-    """Of so many overlays of one STRIP, that an input needs; None where it is not by votes."""
-    return min(overlays, max(_FEWEST_VOTES, round(_VOTES * overlays))) if passes == "votes" else None
+def votes_of(overlays: int) -> int:
+    """That an input needs of so many overlays of one STRIP, where it is by votes."""
+    return max(_FEWEST_VOTES, round(_VOTES * overlays))
 
 
 def fewest_overlays(passes: PassesChoice, blends: int) -> int:
     """That so many STRIPs can be calibrated with."""
-    return (_MIN_VOTERS if passes == "votes" else _MIN_OVERLAYS) * max(1, blends)
+    return (_MIN_OVERLAYS if passes == "exact" else _MIN_VOTERS) * max(1, blends)
 
 
 def set_aside(settings: Settings) -> int:
@@ -151,10 +151,11 @@ def check_settings(settings: Settings, images: int) -> None:
         of = "" if blends < 2 else f" for {settings.blend}"
         raise CalibrationError(f"expected at least {fewest} overlays{of}, got {aside}: the paper uses 100")
     fewest = fewest_overlays(settings.passes, blends)
-    if settings.passes == "votes" and blends and aside < fewest:
+    if blends and aside < fewest:
         of = "" if blends < 2 else f" under {settings.blend}"
         raise CalibrationError(
-            f"expected at least {fewest} overlays for votes{of}, got {aside}: use more --overlays, or --passes exact"
+            f"expected at least {fewest} overlays for --passes {settings.passes}{of}, got {aside}: use more --overlays, or "
+            "--passes exact"
         )
     if images <= aside:
         raise CalibrationError(

@@ -14,11 +14,11 @@ from calibration.boundaries import choose_boundaries, order_for_boundaries
 from calibration.data import ImageSet, Progress
 from calibration.detectors import DetectorCalibration
 from calibration.overlays import order_overlays
-from calibration.settings import Settings
+from calibration.settings import Settings, votes_of
 from calibration.thresholds import set_threshold, share
 from guard.detectors import Strip
-from guard.detectors.boundaries import Evidence
-from guard.detectors.votes import Votes
+from guard.detectors.boundaries import by_all, soft_vote_scores
+from guard.detectors.evidence import Evidence
 from guard.errors import CalibrationError
 from guard.records import ThresholdRecord
 
@@ -66,12 +66,12 @@ def calibrate_strip(
 
 def _sequential(strip: Strip, table: Tensor, frr: float) -> Strip:
     """With overlays in order, and boundaries; none where not even all passes tell inputs from triggered ones."""
-    entropies = table.numpy()
-    threshold = float(np.quantile(entropies.mean(axis=1), frr))
+    votes = votes_of(len(strip.overlays))
+    threshold = float(np.quantile(-soft_vote_scores(table, by_all(votes, len(strip.overlays))).numpy(), frr))
     if threshold <= 0.0:
         return strip
-    order = order_for_boundaries(entropies, threshold)
-    boundaries = choose_boundaries(entropies[:, order], threshold, frr)
+    order = order_for_boundaries(table.numpy(), threshold, votes)
+    boundaries = choose_boundaries(table.numpy()[:, order], threshold, votes, frr)
     return replace(strip, overlays=strip.overlays[torch.from_numpy(order)], boundaries=boundaries)
 
 
@@ -97,7 +97,7 @@ def _certain_soon(strip: Strip, table: Tensor, limit: float) -> NDArray[np.int64
     return order_overlays((table > limit).to(torch.float64).numpy(), float(strip.votes))
 
 
-def mean_passes(table: Tensor, evidence: Evidence | Votes, ends: Sequence[int]) -> float:
+def mean_passes(table: Tensor, evidence: Evidence, ends: Sequence[int]) -> float:
     """That an image takes.
 
     Args:

@@ -8,15 +8,17 @@ from typing import Self, final
 
 import msgspec
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from calibration.evaluation import joint_scores
 from calibration.planting import Plant, Say
-from calibration.settings import BlendChoice, PassesChoice, named, needed_votes, strips
+from calibration.settings import BlendChoice, PassesChoice, named, strips, votes_of
 from calibration.statistics import Estimate, auroc, proportion
 from calibration.thresholds import rank
 from guard.detectors import Strip
+from guard.detectors.boundaries import by_all, soft_vote_scores
 from guard.errors import CalibrationError
 from guard.predictors import Predictor
 
@@ -105,7 +107,7 @@ class Trial:
             overlays: (N, C, H, W), in [0, 1].
             images: (B, C, H, W), in [0, 1], clean.
             labels: (B,), int64.
-            passes: By what STRIP judges: votes, or else the mean entropy.
+            passes: By what STRIP judges: the mean entropy, votes or, of sequential ones, soft votes.
         """
         wanted = plant.attack.targets(images, labels)
         triggered = (plant.attack.trigger(images) * 255.0).round() / 255.0
@@ -177,6 +179,12 @@ def _figures(
 
 def _judged(bits: NDArray[np.float64], passes: PassesChoice) -> NDArray[np.float64]:
     """(n,): what is compared with a threshold, of each overlay's entropies, (n, N)."""
-    needed = needed_votes(passes, bits.shape[1])
-    found: NDArray[np.float64] = bits.mean(axis=1) if needed is None else np.partition(bits, -needed, axis=1)[:, -needed]
+    needed, found = votes_of(bits.shape[1]), np.asarray(bits.mean(axis=1))
+    match passes:
+        case "exact":
+            pass
+        case "votes":
+            found = np.partition(bits, -needed, axis=1)[:, -needed]
+        case "sequential":  # after all passes, for want of images that choose boundaries
+            found = -soft_vote_scores(torch.from_numpy(bits), by_all(needed, bits.shape[1])).double().numpy()
     return found

@@ -1,19 +1,20 @@
-"""Where STRIP may stop before all passes: the boundaries of a group-sequential test.
+"""Where STRIP may stop before all passes: the boundaries of a group-sequential test, by soft votes.
 
-S_n is the sum of the entropies under the first n of N overlays, h the entropy threshold. At the end of each stage an input is
-accepted if S_n > a_n N h, and rejected if S_n <= r_n N h; after all overlays it is rejected if S_N <= N h, as ever. So the
-lowest threshold at which an input is rejected is
+An overlay under which the entropy is h_n gives an input min(h_n / h, 1)^6 of a vote, at a threshold of h: a whole one where
+the model is as unsure as that, next to nothing where it is half as unsure. S_n(h) is the sum of the first n of N overlays'
+votes. At the end of each stage an input is accepted if S_n > a_n K, and rejected if S_n <= r_n K, but by an r_n of 0 never;
+after all overlays both shares are one, so that K votes are needed. As votes only become fewer as h grows, an input that is
+rejected at one threshold is rejected at any higher one. The lowest at which it is, V, makes a score of minus V like any other:
+a threshold on it is calibrated like any other's, and the false rejection rate is that of all stages together. The shares a and
+r, and the order of the overlays, are chosen on other images than the threshold.
 
-    V = min_k max(S_k / (N r_k), max_{j<k} S_j / (N a_j)),    a_N = r_N = 1,
+What was accepted at h would have been accepted at any h' >= h at which neither S_k(h') <= a_k K nor, before, S_j(h') <= r_j K.
+Votes fall no faster than (h / h')^6, so V is at least h times the sixth root of the least of S_k / (a_k K) and all S_j / (r_j
+K); and what was rejected has a V of at most h times that of the greatest of S_k / (r_k K) and all S_j / (a_j K).
 
-over the stages k, and minus V is a score like any other: a threshold on it is calibrated like any other's, and the false
-rejection rate is that of all stages together. The shares a and r, and the order of the overlays, are chosen on other images
-than the threshold.
+No single overlay can give more than one vote, however unsure it makes the model: a few that hide a trigger don't let it in.
 
-With a_n = 1 and r_n = 0, V is the mean entropy S_N / N: entropies are not negative, so that what is over N h stays over it.
-That is exact early acceptance, which may stop anywhere.
-
-References: Jennison and Turnbull, Group Sequential Methods, 1999. STRIP with boundaries: ours.
+References: Jennison and Turnbull, Group Sequential Methods, 1999. STRIP with boundaries, soft votes: ours.
 """
 
 from __future__ import annotations
@@ -29,7 +30,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from guard.detectors.evidence import running_sums
 from guard.errors import CalibrationError
+
+_POWER = 6  # what profiles hold stands for it, and for `soft_votes`
+_ROUNDING = 1e-6  # of a bound, which is a little more cautious than it need be
+_LEAST = 1e-300  # a threshold of nothing, which any entropy reaches and none at all doesn't
 
 
 @final
@@ -37,14 +43,16 @@ class Boundaries(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """See the top of this file.
 
     Attributes:
+        votes: K.
         ends: Overlays tried at the end of each stage, ascending; the last is N.
         accept: a_n of each, at most 1.
-        reject: r_n of each, at most a_n.
+        reject: r_n of each, at most a_n; 0 where nothing is rejected.
 
     Raises:
         CalibrationError: They decide nothing, or both ways.
     """
 
+    votes: int
     ends: tuple[int, ...]
     accept: tuple[float, ...]
     reject: tuple[float, ...]
@@ -61,117 +69,139 @@ class Boundaries(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             raise CalibrationError(
                 "expected shares 0 <= reject <= accept <= 1 of each stage, and 1 of the last: calibrate again"
             )
+        if not 0 < self.votes < self.ends[-1]:
+            raise CalibrationError(
+                f"expected votes needed of fewer than all {self.ends[-1]} overlays, got {self.votes}: calibrate again"
+            )
+
+    @property
+    def accepting_ends(self) -> tuple[int, ...]:
+        """Ends of the stages at which an input can be accepted."""
+        return tuple(end for end, accept in zip(self.ends, self.accept, strict=True) if accept * self.votes < end)
+
+
+def soft_votes(entropies: NDArray[np.float64], threshold: float | NDArray[np.float64]) -> NDArray[np.float64]:
+    """min(h_n / h, 1)^6 of each entropy; the same bits whatever comes with it.
+
+    Args:
+        entropies: (A, n), bits, not negative.
+        threshold: h, in bits, not negative, of all or of each row, (A, 1).
+    """
+    with np.errstate(over="ignore"):
+        votes = entropies / np.maximum(threshold, _LEAST)
+    np.minimum(votes, 1.0, out=votes)
+    votes *= votes * votes
+    return np.square(votes, out=votes)
 
 
 @final
-class Evidence:
-    """What the passes so far make certain of the V of each of B images.
+class SoftVotes:
+    """`Evidence` of V.
 
     Args:
         images: B.
-        total: N.
-        boundaries: None for exact early acceptance.
-        threshold: On the score: once an image's verdict is certain, what comes after tells nothing. None: everything tells.
-
-    Attributes:
-        rows: (A,), int64: the images that are undecided, of which alone is learned.
+        boundaries: See there.
+        threshold: On the score.
     """
 
-    def __init__(self, images: int, total: int, boundaries: Boundaries | None, threshold: float | None) -> None:
+    def __init__(self, images: int, boundaries: Boundaries, threshold: float) -> None:
         self.rows: NDArray[np.int64] = np.arange(images)
-        self._total, self._done, self._boundaries = total, 0, boundaries
-        self._limit = None if threshold is None else last_rounded_to(np.float32(-threshold))  # V: at it or under it, rejected
+        self._boundaries, self._limit, self._done = boundaries, np.float32(-threshold), 0
         self._sums = np.zeros(images)
-        self._accepting = np.zeros(images)  # max S_j / (N a_j)
-        self._most = np.full(images, np.inf)  # V is at most that
+        self._at_ends = np.zeros((images, len(boundaries.ends)))
+        self._stage = np.full(images, -1)  # at which it was decided
+        self._accepted = np.zeros(images, dtype=np.bool_)
 
     @property
     def exact(self) -> Tensor:
-        """(B,), bool: the score is the full evaluation's."""
-        return torch.from_numpy((self._most <= self._accepting) | np.isnan(self._accepting))
+        """See `Evidence`: never, but of an answer that is none."""
+        return torch.from_numpy((self._stage < 0) & np.isnan(self._sums))
 
     @property
     def scores(self) -> Tensor:
-        """(B,), float32: minus V where that is known; else a bound of it, on the same side of the threshold."""
-        lowest = np.minimum(self._accepting, self._most)
-        bounds = lowest if self._limit is None else np.where(self._most <= self._limit, self._most, lowest)
-        with np.errstate(over="ignore"):  # a share may be so small that V is infinite in float32
-            return torch.from_numpy(-bounds.astype(np.float32))
+        """See `Evidence`."""
+        limit, bounds = self._limit, np.where(np.isnan(self._sums), np.float32(np.nan), self._limit)
+        decided = self._stage >= 0
+        least, greatest = self._bounds(self._at_ends[decided], self._stage[decided])
+        lowest = np.maximum(np.nextafter(limit, np.float32(np.inf)), np.float32(0.0))
+        bounds[decided] = np.where(self._accepted[decided], np.fmax(least, lowest), np.fmin(greatest, limit))
+        return torch.from_numpy(-bounds)
 
     def add(self, entropies: Tensor) -> None:
-        """Learn of further passes.
-
-        Args:
-            entropies: (A, n), float64, bits, of `rows`.
-        """
+        """See `Evidence`."""
         rows, before = self.rows, self._done
-        sums = entropies.numpy().astype(np.float64)
-        sums[:, 0] += self._sums[rows]
-        np.add.accumulate(sums, axis=1, out=sums)  # one by one, in order
-        self._sums[rows], self._done = sums[:, -1], before + sums.shape[1]
-        if self._boundaries is None:
-            ends, accept, reject = np.array([self._done]), np.ones(1), np.array([float(self._done == self._total)])
-        else:
-            ends, accept, reject = _stages(self._boundaries, before, self._done)
+        self._done += entropies.shape[1]
+        sums = running_sums(self._sums[rows], soft_votes(entropies.numpy(), float(self._limit)))
+        self._sums[rows] = sums[:, -1]
+        some, ends, accept, reject = _stages(self._boundaries, before, self._done)
         if not len(ends):
             return
-        accepting, most = self._bounds(sums[:, ends - before - 1] / self._total, accept, reject)
-        if self._limit is None:
-            self._accepting[rows], self._most[rows] = accepting[:, -1], most[:, -1]
-            return
-        lowest = np.minimum(accepting, most)  # NaN is over nothing: undecided, and in the end rejected
-        decided = ((lowest > self._limit) & (lowest <= _MOST)) | (most <= self._limit)
-        stage = decided.argmax(axis=1)  # the first, and the first at all where none decides
+        at_ends = sums[:, ends - before - 1]
+        self._at_ends[rows, some] = at_ends
+        if self._limit < 0.0:  # under every V
+            accepted, decided = at_ends >= 0.0, at_ends >= 0.0
+        else:
+            accepted = at_ends > accept
+            decided = accepted | (at_ends <= reject)  # NaN is neither: undecided, and in the end rejected
+        first = decided.argmax(axis=1)  # and the first at all where none decides
         every = np.arange(len(rows))
-        closed = decided[every, stage]
-        stage[~closed] = len(ends) - 1
-        self._accepting[rows], self._most[rows] = accepting[every, stage], most[every, stage]
+        closed = decided[every, first]
+        self._stage[rows[closed]] = some.start + first[closed]
+        self._accepted[rows] = accepted[every, first]
         self.rows = rows[~closed]
 
     def _bounds(
-        self, means: NDArray[np.float64], accept: NDArray[np.float64], reject: NDArray[np.float64]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """After each of K stages, max S_j / (N a_j), and what V is at most; from S_k / N, all of them (A, K)."""
-        accepting, most = (np.empty((len(means), len(accept) + 1)) for _ in range(2))
-        accepting[:, 0], most[:, 0] = self._accepting[self.rows], self._most[self.rows]
+        self, at_ends: NDArray[np.float64], stage: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """What V is at least, and at most, by what was summed up to the stage that decided."""
+        _, accept, reject = _arrays(self._boundaries)
+        before, every = np.arange(len(accept)) < stage[:, None], np.arange(len(stage))
         with np.errstate(all="ignore"):
-            np.divide(means, accept, out=accepting[:, 1:])
-            np.divide(means, reject, out=most[:, 1:])
-        np.maximum.accumulate(accepting, axis=1, out=accepting)
-        np.maximum(most[:, 1:], accepting[:, :-1], out=most[:, 1:])
-        most[:, 1:][:, reject == 0.0] = np.inf
-        np.minimum.accumulate(most, axis=1, out=most)
-        return accepting[:, 1:], most[:, 1:]
+            accepting, rejecting = at_ends / accept, at_ends / reject
+            least = np.fmin(np.fmin.reduce(np.where(before, rejecting, np.inf), axis=1), accepting[every, stage])
+            greatest = np.fmax(np.where(before, accepting, 0.0).max(axis=1), rejecting[every, stage])
+            roots = (np.array([least, greatest]) ** (1.0 / _POWER)).T * (1.0 - _ROUNDING, 1.0 + _ROUNDING)
+            low, high = (float(self._limit) * roots).astype(np.float32).T
+        return low, high
+
+
+def soft_vote_scores(entropies: Tensor, boundaries: Boundaries) -> Tensor:
+    """Minus V, from every overlay's entropy; (B, N), float64, to (B,), float32, NaN where any is.
+
+    V is the lowest float32 at which the input is rejected, by bisection of their bits, which ascend as numbers do.
+    """
+    values = entropies.numpy()
+    ends, accept, reject = _arrays(boundaries)
+    accepted = np.full(len(values), -1)
+    rejected = np.full(len(values), int(np.finfo(np.float32).max.view(np.int32)))
+    while (rejected - accepted > 1).any():
+        middle = (accepted + rejected + 1) // 2  # of neighbours the higher, again
+        limits = middle.astype(np.int32).view(np.float32).astype(np.float64)[:, None]
+        at_ends = running_sums(np.zeros(len(values)), soft_votes(values, limits))[:, ends - 1]
+        over = at_ends > accept
+        first = (over | (at_ends <= reject)).argmax(axis=1)
+        goes_in = over[np.arange(len(values)), first]
+        accepted, rejected = np.where(goes_in, middle, accepted), np.where(goes_in, rejected, middle)
+    scores = -rejected.astype(np.int32).view(np.float32)
+    return torch.from_numpy(np.where(np.isnan(values).any(axis=1), np.float32(np.nan), scores))
+
+
+def by_all(votes: int, overlays: int) -> Boundaries:
+    """Of so many overlays, ones that decide after all of them."""
+    return Boundaries(votes=votes, ends=(overlays,), accept=(1.0,), reject=(1.0,))
 
 
 def _stages(
     boundaries: Boundaries, before: int, last: int
-) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """Ends, and the shares there, of the stages that end after so many overlays, up to so many."""
+) -> tuple[slice, NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    """Which stages end after so many overlays, up to so many; their ends, and the votes that accept and that reject there."""
     ends, accept, reject = _arrays(boundaries)
     some = slice(bisect.bisect_right(boundaries.ends, before), bisect.bisect_right(boundaries.ends, last))
-    return ends[some], accept[some], reject[some]
+    return some, ends[some], accept[some], reject[some]
 
 
 @functools.lru_cache(maxsize=16)
 def _arrays(boundaries: Boundaries) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    return np.array(boundaries.ends, dtype=np.int64), np.array(boundaries.accept), np.array(boundaries.reject)
-
-
-def final_scores(entropies: Tensor, boundaries: Boundaries | None) -> Tensor:
-    """Minus V, from every overlay's entropy; (B, N), float64, to (B,), float32."""
-    evidence = Evidence(len(entropies), entropies.shape[1], boundaries, None)
-    evidence.add(entropies)
-    return evidence.scores
-
-
-def last_rounded_to(limit: np.float32) -> np.float64:
-    """The largest float64 that is no more than a limit when it is rounded to float32, as scores are."""
-    with np.errstate(over="ignore"):
-        above = np.float64(np.nextafter(limit, np.float32(np.inf)))
-        middle = (np.float64(limit) + (above if limit == np.inf else min(above, _BEYOND))) / 2.0
-        return middle if np.float32(middle) <= limit else np.nextafter(middle, -np.inf)
-
-
-_BEYOND = np.float64(2.0**128)  # what would come after the largest float32
-_MOST = last_rounded_to(np.finfo(np.float32).max)
+    """Ends, a_n K and r_n K, NaN where nothing is rejected: no sum is at most that."""
+    accept, reject = np.array(boundaries.accept) * boundaries.votes, np.array(boundaries.reject) * boundaries.votes
+    return np.array(boundaries.ends, dtype=np.int64), accept, np.where(reject > 0.0, reject, np.nan)

@@ -4,9 +4,9 @@
 
 in bits, entropy over the classes. The score is -H: low entropy is suspicious. Every h_n is >= 0 and floating-point
 addition of non-negative numbers never decreases a sum, so once the running mean (sum so far / N) is over the threshold
-in bits, the full mean is too: `inspect` stops there and accepts with the verdict that all N passes would give. With
-`boundaries`, it stops sooner, and at triggered inputs as well; with `votes`, as soon as so many h_n are over the threshold. The
-score is then another one, see `guard.detectors.boundaries` and `guard.detectors.votes`.
+in bits, the full mean is too: `inspect` stops there and accepts with the verdict that all N passes would give. With `votes`, it
+stops as soon as so many h_n are over the threshold; with `boundaries`, sooner still, and at triggered inputs as well. The score
+is then another one, see `guard.detectors.votes` and `guard.detectors.boundaries`.
 
 Blind to: source-specific and all-to-all backdoors, triggers that a blend destroys (faint or spread over the image), and
 attackers who train against it. Which triggers survive depends on the blend: a guard may run several, each with overlays and a
@@ -29,8 +29,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guard.detectors.boundaries import Boundaries, Evidence, final_scores
+from guard.detectors.boundaries import Boundaries, SoftVotes, soft_vote_scores
 from guard.detectors.detector import Detector, Inspection, at_or_over
+from guard.detectors.evidence import Evidence, Mean, mean_scores
 from guard.detectors.votes import Votes, vote_scores
 from guard.errors import CalibrationError
 from guard.predictors.predictor import Predictor
@@ -181,8 +182,7 @@ class Strip(Detector):
     @functools.cached_property
     def _accepting_ends(self) -> tuple[int, ...]:
         """Ends of the stages at which an input can be accepted before it is certain."""
-        stages = () if self.boundaries is None else zip(self.boundaries.ends, self.boundaries.accept, strict=True)
-        return tuple(end for end, accept in stages if accept < 1.0)
+        return () if self.boundaries is None else self.boundaries.accepting_ends
 
     def pass_entropies(self, images: Tensor) -> Tensor:
         """Each overlay's entropy, for models that give probabilities.
@@ -203,13 +203,16 @@ class Strip(Detector):
 
     def score_passes(self, entropies: Tensor) -> Tensor:
         """The score that follows from every overlay's entropy; (B, N), float64, to (B,), float32."""
-        return final_scores(entropies, self.boundaries) if self.votes is None else vote_scores(entropies, self.votes)
+        if self.boundaries is not None:
+            return soft_vote_scores(entropies, self.boundaries)
+        return mean_scores(entropies) if self.votes is None else vote_scores(entropies, self.votes)
 
-    def evidence(self, images: int, threshold: float | None) -> Evidence | Votes:
-        """Nothing yet, of so many images; see there."""
-        if self.votes is not None:
-            return Votes(images, len(self.overlays), self.votes, threshold)
-        return Evidence(images, len(self.overlays), self.boundaries, threshold)
+    def evidence(self, images: int, threshold: float) -> Evidence:
+        """Nothing yet, of so many images."""
+        total = len(self.overlays)
+        if self.boundaries is not None:
+            return SoftVotes(images, self.boundaries, threshold)
+        return Mean(images, total, threshold) if self.votes is None else Votes(images, total, self.votes, threshold)
 
     def inspect(self, images: Tensor, threshold: float) -> Inspection:
         """Compare `score(images)` with a threshold, stopping for each image as soon as the verdict is certain.

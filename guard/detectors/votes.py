@@ -20,21 +20,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from guard.detectors.boundaries import last_rounded_to
+from guard.detectors.evidence import last_rounded_to
 
 
 @final
 class Votes:
-    """What the passes so far make certain of the K-th highest entropy of each of B images.
+    """`Evidence` of the K-th highest entropy.
 
     Args:
         images: B.
         total: N.
         needed: K.
         threshold: On the score: once an image's verdict is certain, what comes after tells nothing. None: everything tells.
-
-    Attributes:
-        rows: (A,), int64: the images that are undecided, of which alone is learned.
     """
 
     def __init__(self, images: int, total: int, needed: int, threshold: float | None) -> None:
@@ -46,20 +43,16 @@ class Votes:
 
     @property
     def exact(self) -> Tensor:
-        """(B,), bool: the score is the full evaluation's."""
+        """See `Evidence`."""
         return torch.from_numpy((self._heard == self._total) | np.isnan(self._highest).any(axis=1))
 
     @property
     def scores(self) -> Tensor:
-        """(B,), float32: minus the K-th highest entropy of all passes, or of those so far, which is at most that."""
+        """See `Evidence`; of some passes, minus the K-th highest entropy so far, which is at most that of all."""
         return torch.from_numpy(-self._highest.min(axis=1).astype(np.float32))
 
     def add(self, entropies: Tensor) -> None:
-        """Learn of further passes.
-
-        Args:
-            entropies: (A, n), float64, bits, of `rows`.
-        """
+        """See `Evidence`."""
         rows, needed = self.rows, self._highest.shape[1]
         known = np.concatenate([self._highest[rows], entropies.numpy()], axis=1)
         highest = np.partition(known, -needed, axis=1)[:, -needed:]  # NaN counts as the highest, so that it is kept

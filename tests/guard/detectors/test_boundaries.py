@@ -13,27 +13,26 @@ import torch
 from torch import Tensor
 
 from guard.detectors import Boundaries, Strip
-from guard.detectors.boundaries import last_rounded_to
+from guard.detectors.boundaries import SoftVotes, by_all, soft_vote_scores, soft_votes
+from guard.detectors.evidence import last_rounded_to
 from guard.errors import CalibrationError
 from guard.predictors import Predictor
 from tests.guard.detectors.test_strip import KEYED, Table, inspected, keyed, peaked
 
 LARGEST = float(np.finfo(np.float32).max)
-BOUNDARIES = Boundaries(ends=(2, 3, 7, 12), accept=(0.25, 0.3, 0.75, 1.0), reject=(0.0, 0.1, 0.5, 1.0))
+BOUNDARIES = Boundaries(votes=4, ends=(2, 3, 7, 12), accept=(0.3, 0.5, 0.75, 1.0), reject=(0.0, 0.1, 0.5, 1.0))
 
 
-def by_formula(entropies: Tensor, boundaries: Boundaries) -> Tensor:
-    """Minus V, image by image and stage by stage, as it is written down."""
-    total, scores = entropies.shape[1], []
-    for row in entropies.tolist():
-        best, accepting = math.inf, 0.0
-        for end, accept, reject in zip(boundaries.ends, boundaries.accept, boundaries.reject, strict=True):
-            mean = math.fsum(row[:end]) / total
-            if reject > 0.0:
-                best = min(best, max(mean / reject, accepting))
-            accepting = max(accepting, mean / accept)
-        scores.append(-best)
-    return torch.tensor(scores)
+def rejected(row: list[float], threshold: float, boundaries: Boundaries) -> bool:
+    """As it is written down, stage by stage."""
+    votes = [min(entropy / threshold, 1.0) ** 6 for entropy in row]
+    for end, accept, reject in zip(boundaries.ends, boundaries.accept, boundaries.reject, strict=True):
+        gathered = math.fsum(votes[:end])
+        if gathered > accept * boundaries.votes:
+            return False
+        if gathered <= reject * boundaries.votes and reject > 0.0:
+            return True
+    raise AssertionError
 
 
 def stopping(draws: Tensor, stage_rows: int = 1, boundaries: Boundaries | None = BOUNDARIES) -> tuple[Strip, Tensor, Table]:
@@ -51,16 +50,58 @@ def random_draws(seed: int) -> Tensor:
     return draws
 
 
+def strip_score(table: Tensor, boundaries: Boundaries = BOUNDARIES) -> float:
+    return float(soft_vote_scores(table.double()[None], boundaries))
+
+
 @pytest.mark.parametrize("seed", range(3))
-def test_the_score_is_that_of_the_formula(seed: int) -> None:
+def test_the_score_is_the_lowest_threshold_that_rejects(seed: int) -> None:
     strip, images, _ = stopping(random_draws(seed))
-    torch.testing.assert_close(strip.score(images), by_formula(strip.pass_entropies(images), BOUNDARIES))
+    for row, score in zip(strip.pass_entropies(images).tolist(), strip.score(images).tolist(), strict=True):
+        if score < 0.0:
+            assert rejected(row, -score * (1 + 1e-6), BOUNDARIES)
+            assert not rejected(row, -score * (1 - 1e-6), BOUNDARIES)
+        else:
+            assert score == 0.0
+            assert rejected(row, 1e-20, BOUNDARIES)
 
 
-def test_shares_of_one_are_the_exact_test() -> None:
-    exact = Boundaries(ends=(1, 5, 12), accept=(1.0, 1.0, 1.0), reject=(0.0, 0.0, 1.0))
-    (strip, images, _), (plain, _, _) = (stopping(random_draws(0), boundaries=item) for item in (exact, None))
-    assert torch.equal(strip.score(images), plain.score(images))
+@pytest.mark.parametrize("seed", range(3))
+def test_a_higher_threshold_accepts_nothing_that_a_lower_one_rejects(seed: int) -> None:
+    table = torch.rand(200, 12, generator=torch.Generator().manual_seed(seed)).square().double() * 3.0
+    before = np.zeros(200, dtype=np.bool_)
+    for threshold in np.linspace(0.01, 4.0, 300):
+        evidence = SoftVotes(200, BOUNDARIES, -float(threshold))
+        evidence.add(table)
+        found = evidence.scores.numpy() >= -np.float32(threshold)
+        assert not (before & ~found).any()
+        before = found
+    assert before.all()
+
+
+def test_half_as_unsure_is_next_to_no_vote_and_more_is_one() -> None:
+    assert soft_votes(np.array([0.0, 0.5, 1.0, 2.0]), 1.0).tolist() == [0.0, 1 / 64, 1.0, 1.0]
+    assert soft_votes(np.array([0.0, 1e-20, np.nan]), 0.0).tolist()[:2] == [0.0, 1.0]
+    assert math.isnan(soft_votes(np.array([np.nan]), 1.0)[0])
+
+
+def test_no_single_overlay_lets_an_input_in() -> None:
+    """However unsure it makes the model: a mean of 1 bit over 12 overlays is over any threshold, one vote is not."""
+    table = torch.zeros(12)
+    for overlay in range(12):
+        row = table.clone()
+        row[overlay] = 12.0
+        assert strip_score(row) == 0.0  # rejected at whichever threshold
+    strip, images, _ = stopping(table[None], boundaries=None)
+    assert float(strip.score(images)) == 0.0
+
+
+def test_all_votes_are_heard_where_only_the_end_decides() -> None:
+    """The lowest threshold at which the votes of all overlays are no more than K."""
+    table = torch.tensor([2.0] * 4 + [1.0] * 2 + [0.0] * 6)
+    for votes, limit in ((5, 2 ** (1 / 6)), (4, 64.5 ** (1 / 6))):  # 4 + 2 / h^6 = 5; 4 (2 / h)^6 + 2 / h^6 = 4
+        assert strip_score(table, by_all(votes, 12)) == pytest.approx(-limit, rel=1e-6)
+        assert strip_score(table.flip(0), by_all(votes, 12)) == strip_score(table, by_all(votes, 12))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -71,6 +112,7 @@ def test_verdicts_are_the_scores(seed: int, stage_rows: int) -> None:
     for scores, expected, found in inspected(strip, images, table):
         assert (found.scores >= scores)[~expected].all()  # "at least so many bits"
         assert (found.scores <= scores)[expected].all()  # "at most"
+        assert not found.exact.any()
 
 
 @pytest.mark.parametrize("limit", [0.0, -0.0, 1e-45, 1.0, 1.0 + 2**-23, -0.7, 3e38, LARGEST, math.inf])
@@ -83,26 +125,27 @@ def test_what_is_decided_in_float64_is_decided_as_rounded_scores_are(limit: floa
         assert limit == math.inf or np.float32(np.nextafter(last, np.inf)) > single
 
 
-def test_a_sum_that_is_infinite_in_float32_is_not_accepted_early() -> None:
-    """Of a share next to nothing: its score would be minus infinity, which exceeds every threshold."""
-    tiny = Boundaries(ends=(1, 2, 12), accept=(1e-40, 0.9, 1.0), reject=(0.0, 0.0, 1.0))
-    strip, images, _ = stopping(torch.full((1, 12), 0.1), boundaries=tiny)
-    assert int(strip.inspect(images, -0.01).passes) == 12
+@pytest.mark.parametrize("threshold", [math.inf, 5.0, 1e-45, 0.0, -0.0, -1e-45, -1e-30, -1.0, -1e30, -math.inf])
+def test_thresholds_without_sense_do_as_the_score_says(threshold: float) -> None:
+    draws = torch.full((4, 12), 0.5)
+    draws[1], draws[2], draws[3] = 0.0, 1e-20, torch.arange(12) % 2 * 0.5
+    strip, images, _ = stopping(draws)
+    assert strip.inspect(images, threshold).exceeds.tolist() == (strip.score(images) >= threshold).tolist()
 
 
 def test_both_kinds_of_input_stop_early() -> None:
     draws = torch.full((3, 12), 0.5)  # one bit a pass
-    draws[1], draws[2, :2] = 0.0, 0.0
+    draws[1], draws[2, :2] = 0.0, torch.tensor([0.5, 0.0])
     strip, images, _ = stopping(draws)
-    found = strip.inspect(images, -0.5)
+    found = strip.inspect(images, -1.0)
     assert found.exceeds.tolist() == [False, True, False]
-    assert found.passes.tolist() == [2, 3, 7]  # 2 > .25 * 6; 0 <= .1 * 6; 1 is between .1 and .3 of 6, and 5 > .75 * 6
-    assert found.exact.tolist() == [False, True, False]
+    assert found.passes.tolist() == [2, 3, 7]  # 2 > .3 * 4; 0 <= .1 * 4; 1, 2 and 6 votes: 6 > .75 * 4
+    assert found.scores.tolist() == pytest.approx([-((2 / 1.2) ** (1 / 6)), 0.0, -(2 ** (1 / 6))], rel=1e-5)
 
 
 def test_a_stage_ends_where_inputs_can_be_accepted() -> None:
-    """Ends before that may only reject: not worth a call of their own, and they still do."""
-    boundaries = Boundaries(ends=(1, 2, 5, 12), accept=(1.0, 1.0, 0.5, 1.0), reject=(0.1, 0.1, 0.2, 1.0))
+    """One overlay can't give 1.2 votes, nor two over 2: ends that may only reject are not worth a call, and still do."""
+    boundaries = Boundaries(votes=4, ends=(1, 2, 5, 12), accept=(0.3, 0.5, 0.5, 1.0), reject=(0.1, 0.1, 0.2, 1.0))
     draws = torch.full((2, 12), 0.5)
     draws[1, 0] = 0.0  # rejected at the first end, whatever comes after
     strip, images, table = stopping(draws, boundaries=boundaries)
@@ -126,7 +169,9 @@ def test_a_pass_without_an_answer_is_rejected() -> None:
         ({"ends": (2, 3, 12)}, "as many ends of stages"),
         ({"ends": (2, 3, 3, 12)}, "ascend"),
         ({"ends": (0, 3, 7, 12)}, "ascend"),
-        ({"accept": (0.25, 0.3, 0.4, 1.0)}, "reject <= accept"),
+        ({"votes": 0}, "votes needed of fewer than all 12 overlays, got 0"),
+        ({"votes": 12}, "votes needed of fewer than all 12 overlays, got 12"),
+        ({"accept": (0.3, 0.5, 0.4, 1.0)}, "reject <= accept"),
         ({"accept": (0.0, 0.3, 0.75, 1.0)}, "reject <= accept"),
         ({"accept": (1.5, 0.3, 0.75, 1.0)}, "reject <= accept"),
         ({"accept": (math.nan, 0.3, 0.75, 1.0)}, "reject <= accept"),

@@ -100,4 +100,4 @@ def test_votes_are_of_probabilities_and_without_boundaries() -> None:
     with pytest.raises(CalibrationError, match="expected a model with probabilities for votes passes, got labels"):
         replace(strip, predictor=Predictor(table, KEYED, 2, "labels"))
     with pytest.raises(CalibrationError, match="expected boundaries or votes, got both"):
-        replace(strip, boundaries=Boundaries(ends=(12,), accept=(1.0,), reject=(1.0,)))
+        replace(strip, boundaries=Boundaries(votes=4, ends=(12,), accept=(1.0,), reject=(1.0,)))
