@@ -113,7 +113,8 @@ def _limit(part: DetectorCalibration) -> str:
                 return f"entropy is over {limit} under fewer than {detector.votes} of {superimposed}"
             if detector.boundaries is None:
                 return f"mean entropy under {superimposed} is at most {limit}"
-            return f"mean entropy under {superimposed}, as boundaries tell it from the first few, is at most {limit}"
+            few = f"fewer than {detector.boundaries.votes} of {superimposed}"
+            return f"entropy is over {limit} under {few}, as boundaries tell it from the first ones"
         case FeatureSqueezing():
             return f"answer changes by at least {limit} (L1 distance) when they are squeezed"
         case ActivationFilter():

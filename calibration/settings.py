@@ -20,8 +20,8 @@ DetectorChoice = Literal["strip", "feature-squeezing"]
 
 PassesChoice = Literal["exact", "votes", "sequential"]
 """How many of STRIP's passes an input takes: as many as make the verdict of their mean entropy certain, as many as give it the
-votes of a few overlays, see `guard.detectors.votes`, or fewer, by boundaries that are calibrated along with the threshold, see
-`calibration.boundaries`."""
+votes of a few overlays, see `guard.detectors.votes`, or fewer, by boundaries on soft votes that are calibrated along with the
+threshold, see `guard.detectors.boundaries`."""
 
 PrecisionChoice = Literal["float32", "bfloat16", "auto"]
 """Of detectors' forward passes in PyTorch on a CPU; `auto` takes bfloat16 where that is clearly faster and turns hardly any

@@ -95,8 +95,8 @@ def calibrate_command(
         typer.Option(
             help="When STRIP stops before it has superimposed all overlays. exact: when no further one can turn the verdict of "
             "their mean entropy. votes: by the default blend sooner, once the entropy under a twentieth of them, 3 at least, "
-            "is over the threshold. sequential: sooner still, and at triggered inputs, too, by boundaries that keep to the "
-            "same share of false rejections; needs 300 to 600 clean images more.",
+            "is over the threshold. sequential: sooner still, and at triggered inputs, too, by boundaries on such votes that "
+            "keep to the same share of false rejections; needs 300 to 600 clean images more.",
             show_default="exact",
             rich_help_panel=_RATES,
         ),

@@ -19,7 +19,6 @@ References: Jennison and Turnbull, Group Sequential Methods, 1999. STRIP with bo
 
 from __future__ import annotations
 
-import bisect
 import functools
 import itertools
 from typing import final
@@ -106,9 +105,10 @@ class SoftVotes:
 
     def __init__(self, images: int, boundaries: Boundaries, threshold: float) -> None:
         self.rows: NDArray[np.int64] = np.arange(images)
-        self._boundaries, self._limit, self._done = boundaries, np.float32(-threshold), 0
+        self._limit, self._done = np.float32(-threshold), 0
+        self._ends, self._accept, self._reject = _arrays(boundaries)
         self._sums = np.zeros(images)
-        self._at_ends = np.zeros((images, len(boundaries.ends)))
+        self._at_ends = np.zeros((images, len(self._ends)))
         self._stage = np.full(images, -1)  # at which it was decided
         self._accepted = np.zeros(images, dtype=np.bool_)
 
@@ -133,16 +133,16 @@ class SoftVotes:
         self._done += entropies.shape[1]
         sums = running_sums(self._sums[rows], soft_votes(entropies.numpy(), float(self._limit)))
         self._sums[rows] = sums[:, -1]
-        some, ends, accept, reject = _stages(self._boundaries, before, self._done)
-        if not len(ends):
+        some = slice(*self._ends.searchsorted([before, self._done], side="right"))  # the stages that end here
+        if some.start == some.stop:
             return
-        at_ends = sums[:, ends - before - 1]
+        at_ends = sums[:, self._ends[some] - before - 1]
         self._at_ends[rows, some] = at_ends
         if self._limit < 0.0:  # under every V
             accepted, decided = at_ends >= 0.0, at_ends >= 0.0
         else:
-            accepted = at_ends > accept
-            decided = accepted | (at_ends <= reject)  # NaN is neither: undecided, and in the end rejected
+            accepted = at_ends > self._accept[some]
+            decided = accepted | (at_ends <= self._reject[some])  # NaN is neither: undecided, and in the end rejected
         first = decided.argmax(axis=1)  # and the first at all where none decides
         every = np.arange(len(rows))
         closed = decided[every, first]
@@ -154,10 +154,9 @@ class SoftVotes:
         self, at_ends: NDArray[np.float64], stage: NDArray[np.int64]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """What V is at least, and at most, by what was summed up to the stage that decided."""
-        _, accept, reject = _arrays(self._boundaries)
-        before, every = np.arange(len(accept)) < stage[:, None], np.arange(len(stage))
+        before, every = np.arange(len(self._ends)) < stage[:, None], np.arange(len(stage))
         with np.errstate(all="ignore"):
-            accepting, rejecting = at_ends / accept, at_ends / reject
+            accepting, rejecting = at_ends / self._accept, at_ends / self._reject
             least = np.fmin(np.fmin.reduce(np.where(before, rejecting, np.inf), axis=1), accepting[every, stage])
             greatest = np.fmax(np.where(before, accepting, 0.0).max(axis=1), rejecting[every, stage])
             roots = (np.array([least, greatest]) ** (1.0 / _POWER)).T * (1.0 - _ROUNDING, 1.0 + _ROUNDING)
@@ -189,15 +188,6 @@ def soft_vote_scores(entropies: Tensor, boundaries: Boundaries) -> Tensor:
 def by_all(votes: int, overlays: int) -> Boundaries:
     """Of so many overlays, ones that decide after all of them."""
     return Boundaries(votes=votes, ends=(overlays,), accept=(1.0,), reject=(1.0,))
-
-
-def _stages(
-    boundaries: Boundaries, before: int, last: int
-) -> tuple[slice, NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """Which stages end after so many overlays, up to so many; their ends, and the votes that accept and that reject there."""
-    ends, accept, reject = _arrays(boundaries)
-    some = slice(bisect.bisect_right(boundaries.ends, before), bisect.bisect_right(boundaries.ends, last))
-    return some, ends[some], accept[some], reject[some]
 
 
 @functools.lru_cache(maxsize=16)

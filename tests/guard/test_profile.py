@@ -348,6 +348,9 @@ INVALID: dict[str, Callable[[dict[str, Any]], object]] = {
     "no neurons": lambda body: body.update(detectors=[filter_of(body, [])]),
     "a neuron before the first": lambda body: body.update(detectors=[filter_of(body, [-1])]),
     "a filter for no label": lambda body: body.update(detectors=[filter_of(body, [1], "activation-filter-x")]),
+    "boundaries that add entropies up, as in the version before": lambda body: body["detectors"][0].update(
+        boundaries={"ends": [3, 100], "accept": [0.2, 1.0], "reject": [0.01, 1.0]}
+    ),
     "a shape of nothing": lambda body: body["input"].update(channels=0),
     "an unknown layout": lambda body: body["input"].update(layout="HWC"),
     "a detector's name with a line break": lambda body: body["detectors"][0].update(title="strip\n"),
