@@ -2,8 +2,8 @@
 
 Early acceptance must not let an input through that all passes would reject. The clean images of the fewest votes show how the
 votes of an input come together that ends at the threshold: S_n / K, overlay by overlay. Shares under which all of that growth
-stays, for most of them and at all stages together, accept. What clean images can't show: a single overlay may hide a trigger
-from the model. So an input needs more than one vote, which no single overlay can give; and never is accepted what has fewer so
+stays, for most of them and at all stages together, accept. What clean images can't show: an overlay may hide a trigger
+from the model. So an input needs more than two votes, which no two overlays can give; and never is accepted what has fewer so
 far than make K at last if they go on coming as fast, though clean images may have had fewer by then.
 
 Early rejection must not cost clean inputs. Votes under which next to none of the images come that all passes accept, at any
@@ -11,9 +11,9 @@ stage, reject. Of other images somewhat more come under them, which lowers the t
 ones took up to twice the passes, and let hardly fewer triggers in.
 
 The numbers below were chosen on the victims that development is done on, none of which a table reports: denser stages took
-fewer passes; fewer than 300 images led to boundaries that let more triggers through than all passes, as did acceptance on one
-overlay (`benchmarks/boundaries.py`); a sum of entropies instead of soft votes took more passes, as did lower powers of them and
-fewer votes.
+fewer passes; fewer than 300 images led to boundaries that let more triggers through than all passes, as did acceptance on fewer
+votes (`benchmarks/boundaries.py`); a sum of entropies instead of soft votes took more passes, as did lower powers of them and
+more votes on traffic signs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from guard.detectors.boundaries import by_all, soft_vote_scores, soft_votes
 
 _ENDS = (*range(1, 17), 18, 20, 22, 24, 26, 28, 32, 36, 40, 45, 50, 57, 64, 72, 80)
 _NEAR, _FEWEST = 0.2, 30  # of the images: share, and at least so many, that show how an input near the threshold goes
-_MORE_THAN = 1.0  # votes: as many as one overlay may give that hides a trigger
+_MORE_THAN = 2.0  # votes: as many as two overlays may give that hide a trigger
 _ACCEPTED = 0.5  # of inputs at the threshold, that are accepted before all passes
 _REJECTED = 0.25  # of the false rejection rate: clean inputs that are rejected before all passes would have accepted them
 _SHARE, _LEAST, _MOST = 0.25, 300, 600  # of the clean images that are not set aside

@@ -12,7 +12,7 @@ What was accepted at h would have been accepted at any h' >= h at which neither 
 Votes fall no faster than (h / h')^6, so V is at least h times the sixth root of the least of S_k / (a_k K) and all S_j / (r_j
 K); and what was rejected has a V of at most h times that of the greatest of S_k / (r_k K) and all S_j / (a_j K).
 
-No single overlay can give more than one vote, however unsure it makes the model: a few that hide a trigger don't let it in.
+No overlay can give more than one vote, however unsure it makes the model: a few that hide a trigger don't let it in.
 
 References: Jennison and Turnbull, Group Sequential Methods, 1999. STRIP with boundaries, soft votes: ours.
 """

@@ -10,9 +10,6 @@ from calibration.boundaries import choose_boundaries
 
 REPORTS = boundaries.load_reports()
 
-_WORST = {"mnist-dev-noise": 0.01}
-"""Where one overlay, first, lets in more: as `docs/victims.md` says."""
-
 
 def tables(hidden: int) -> boundaries.Tables:
     """Under some overlays of 60 triggered inputs look as clean ones do, under all others the model is certain."""
@@ -32,11 +29,11 @@ def test_an_overlay_that_hides_the_trigger_is_put_first_and_lets_it_in_where_les
     found = {(item.order, item.more_than): item for item in figures}
     assert found["worst first", 0.0].more > 0.7
     assert found["worst first", 0.0].draws_with_more == 3
-    assert found["worst first", 1.0].most_more <= 0.02
+    assert found["worst first", 2.0].most_more <= 0.02
     for order in boundaries.ORDERS:
         passes = [found[order, rule].clean_passes for rule in boundaries.MORE_THAN]
         assert passes == sorted(passes)
-        assert passes[2] >= 2.0
+        assert passes[3] >= 3.0
 
 
 def test_all_development_victims_are_measured() -> None:
@@ -45,9 +42,11 @@ def test_all_development_victims_are_measured() -> None:
 
 @pytest.mark.parametrize("report", REPORTS, ids=lambda report: report.name)
 def test_the_rule_that_is_ours_lets_in_no_more_on_average(report: boundaries.Report) -> None:
-    assert choose_boundaries.__defaults__ == (1.0,)
+    assert choose_boundaries.__defaults__ == (2.0,)
     found = {(item.order, item.more_than): item for item in report.figures}
-    assert found["ours", 1.0].more <= 0.001
-    assert found["worst first", 1.0].more <= _WORST.get(report.name, 0.005)
+    assert found["ours", 2.0].more <= 0.001
+    assert found["random", 2.0].more <= 0.005
+    assert found["worst first", 2.0].more <= 0.005
+    assert found["worst two first", 2.0].more <= 0.02
     for order in boundaries.ORDERS:
-        assert found[order, 1.0].more <= 0.75 * found[order, 0.0].more or found[order, 0.0].more <= 0.005
+        assert found[order, 2.0].more <= 0.5 * found[order, 0.0].more or found[order, 0.0].more <= 0.005
