@@ -135,7 +135,7 @@ def test_a_mix_of_detectors_from_calibration_to_verdict(
 
 
 def test_feature_squeezing_alone(tmp_path: Path, guard: Command, files: Files) -> None:
-    options = ["--detector", "feature-squeezing", "--frr", 0.04, "--json"]
+    options = ["--detector", "feature-squeezing", "--frr", 0.2, "--json"]
     (summary,) = guard("calibrate", files.model, "--data", files.clean, "--out", tmp_path / "p", *options).lines
     assert (summary["entropy_threshold"], summary["overlays"], summary["images"]) == (None, 0, 597)
     assert summary["mean_passes"] == 4.0
