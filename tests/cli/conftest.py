@@ -29,7 +29,7 @@ class Run:
     @property
     def lines(self) -> list[dict[str, Any]]:
         """Standard output as JSON, one object a line."""
-        assert self.code != 2, self.err
+        assert self.out or self.code != 2, self.err
         return [json.loads(line) for line in self.out.splitlines()]
 
     @property
