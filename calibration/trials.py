@@ -179,10 +179,10 @@ def _figures(
 
 def _judged(bits: NDArray[np.float64], passes: PassesChoice) -> NDArray[np.float64]:
     """(n,): what is compared with a threshold, of each overlay's entropies, (n, N)."""
-    needed, found = votes_of(bits.shape[1]), np.asarray(bits.mean(axis=1))
+    needed, found = votes_of(bits.shape[1]), np.empty(len(bits))
     match passes:
         case "exact":
-            pass
+            found = bits.mean(axis=1)
         case "votes":
             found = np.partition(bits, -needed, axis=1)[:, -needed]
         case "sequential":  # after all passes, for want of images that choose boundaries

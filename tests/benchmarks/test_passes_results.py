@@ -8,8 +8,10 @@ from benchmarks import passes
 
 REPORTS = passes.load_reports()
 SEEN = [report for report in REPORTS if report.figures[0].far is not None and report.figures[0].far.value <= 0.01]
-MOST = {"mnist": 5.0, "gtsrb": 10.0, "cifar10": 10.0}
-"""Mean passes of a clean input, sequential. On MNIST, 4 were asked for: more than two votes take more than three passes."""
+MOST = {"mnist": 4.0, "gtsrb": 10.0, "cifar10": 10.0}
+"""Mean passes of a clean input, sequential."""
+OVER = {"mnist-a", "mnist-conv-badnets", "mnist-all-to-all", "mnist-steganographic", "mnist-amplified"}
+"""Where more than two votes take up to a pass more."""
 VOTED = 16.0
 """By votes. On MNIST, 6 were asked for."""
 
@@ -22,7 +24,7 @@ def test_there_are_victims_of_every_set() -> None:
 def test_few_passes_for_clean_inputs_at_the_rate_asked_for(report: passes.Report) -> None:
     exact, sequential = (item for item in report.figures if item.passes != "votes")
     assert sequential.passes == "sequential"
-    assert sequential.clean_passes <= MOST[report.plan.images]
+    assert sequential.clean_passes <= MOST[report.plan.images] + (report.name in OVER)
     assert sequential.clean_passes < exact.clean_passes
     assert sequential.frr.low <= 0.0125  # the threshold's own spread, and frames of one sign that stand or fall together
 

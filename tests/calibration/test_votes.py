@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from calibration import BlendChoice, Calibration, Settings, calibrate, evaluate
+from calibration import BlendChoice, Calibration, PassesChoice, Settings, calibrate, evaluate
 from calibration.red_team import overlay_counts
 from calibration.settings import check_settings
 from calibration.trials import Setting, _figures
@@ -92,6 +92,16 @@ def test_the_red_team_judges_by_votes() -> None:
     setting = Setting("logit", None, 100)
     by_mean, by_votes = (_figures(setting, [(clean, triggered)], 0.01, how).far.value for how in ("exact", "votes"))
     assert (by_mean, by_votes) == (0.0, 1.0)
+
+
+def test_the_red_team_judges_sequential_passes_by_soft_votes() -> None:
+    """Four overlays hide the trigger, under the others it shows a little: too little for a mean, and for a fifth vote."""
+    clean, triggered = np.full((200, 100), 1.0), np.full((50, 100), 0.9)
+    triggered[:, :4] = 2.0
+    setting = Setting("logit", None, 100)
+    ways: list[PassesChoice] = ["exact", "votes", "sequential"]
+    found = [_figures(setting, [(clean, triggered)], 0.01, how).far.value for how in ways]
+    assert found == [0.0, 0.0, 1.0]
 
 
 def test_a_model_of_labels_takes_exact_passes(digits: Digits, backdoored: nn.Module) -> None:
