@@ -33,6 +33,7 @@ from calibration.filters import infected_triggers
 from calibration.inspection.scan import ScanSettings
 from calibration.statistics import Estimate, proportion
 from calibration.thresholds import set_threshold
+from guard.detectors.strip import STAGE_ROWS
 from guard.errors import CalibrationError, InputError, InspectionError
 from guard.predictors import wrap
 
@@ -135,7 +136,7 @@ def _calibrated(
     """One detector alone; the filter looks into the module, the others into its ONNX file."""
     clean = shuffled(parts.defender, 0).select(torch.arange(_DEFENDERS))
     if detector == "strip":
-        return calibrate(as_onnx(found, parts, cache), clean, Settings(), progress=progress)
+        return calibrate(as_onnx(found, parts, cache), clean, Settings(stage_rows=STAGE_ROWS), progress=progress)
     if detector == "feature-squeezing":
         return calibrate(as_onnx(found, parts, cache), clean, Settings(detectors=("feature-squeezing",)), progress=progress)
     backend = wrap(found.model)

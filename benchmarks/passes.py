@@ -28,6 +28,7 @@ from benchmarks.victims import CACHE, bars, victim
 from calibration import Calibration, ImageSet, PassesChoice, Settings, calibrate
 from calibration.statistics import Estimate, proportion
 from guard import Predictor
+from guard.detectors.strip import STAGE_ROWS
 
 _DEFENDER, _CLEAN, _TRIGGERED, _BATCH = 5_000, 2_000, 500, 32
 _CHOICES: tuple[PassesChoice, ...] = ("exact", "votes", "sequential")
@@ -90,7 +91,7 @@ def measure(name: str, parts: Parts, cache: Path = CACHE) -> Report:
         backend = as_onnx(found, parts, cache)
         figures = []
         for passes in _CHOICES:
-            made = calibrate(backend, defender, Settings(passes=passes), progress=progress)
+            made = calibrate(backend, defender, Settings(passes=passes, stage_rows=STAGE_ROWS), progress=progress)
             success = _answers(made.predictor, probe.triggered) == probe.targets
             figures.append(_figures(passes, made, probe.clean, probe.triggered.select(torch.nonzero(success).squeeze(1))))
     return Report(

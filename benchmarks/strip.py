@@ -33,6 +33,7 @@ from calibration.evaluation import Judged, judge, summarise
 from calibration.statistics import Estimate, proportion
 from calibration.thresholds import set_threshold
 from guard.detectors import Blend
+from guard.detectors.strip import STAGE_ROWS
 from guard.errors import InputError
 from guard.predictors.onnx import OnnxBackend
 
@@ -140,7 +141,7 @@ def measure(name: str, parts: Parts, cache: Path = CACHE) -> Report:
             raise InputError(f"expected a victim, got the clean model {name}")
         backend = as_onnx(found, parts, cache)
         defender = shuffled(parts.defender, 0).select(torch.arange(_THRESHOLD_AND_OVERLAYS))
-        calibration = calibrate(backend, defender, Settings(), progress=progress)
+        calibration = calibrate(backend, defender, Settings(stage_rows=STAGE_ROWS), progress=progress)
         probe = evaluation_images(found, parts, _CLEAN, _TRIGGERED)
         guard = calibration.guard()
         on_clean = judge(guard, probe.clean, "clean", progress)

@@ -18,6 +18,7 @@ from calibration.settings import Settings, asked_strips, votes_of
 from calibration.thresholds import set_threshold
 from guard import Predictor
 from guard.detectors import ActivationFilter, Detector, FeatureSqueezing, Strip
+from guard.detectors.strip import STAGE_ROWS
 from guard.errors import CalibrationError
 from guard.profile import overlays_to_array
 from guard.records import (
@@ -57,7 +58,7 @@ class DetectorCalibration:
     def record(self, array: str) -> DetectorRecord:
         """For the profile; STRIP's overlays under that name."""
         match self.detector:
-            case Strip(blend=blend, alpha=alpha, name=name, boundaries=boundaries, votes=votes):
+            case Strip(blend=blend, alpha=alpha, name=name, boundaries=boundaries, votes=votes, stage_rows=rows):
                 return StripRecord(
                     threshold=self.threshold,
                     blend=blend,
@@ -66,6 +67,7 @@ class DetectorCalibration:
                     array=array,
                     boundaries=boundaries,
                     votes=msgspec.UNSET if votes is None else votes,
+                    stage_rows=msgspec.UNSET if rows == STAGE_ROWS else rows,
                     title=name,
                 )
             case FeatureSqueezing(squeezers=squeezers, bits=bits):

@@ -52,6 +52,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         alpha: Their weight, for a single blend; None for the blend's own default (3.5 for `logit`, 1.5 for `demeaned`,
             .5 for `mix`, 1 for `add` and `max`).
         passes: How many an input takes.
+        stage_rows: Blends in a first stage's batch, at least; None for as many as are fastest, by `calibration.stages`.
         precision: Of detectors' passes.
         preprocess: What happens to an image before the model answers it.
         max_accuracy_drop: Points of clean accuracy that the preprocessor may cost.
@@ -61,7 +62,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         seed: Of the split and the preprocessor's draws.
 
     Raises:
-        CalibrationError: A name that there is not.
+        CalibrationError: A name that there is not, or no row in a stage.
     """
 
     detectors: tuple[DetectorChoice, ...] = ("strip",)
@@ -71,6 +72,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     blend: BlendChoice = "logit"
     alpha: float | None = None
     passes: PassesChoice = "exact"
+    stage_rows: int | None = None
     precision: PrecisionChoice = "float32"
     preprocess: PreprocessChoice = "none"
     max_accuracy_drop: float = 3.0
@@ -80,9 +82,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse misspelt names, which would stand for something else."""
+        """Refuse misspelt names, which would stand for something else, and stages of nothing."""
         for detector in self.detectors:
             check_choice("a detector", detector, DetectorChoice, CalibrationError)
+        if self.stage_rows is not None and self.stage_rows < 1:
+            raise CalibrationError(f"expected stage_rows of at least 1, or None to measure it, got {self.stage_rows}")
         for name, value, known in (
             ("blend", self.blend, BlendChoice),
             ("passes", self.passes, PassesChoice),

@@ -15,6 +15,7 @@ from calibration.data import ImageSet, Progress
 from calibration.detectors import DetectorCalibration
 from calibration.overlays import order_overlays
 from calibration.settings import Settings, votes_of
+from calibration.stages import stage_rows
 from calibration.thresholds import set_threshold, share
 from guard.detectors import Strip
 from guard.detectors.boundaries import by_all, soft_vote_scores
@@ -60,6 +61,8 @@ def calibrate_strip(
         strip, table = replace(strip, overlays=strip.overlays[order]), table[:, order]
     scores = strip.score_passes(table).numpy()
     record = threshold(scores)
+    rows = settings.stage_rows or stage_rows(strip, clean.images(slice(0, 1)))
+    strip = replace(strip, stage_rows=rows)
     passes = mean_passes(table, strip.evidence(len(table), record.value), strip.stage_ends())
     return DetectorCalibration(strip, record, scores, passes)
 

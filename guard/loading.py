@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from guard.detectors import ActivationFilter, Detector, FeatureSqueezing, Strip
+from guard.detectors.strip import STAGE_ROWS
 from guard.errors import InputError, ModelError, ProfileError
 from guard.folders import read_settled
 from guard.guard import CalibratedDetector, Guard
@@ -182,6 +183,7 @@ def _detector(record: DetectorRecord, watched: Predictor, profile: Profile, arra
                 name=record.title,
                 boundaries=record.boundaries,
                 votes=None if isinstance(record.votes, msgspec.UnsetType) else record.votes,
+                stage_rows=STAGE_ROWS if isinstance(record.stage_rows, msgspec.UnsetType) else record.stage_rows,
             )
         case FeatureSqueezingRecord():
             return FeatureSqueezing(watched, record.squeezers, record.bits, record.title)

@@ -52,6 +52,7 @@ class StripRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         boundaries: Where it may stop before all passes; None where only as soon as their verdict is certain.
         votes: Overlays that must have made the model unsure. Left out where their entropies are added up, so that versions
             that know no votes read it.
+        stage_rows: Blends in the first stage's batch, at least; left out where that is the default.
     """
 
     threshold: ThresholdRecord
@@ -61,6 +62,7 @@ class StripRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     array: str = OVERLAYS
     boundaries: Boundaries | None = None
     votes: int | msgspec.UnsetType = msgspec.UNSET
+    stage_rows: Annotated[int, msgspec.Meta(ge=1)] | msgspec.UnsetType = msgspec.UNSET
     title: Annotated[str, msgspec.Meta(pattern=r"^strip(-[a-z]+)?\Z")] = "strip"
 
 

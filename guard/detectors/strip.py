@@ -43,6 +43,9 @@ Blend = Literal["add", "mix", "demeaned", "max", "logit"]
 moves them as much, and pixels near black or white, such as a sticker's, hardly do.
 """
 
+STAGE_ROWS = 4
+"""Blends in a first stage's batch, at least, where no calibration says otherwise."""
+
 _LOGIT_EDGE = 0.001
 _MOST_LOGIT = 30.0  # beyond it a pixel is black or white, and float32 overflows
 _FULL = 200_000  # numbers in a batch, 64 images of 32x32 pixels: a forward pass of more is hardly faster an image
@@ -127,8 +130,8 @@ class Strip(Detector):
         overlays: (N, C, H, W), float32, clean images in [0, 1], in the order in which they are tried.
         blend: How they are superimposed.
         alpha: The overlay's weight, in (0, 1] for `mix` and over 0 otherwise.
-        stage_rows: Blends in the first stage's batch, at least, and twice as many in later ones'; without boundaries, stages
-            also grow, to half of what went before, until they fill a processor, so that a lone input takes few calls.
+        stage_rows: Blends in the first stage's batch, at least, and twice as many in later ones', as a call of the model is
+            worth; without boundaries, stages also grow, to half of what went before, until they fill a processor.
         name: `strip`, or `strip-BLEND` where a guard has several.
         boundaries: Where it may stop; None for exact early acceptance.
         votes: Overlays that must have made the model unsure; None for the mean entropy, or what boundaries make of it.
@@ -143,7 +146,7 @@ class Strip(Detector):
     overlays: Tensor
     blend: Blend = "add"
     alpha: float = 1.0
-    stage_rows: int = 4
+    stage_rows: int = STAGE_ROWS
     name: str = "strip"
     boundaries: Boundaries | None = None
     votes: int | None = None
