@@ -5,7 +5,7 @@ an image stops somewhere among the next T overlays, stages of n take T / n calls
 With a call that takes as long as k passes, that is least at n = sqrt(2 T k). The first stage, before which nothing is known, is
 half as long; see `guard.detectors.strip`. No stage changes a verdict.
 
-T is of images that come alone, and coarse: an exact verdict takes tens of passes, boundaries decide most images at once.
+T is coarse: an exact verdict takes some 20 passes, boundaries decide most images in the first stage.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from guard.detectors import Strip
 from guard.detectors.strip import STAGE_ROWS
 
-_EXPECTED, _BY_BOUNDARIES = 64, 4  # T
+_EXPECTED, _BY_BOUNDARIES = 20, 4  # T
 _MOST = 64  # blends; fewer than the default leave a processor idle
 _FEW, _MANY = 16, 64
 _FIRST = 6  # of `_FEW`; the next stage holds the rest
