@@ -3,7 +3,8 @@
 A stage takes as long as its forward passes and, besides, as a call does: the model's own set-up, blending, bookkeeping. Where
 an image stops somewhere among the next T overlays, stages of n take T / n calls, and half of the last one's passes too many.
 With a call that takes as long as k passes, that is least at n = sqrt(2 T k). The first stage, before which nothing is known, is
-half as long; see `guard.detectors.strip`. No stage changes a verdict.
+half as long; see `guard.detectors.strip`. No stage changes a verdict, but of a model that answers NaN: a pass that is run and
+has no answer rejects, one that is not run can't.
 
 T is coarse: an exact verdict takes some 20 passes, boundaries decide most images in the first stage.
 """
@@ -27,6 +28,7 @@ _MOST = 64  # blends; fewer than the default leave a processor idle
 _FEW, _MANY = 16, 64
 _FIRST = 6  # of `_FEW`; the next stage holds the rest
 _ROUNDS = 7
+_NOISE = 400  # a pass is no less than such a part of a call of `_FEW`: where a call takes as long whatever it holds, too
 _SLOW = 0.05  # seconds, of `_FEW` passes: beside such a model a call takes nothing
 
 
@@ -52,7 +54,7 @@ def _call_in_passes(strip: Strip, image: Tensor) -> float:
     rounds = [tuple(map(partial(_seconds, image=image), ways)) for _ in range(_ROUNDS + 1)][1:]
     call = statistics.median(in_two - in_one for in_one, in_two, _ in rounds)
     one = statistics.median(more - few for few, _, more in rounds) / (_MANY - _FEW)
-    return max(call, 0.0) / one if one > 0.0 else 0.0
+    return max(call, 0.0) / max(one, statistics.median(few for few, _, _ in rounds) / _NOISE)
 
 
 def _so_many(overlays: Tensor, count: int) -> Tensor:

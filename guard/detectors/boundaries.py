@@ -142,7 +142,8 @@ class SoftVotes:
             accepted, decided = at_ends >= 0.0, at_ends >= 0.0
         else:
             accepted = at_ends > self._accept[some]
-            decided = accepted | (at_ends <= self._reject[some])  # NaN is neither: undecided, and in the end rejected
+            decided = accepted | (at_ends <= self._reject[some])
+        decided &= ~np.isnan(sums[:, -1:])  # undecided, and in the end rejected, although an end before may have decided
         first = decided.argmax(axis=1)  # and the first at all where none decides
         every = np.arange(len(rows))
         closed = decided[every, first]

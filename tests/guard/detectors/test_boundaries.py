@@ -178,3 +178,17 @@ def test_boundaries_belong_to_their_overlays_and_to_probabilities() -> None:
         replace(strip, overlays=strip.overlays[1:])
     with pytest.raises(CalibrationError, match="expected a model with probabilities for sequential passes, got labels"):
         replace(strip, predictor=Predictor(table, KEYED, 2, "labels"))
+
+
+@pytest.mark.parametrize("ends", [(2, 4), (2, 3, 4)])
+def test_a_pass_without_an_answer_rejects_although_one_before_it_had_decided(ends: tuple[int, ...]) -> None:
+    """As the score of all passes does: a stage may hold more than the first end that decides."""
+    boundaries = Boundaries(
+        votes=1, ends=ends, accept=(0.5,) * (len(ends) - 1) + (1.0,), reject=(0.0,) * (len(ends) - 1) + (1.0,)
+    )
+    entropies = torch.tensor([[1.0, 1.0, torch.nan, 1.0], [1.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
+    evidence = SoftVotes(2, boundaries, -0.05)
+    evidence.add(entropies)
+    assert evidence.scores.isnan().tolist() == soft_vote_scores(entropies, boundaries).isnan().tolist() == [True, False]
+    assert evidence.rows.tolist() == [0]
+    assert evidence.exact.tolist() == [True, False]
