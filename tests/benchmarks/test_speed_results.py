@@ -32,7 +32,8 @@ def test_votes_take_the_passes_that_were_asked_of_exact_ones_and_are_as_many_tim
     """On pictures in colour; MNIST's 6 passes and 15 times they miss."""
     for report in strip.load_reports():
         speeds = {item.name: item for item in report.speeds}
-        assert speeds["votes"].per_second > 1.3 * speeds["exact"].per_second
+        at_least = 1.3 if report.name == "mnist-a" else 1.4  # there long stages made exact passes faster, too
+        assert speeds["votes"].per_second > at_least * speeds["exact"].per_second
         if report.name != "mnist-a":
             assert speeds["votes"].passes <= 16.0
             assert all(speeds["votes"].per_second >= 6.0 * speeds[rival].per_second for rival in RIVALS)
