@@ -31,6 +31,7 @@ from guard.records import (
 )
 
 _MOST_CHANGE = 2.0  # L1 distance of two distributions
+_ROUNDING = 1e-5  # of an entropy
 
 
 @final
@@ -142,14 +143,12 @@ def recorded(parts: Sequence[DetectorCalibration]) -> tuple[tuple[DetectorRecord
 
 
 def refuse_blind(found: Sequence[DetectorCalibration]) -> None:
-    """Refuse detectors that can never reject.
+    """Refuse detectors that can never reject, or that reject by chance.
 
     Raises:
         CalibrationError: It says which.
     """
-    _refuse_blind_strips(
-        {item.detector.blend: item.threshold for item in found if isinstance(item.detector, Strip)}, len(found)
-    )
+    _refuse_blind_strips([item for item in found if isinstance(item.detector, Strip)], len(found))
     if any(isinstance(item.detector, FeatureSqueezing) and item.threshold.value > _MOST_CHANGE for item in found):
         raise CalibrationError(
             "no input could ever be rejected by feature squeezing: it turns the answers to too many clean images round; "
@@ -157,18 +156,27 @@ def refuse_blind(found: Sequence[DetectorCalibration]) -> None:
         )
 
 
-def _refuse_blind_strips(thresholds: dict[str, ThresholdRecord], detectors: int) -> None:
-    blind = [blend for blend, threshold in thresholds.items() if threshold.value > 0.0]
+def _refuse_blind_strips(found: Sequence[DetectorCalibration], detectors: int) -> None:
+    asked = [(item.detector, item) for item in found if isinstance(item.detector, Strip)]
+    for strip, item in asked:
+        constant = np.ptp(item.scores) < _ROUNDING * np.abs(item.scores).max()
+        if constant and not strip.predictor.labels_only:
+            raise CalibrationError(
+                f"expected a model whose answers hang on the image, got one that is as unsure of all {len(item.scores)} clean "
+                f"images under the blend {strip.blend}: does it answer anything but a constant?"
+            )
+    blind = [strip for strip, item in asked if item.threshold.value > 0.0]
     if not blind:
         return
-    if len(blind) == len(thresholds):
-        by = "" if len(thresholds) == detectors else " by STRIP"
+    exact = "" if blind[0].votes is None and blind[0].boundaries is None else "take --passes exact, "
+    if len(blind) == len(asked):
+        by = "" if len(asked) == detectors else " by STRIP"
         raise CalibrationError(
             f"no input could ever be rejected{by}: too many clean images have entropy 0 under these overlays; "
-            "try another --blend or a larger --alpha, or allow a higher --frr"
+            f"{exact}try another --blend or a larger --alpha, or allow a higher --frr"
         )
-    seeing = next(blend for blend in thresholds if blend not in blind)
+    seeing = next(strip.blend for strip, item in asked if item.threshold.value <= 0.0)
     raise CalibrationError(
-        f"no input could ever be rejected by the blend {blind[0]}: too many clean images have entropy 0 under its overlays; "
-        f"name a single one, --blend {seeing}, or allow a higher --frr"
+        f"no input could ever be rejected by the blend {blind[0].blend}: too many clean images have entropy 0 under its "
+        f"overlays; {exact}name a single one, --blend {seeing}, or allow a higher --frr"
     )

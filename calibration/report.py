@@ -113,8 +113,10 @@ def _limit(part: DetectorCalibration) -> str:
                 return f"entropy is over {limit} under fewer than {detector.votes} of {superimposed}"
             if detector.boundaries is None:
                 return f"mean entropy under {superimposed} is at most {limit}"
-            few = f"fewer than {detector.boundaries.votes} of {superimposed}"
-            return f"entropy is over {limit} under {few}, as boundaries tell it from the first ones"
+            return (
+                f"soft votes come to fewer than {detector.boundaries.votes}, of {superimposed}: a whole one where the entropy "
+                f"is {limit} or more, next to none where it is half as much"
+            )
         case FeatureSqueezing():
             return f"answer changes by at least {limit} (L1 distance) when they are squeezed"
         case ActivationFilter():
@@ -125,7 +127,7 @@ def _limit(part: DetectorCalibration) -> str:
 def _stops(strip: Strip) -> str:
     if strip.votes is not None:
         return f"when {strip.votes} of {len(strip.overlays)} overlays have voted for the input"
-    return "when its verdict is certain" if strip.boundaries is None else "by boundaries"
+    return "when its verdict is certain" if strip.boundaries is None else "when the votes so far leave little doubt"
 
 
 def _montage(strips: Sequence[Strip]) -> bytes:

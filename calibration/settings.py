@@ -182,7 +182,7 @@ def check_settings(settings: Settings, images: int) -> None:
         needed = images_needed(error.needed)
         raise TooFewImagesError(
             f"sequential passes need at least {needed} clean images besides the overlays, {needed - error.needed} of them for "
-            f"boundaries, got {images - aside}: add images, or take exact passes",
+            f"boundaries, got {images - aside}: add images, or take --passes exact",
             needed=needed,
             available=images - aside,
         ) from error

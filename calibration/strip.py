@@ -49,7 +49,7 @@ def calibrate_strip(
     if strip.predictor.labels_only:
         if len(choosing):
             raise CalibrationError(
-                "expected a model with probabilities for sequential passes, got labels: take exact ones (--passes exact)"
+                "expected a model with probabilities for --passes sequential, got one with labels: take --passes exact"
             )
         scores = torch.cat([strip.score(images) for images in _batches(strip, clean, progress)]).numpy()
         return DetectorCalibration(strip, threshold(scores), scores, float(len(strip.overlays)))
@@ -68,13 +68,21 @@ def calibrate_strip(
 
 
 def _sequential(strip: Strip, table: Tensor, frr: float) -> Strip:
-    """With overlays in order, and boundaries; none where not even all passes tell inputs from triggered ones."""
+    """With overlays in order, and boundaries."""
     votes = votes_of(len(strip.overlays))
     threshold = float(np.quantile(-soft_vote_scores(table, by_all(votes, len(strip.overlays))).numpy(), frr))
     if threshold <= 0.0:
-        return strip
+        raise CalibrationError(
+            f"sequential passes can't decide by the blend {strip.blend}: too many clean images have an entropy over 0 under "
+            f"fewer than {votes} of {len(strip.overlays)} overlays; take --passes exact"
+        )
     order = order_for_boundaries(table.numpy(), threshold, votes)
     boundaries = choose_boundaries(table.numpy()[:, order], threshold, votes, frr)
+    if boundaries is None:
+        raise CalibrationError(
+            f"sequential passes can't decide by the blend {strip.blend}: the entropies of clean images are too much alike; "
+            "take --passes exact"
+        )
     return replace(strip, overlays=strip.overlays[torch.from_numpy(order)], boundaries=boundaries)
 
 

@@ -139,6 +139,13 @@ def _show_remarks(made: Calibrated) -> None:
                 f"{detector.threshold.value:.2f} of at most 2: it will hardly reject any, and takes its share of the rate",
                 err=True,
             )
+    for limit in (detector.threshold for detector in profile.detectors):
+        if limit.method == "normal" and not limit.frr_low <= limit.frr <= limit.frr_high:
+            typer.echo(
+                f"warning: {limit.frr:.2%} false rejections are asked for, {limit.frr_low:.2%} to {limit.frr_high:.2%} seen: "
+                "clean scores are not normally distributed; --method conformal keeps to the rate",
+                err=True,
+            )
     if model.output == "labels":
         typer.echo("warning: the model returns labels only, which tells triggers less well apart than probabilities", err=True)
     if accuracy is not None and near_chance(accuracy, model.num_classes):

@@ -94,7 +94,8 @@ def _main() -> None:
         context = getattr(error, "ctx", None)  # of usage errors: which subcommand
         if not error.format_message():  # `guard` alone: the help has been shown
             sys.exit(2)
-        _fail(f"{error.format_message()} (see: {context.command_path if context else 'guard'} --help)")
+        message = error.format_message().replace("Value error, ", "")
+        _fail(f"{message} (see: {context.command_path if context else 'guard'} --help)")
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except OSError as error:

@@ -44,7 +44,7 @@ class CalibratedDetector:
         threshold: On its score.
 
     Raises:
-        CalibrationError: The threshold is not finite.
+        CalibrationError: The threshold is not finite in float32.
     """
 
     detector: Detector
@@ -52,8 +52,8 @@ class CalibratedDetector:
 
     def __post_init__(self) -> None:
         """Refuse what would accept or reject everything."""
-        if not math.isfinite(self.threshold):
-            raise CalibrationError(f"expected a finite threshold, got {self.threshold}: calibrate again")
+        if not abs(self.threshold) <= torch.finfo(torch.float32).max:  # scores are float32
+            raise CalibrationError(f"expected a finite threshold, got {self.threshold}")
 
 
 @final

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from guard.detectors import ActivationFilter, Detector, FeatureSqueezing, Strip
 from guard.detectors.strip import STAGE_ROWS
-from guard.errors import InputError, ModelError, ProfileError
+from guard.errors import CalibrationError, InputError, ModelError, ProfileError
 from guard.folders import read_settled
 from guard.guard import CalibratedDetector, Guard
 from guard.images import InputSpec
@@ -79,9 +79,12 @@ def _load(
         watched = load_predictor(folder, profile.tripwire.model, profile.tripwire.input, device=device)
         watched = replace(watched, memory_limit=memory_limit)
         _check_probe(watched.in_full_precision(), images, arrays, TRIPWIRE_PROBE, folder)
-    detectors = [
-        CalibratedDetector(_detector(record, watched, profile, arrays), record.threshold.value) for record in profile.detectors
-    ]
+    try:
+        detectors = [
+            CalibratedDetector(_detector(item, watched, profile, arrays), item.threshold.value) for item in profile.detectors
+        ]
+    except CalibrationError as error:
+        raise ProfileError(f"the profile in {folder} holds a detector that can't be ({error}): calibrate again") from error
     _check_filters(detectors, images, folder)
     return Guard(
         predictor,

@@ -120,7 +120,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             raise ProfileError(f"expected a tripwire for images of shape {self.input.shape}, got {self.tripwire.input.shape}")
         names = [record.title for record in self.detectors]
         if len(set(names)) < len(names):
-            raise ProfileError(f"expected detectors of distinct names, got {', '.join(names)}: calibrate again")
+            raise ProfileError(f"expected detectors of distinct names, got {', '.join(names)}")
 
 
 def save_profile(

@@ -65,13 +65,9 @@ class Boundaries(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             raise CalibrationError(f"expected ends of stages that ascend from 1, got {', '.join(map(str, self.ends))}")
         pairs = list(zip(self.reject, self.accept, strict=True))
         if not all(0.0 <= reject <= accept <= 1.0 and accept > 0.0 for reject, accept in pairs) or pairs[-1] != (1.0, 1.0):
-            raise CalibrationError(
-                "expected shares 0 <= reject <= accept <= 1 of each stage, and 1 of the last: calibrate again"
-            )
+            raise CalibrationError("expected shares 0 <= reject <= accept <= 1 of each stage, and 1 of the last")
         if not 0 < self.votes < self.ends[-1]:
-            raise CalibrationError(
-                f"expected votes needed of fewer than all {self.ends[-1]} overlays, got {self.votes}: calibrate again"
-            )
+            raise CalibrationError(f"expected votes needed of fewer than all {self.ends[-1]} overlays, got {self.votes}")
 
     @property
     def accepting_ends(self) -> tuple[int, ...]:

@@ -162,15 +162,15 @@ class Strip(Detector):
             raise CalibrationError(f"expected alpha in (0, 1] for mix and over 0 otherwise, got {self.alpha} for {self.blend}")
         if self.passes != "exact" and self.predictor.labels_only:
             raise CalibrationError(
-                f"expected a model with probabilities for {self.passes} passes, got labels: take exact ones (--passes exact)"
+                f"expected a model with probabilities for --passes {self.passes}, got one with labels: take --passes exact"
             )
         total = len(self.overlays)
         if self.boundaries is not None and self.votes is not None:
-            raise CalibrationError("expected boundaries or votes, got both: calibrate again")
+            raise CalibrationError("expected boundaries or votes, got both: pass one of them")
         if self.votes is not None and not 1 <= self.votes <= total:
-            raise CalibrationError(f"expected 1 to {total} votes of as many overlays, got {self.votes}: calibrate again")
+            raise CalibrationError(f"expected 1 to {total} votes of as many overlays, got {self.votes}")
         if self.boundaries is not None and self.boundaries.ends[-1] != total:
-            raise CalibrationError(f"expected boundaries of {total} overlays, got {self.boundaries.ends[-1]}: calibrate again")
+            raise CalibrationError(f"expected boundaries of {total} overlays, got {self.boundaries.ends[-1]}")
 
     @property
     def passes(self) -> Literal["exact", "votes", "sequential"]:
@@ -311,7 +311,8 @@ class Strip(Detector):
         blends = superimpose(bases, layers, self.blend)
         if riders is not None:
             blends = torch.cat([riders.unsqueeze(1), blends], dim=1)
-        return self.predictor(blends.flatten(0, 1), keep=False).reshape(len(bases), blends.shape[1], -1)
+        answers = self.predictor(blends.flatten(0, 1), keep=False)
+        return answers.reshape(*blends.shape[:2], answers.shape[1])
 
 
 class _Clock:

@@ -104,6 +104,13 @@ def test_overlays_that_hide_a_trigger_let_nothing_in_where_they_come_first(hidin
     assert limits(triggered, boundaries).tolist() == [0.0]
 
 
+def test_a_model_that_hardly_tells_images_apart_has_no_sequential_passes(digits: Digits) -> None:
+    last = nn.Linear(64, 10)
+    nn.init.zeros_(last.weight)
+    with pytest.raises(CalibrationError, match=r"by the blend logit: the entropies .* too much alike; take --passes exact$"):
+        calibrate(nn.Sequential(nn.Flatten(), last).eval(), digits.clean, SEQUENTIAL)
+
+
 @pytest.mark.parametrize(("count", "used"), [(301, 300), (1200, 300), (1600, 400), (2400, 600), (90_000, 600)])
 def test_how_many_images_choose(count: int, used: int) -> None:
     assert images_for_boundaries(count) == used
@@ -169,7 +176,7 @@ def test_a_model_of_labels_needs_all_passes(digits: Digits, backdoored: nn.Modul
             labels: Tensor = backdoored(images).argmax(dim=1)
             return labels
 
-    with pytest.raises(CalibrationError, match="expected a model with probabilities for sequential passes, got labels"):
+    with pytest.raises(CalibrationError, match="for --passes sequential, got one with labels: take --passes exact"):
         calibrate(Labels().eval(), digits.clean, SEQUENTIAL)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from calibration import BlendChoice, Calibration, Hints, ImageSet, Settings, calibrate, evaluate
 from calibration.discovery import discover
+from calibration.settings import PassesChoice
 from cli.demonstration.digits import ATTACK, Digits
 from guard import Guard
 from guard.errors import CalibrationError, GuardError, ModelError, ProfileError, TooFewImagesError
@@ -254,8 +255,46 @@ def test_entropy_of_zero_everywhere_can_reject_nothing() -> None:
         def forward(self, images: Tensor) -> Tensor:
             return nn.functional.one_hot(images.flatten(1).argmax(dim=1) * 0, 4) * 1e4
 
-    with pytest.raises(CalibrationError, match="no input could ever be rejected"):
+    with pytest.raises(CalibrationError, match=r"no input could ever be rejected: .* overlays; try another --blend"):
         calibrate(Certain().eval(), toy_set(), SMALL)
+
+
+@pytest.mark.parametrize("passes", ["exact", "votes"])
+def test_a_constant_model_is_refused(passes: PassesChoice) -> None:
+    class Constant(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.tensor([1.0, 2.0, 3.0, 0.5]) + 0.0 * images.flatten(1)[:, :1]
+
+    with pytest.raises(CalibrationError, match="answers hang on the image, got one that is as unsure of all 200 clean images"):
+        calibrate(Constant().eval(), toy_set(), msgspec.structs.replace(SMALL, passes=passes))
+
+
+class Surer(nn.Module):
+    """The same labels, with logits so many times as large."""
+
+    def __init__(self, model: nn.Module, times: float) -> None:
+        super().__init__()
+        self.model, self.times = model, times
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.model(images)
+        return self.times * logits
+
+
+@pytest.mark.parametrize(
+    ("passes", "message"),
+    [
+        ("votes", "no input could ever be rejected: .* overlays; take --passes exact, try another"),
+        ("sequential", "sequential passes can't decide by the blend logit: .*; take --passes exact$"),
+    ],
+)
+def test_passes_that_an_overconfident_model_leaves_blind_name_the_way_out(
+    digits: Digits, backdoored: nn.Module, passes: PassesChoice, message: str
+) -> None:
+    surer = Surer(backdoored, 100.0).eval()
+    with pytest.raises(CalibrationError, match=message):
+        calibrate(surer, digits.clean, Settings(passes=passes))
+    assert calibrate(surer, digits.clean, Settings()).thresholds[0].value < 0.0
 
 
 def test_gym_on_a_model_not_tuned_for_it_is_refused_with_the_drop(digits: Digits, backdoored: nn.Module) -> None:

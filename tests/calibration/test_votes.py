@@ -110,5 +110,5 @@ def test_a_model_of_labels_takes_exact_passes(digits: Digits, backdoored: nn.Mod
             labels: Tensor = backdoored(images).argmax(dim=1)
             return labels
 
-    with pytest.raises(CalibrationError, match=r"expected a model with probabilities for votes passes, got labels: take exact"):
+    with pytest.raises(CalibrationError, match=r"probabilities for --passes votes, got one with labels: take --passes exact"):
         calibrate(Labels().eval(), digits.clean, BY_VOTES)

@@ -46,10 +46,20 @@ def test_another_blend_is_one_detector_too(tmp_path: Path, guard: Command, files
     assert "strip-" not in page
 
 
+def test_a_normal_fit_that_misses_the_rate_warns(tmp_path: Path, guard: Command, files: Files) -> None:
+    command = ["calibrate", files.model, "--data", files.clean, "--out", tmp_path / "p"]
+    assert "normally distributed" not in guard(*command).err
+    warned = guard(*command, "--method", "normal", "--blend", "add").err
+    assert "warning: 1.00% false rejections are asked for, " in warned
+    assert "clean scores are not normally distributed; --method conformal keeps to the rate" in warned
+
+
 def test_sequential_passes_from_calibration_to_verdict(tmp_path: Path, guard: Command, files: Files, digits: Digits) -> None:
     command = ["calibrate", files.model, "--data", files.clean, "--out", tmp_path / "p", "--passes", "sequential"]
     assert "by boundaries" in guard(*command).out
-    assert "by boundaries" in (tmp_path / "p" / "report.html").read_text()
+    page = (tmp_path / "p" / "report.html").read_text()
+    for said in ("Inputs whose soft votes come to fewer than 5, of 100 clean images", "the votes so far leave little doubt"):
+        assert said in page
     (summary,) = guard(*command, "--json").lines
     assert summary["images"] == 197
     assert [item["passes"] for item in summary["detectors"]] == ["sequential"]

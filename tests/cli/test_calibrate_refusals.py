@@ -31,7 +31,8 @@ PROBLEMS: list[tuple[list[str], str]] = [
     (["--shape", "1,9,9"], "expected images of shape"),
     (["--shape", "9"], "expected --shape as C,H,W"),
     (["--output", "labels"], "expected"),
-    (["--blend", "lighten"], "lighten"),
+    (["--blend", "lighten"], "Invalid value for '--blend': 'lighten' is not one of 'logit', "),
+    (["--passes", "fast"], "Invalid value for '--passes': 'fast' is not one of 'exact', 'votes', 'sequential'."),
 ]
 
 

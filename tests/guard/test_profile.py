@@ -369,6 +369,28 @@ def test_what_makes_no_profile(name: str, profile: Path) -> None:
     with pytest.raises(ProfileError, match="is not a valid profile") as raised:
         Guard.load(profile)
     assert "\n" not in str(raised.value)
+    assert str(raised.value).count("calibrate again") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"alpha": -1.0}, "expected alpha in"),
+        ({"votes": 41}, "expected 1 to 40 votes"),
+        ({"boundaries": {"votes": 3, "ends": [5, 39], "accept": [1, 1], "reject": [0, 1]}}, "boundaries of 40 overlays"),
+    ],
+)
+def test_detectors_that_can_not_be_name_the_profile(change: dict[str, object], message: str, profile: Path) -> None:
+    edit_and_seal(profile, lambda body: body["detectors"][0].update(change))
+    with pytest.raises(ProfileError, match=rf"the profile in {profile} .*{message}.*: calibrate again$"):
+        Guard.load(profile)
+
+
+def test_a_threshold_that_no_score_can_be_under(profile: Path) -> None:
+    """Scores are float32."""
+    edit_and_seal(profile, lambda body: body["detectors"][0]["threshold"].update(value=-1e39))
+    with pytest.raises(ProfileError, match=r"expected a finite threshold, got -1e\+39\): calibrate again$"):
+        Guard.load(profile)
 
 
 @pytest.mark.parametrize("file", ["../model.pt2", "/etc/passwd", "a/b", "..", ".", "", "a/", "./a", "../", "a/../../b"])

@@ -176,7 +176,7 @@ def test_boundaries_belong_to_their_overlays_and_to_probabilities() -> None:
     strip, _, table = stopping(torch.zeros(1, 12))
     with pytest.raises(CalibrationError, match="expected boundaries of 11 overlays, got 12"):
         replace(strip, overlays=strip.overlays[1:])
-    with pytest.raises(CalibrationError, match="expected a model with probabilities for sequential passes, got labels"):
+    with pytest.raises(CalibrationError, match="for --passes sequential, got one with labels: take --passes exact"):
         replace(strip, predictor=Predictor(table, KEYED, 2, "labels"))
 
 

@@ -182,6 +182,11 @@ def test_score_is_minus_the_mean_entropy() -> None:
     torch.testing.assert_close(strip.pass_entropies(images), torch.tensor([[1.0, 0, 1, 0], [0, 0, 0, 0]], dtype=torch.float64))
 
 
+def test_no_images_have_no_scores(strip: Strip, clean: Tensor) -> None:
+    assert strip.score(clean[:0]).shape == (0,)
+    assert strip.pass_entropies(clean[:0]).shape == (0, len(strip.overlays))
+
+
 def test_triggered_outscores_clean(strip: Strip, clean: Tensor, triggered: Tensor) -> None:
     assert strip.score(triggered).min() > -ENTROPY_THRESHOLD > strip.score(clean).max()
 

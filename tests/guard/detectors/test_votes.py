@@ -97,7 +97,7 @@ def test_votes_are_of_its_overlays(count: int) -> None:
 
 def test_votes_are_of_probabilities_and_without_boundaries() -> None:
     strip, _, table = voting(torch.zeros(1, 12))
-    with pytest.raises(CalibrationError, match="expected a model with probabilities for votes passes, got labels"):
+    with pytest.raises(CalibrationError, match="for --passes votes, got one with labels: take --passes exact"):
         replace(strip, predictor=Predictor(table, KEYED, 2, "labels"))
     with pytest.raises(CalibrationError, match="expected boundaries or votes, got both"):
         replace(strip, boundaries=Boundaries(votes=4, ends=(12,), accept=(1.0,), reject=(1.0,)))
