@@ -59,9 +59,7 @@ def fastest(predictor: Predictor, images: Tensor, precision: PrecisionChoice = "
             )
         return predictor
     images = images.repeat(-(-TIMED // len(images)), 1, 1, 1)[:TIMED]
-    chosen = predictor
-    if predictor.spec.channels > 1:
-        chosen = _faster(chosen, Execution(memory_format="channels-last"), images, _CLEARLY["channels-last"])
+    chosen = _faster(predictor, Execution(memory_format="channels-last"), images, _CLEARLY["channels-last"])
     if precision != "float32":
         reduced = msgspec.structs.replace(chosen.execution, precision="bfloat16")
         if precision == "auto":

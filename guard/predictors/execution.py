@@ -39,7 +39,7 @@ class Execution(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         if not isinstance(batch, Tensor) or batch.device.type != "cpu":
             return backend(batch)
         if self.memory_format == "channels-last" and batch.ndim == 4:
-            batch = batch.contiguous(memory_format=torch.channels_last)
+            batch = channels_last(batch)
         if self.precision == "float32":
             return backend(batch)
         with torch.autocast("cpu", torch.bfloat16):
@@ -48,6 +48,18 @@ class Execution(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def __str__(self) -> str:
         """For people."""
         return f"{self.memory_format.replace('-', ' ')}, {self.precision}"
+
+
+def channels_last(batch: Tensor) -> Tensor:
+    """(B, C, H, W), in that order in memory.
+
+    With one channel both orders are one, and PyTorch takes it for the ordinary one unless its strides say otherwise: a
+    convolution's result is in the order of its batch.
+    """
+    if batch.shape[1] > 1:
+        return batch.contiguous(memory_format=torch.channels_last)
+    _, _, height, width = batch.shape
+    return batch.contiguous().as_strided(batch.shape, (height * width, 1, width, 1))
 
 
 ORDINARY = Execution()

@@ -62,6 +62,26 @@ def test_the_model_is_run_as_told_and_answers_the_same(
     torch.testing.assert_close(answers, expected, atol=1e-6 if execution is LAST else 1e-2, rtol=0.0)
 
 
+def test_one_channel_is_last_too() -> None:
+    """Both orders are one, and a convolution goes by the strides."""
+    with torch.random.fork_rng():
+        net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3))
+    results: list[Tensor] = []
+
+    def run(images: object) -> Tensor:
+        assert isinstance(images, Tensor)
+        results.append(net(images))
+        return results[-1]
+
+    batch = noise(15)[..., :6].reshape(45, 1, 8, 6)
+    strewn = batch.transpose(2, 3).contiguous().transpose(2, 3)
+    for execution, images in ((Execution(), batch), (LAST, batch), (LAST, strewn)):
+        execution.run(run, images)
+    assert [found.is_contiguous(memory_format=torch.channels_last) for found in results] == [False, True, True]
+    for found in results[1:]:
+        torch.testing.assert_close(found, results[0])
+
+
 def test_answers_that_go_out_are_in_full_precision(model: Seeing) -> None:
     fast = predictor(model, Execution(memory_format="channels-last", precision="bfloat16"))
     fast.in_full_precision()(noise(2))
