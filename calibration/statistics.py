@@ -5,8 +5,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, stats
-from sklearn.metrics import roc_auc_score
+from scipy import optimize, special
 
 
 class Estimate(msgspec.Struct, frozen=True):
@@ -30,8 +29,9 @@ def proportion(count: int, total: int) -> Estimate:
         count: Successes.
         total: Trials, at least one.
     """
-    interval = stats.binomtest(count, total).proportion_ci(confidence_level=0.95, method="exact")
-    return Estimate(count / total, float(interval.low), float(interval.high))
+    low = special.betaincinv(count, total - count + 1, 0.025) if count else 0.0
+    high = special.betaincinv(count + 1, total - count, 0.975) if count < total else 1.0
+    return Estimate(count / total, float(low), float(high))
 
 
 def auroc(negatives: NDArray[np.floating], positives: NDArray[np.floating]) -> Estimate:
@@ -45,9 +45,11 @@ def auroc(negatives: NDArray[np.floating], positives: NDArray[np.floating]) -> E
 
     Reference: Newcombe, Statistics in Medicine 25 (2006), method 5.
     """
+    from sklearn.metrics import roc_auc_score  # slow to import, and only evaluations need it
+
     truth = np.concatenate([np.zeros(len(negatives)), np.ones(len(positives))])
     value = float(roc_auc_score(truth, np.concatenate([negatives, positives])))
-    z = float(stats.norm.ppf(0.975))
+    z = float(special.ndtri(0.975))
 
     def gap(theta: float) -> float:
         return (value - theta) ** 2 - z * z * _variance(theta, len(negatives), len(positives))

@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 from calibration.statistics import Estimate, proportion
 from guard.errors import CalibrationError, TooFewImagesError
@@ -138,7 +138,7 @@ def rank(n: int, frr: float, confidence: float | None = None) -> int:
     k = math.floor(frr * (n + 1) + 1e-9)  # 0.01 * 100 must count as 1
     if confidence is None:
         return min(k, n)
-    while k > 0 and stats.beta.cdf(frr, k, n + 1 - k) < confidence:
+    while k > 0 and special.betainc(k, n + 1 - k, frr) < confidence:
         k -= 1
     return k
 
@@ -147,7 +147,7 @@ def _conformal(scores: NDArray[np.float32], frr: float, confidence: float | None
     n = len(scores)
     k = rank(n, frr, confidence)
     kth = np.sort(scores)[::-1][k - 1]
-    low, high = stats.beta.ppf([0.025, 0.975], k, n + 1 - k)
+    low, high = special.betaincinv(k, n + 1 - k, [0.025, 0.975])
     return ThresholdRecord(
         value=_just_over(kth),
         method="conformal",
@@ -161,8 +161,8 @@ def _conformal(scores: NDArray[np.float32], frr: float, confidence: float | None
 
 
 def _normal(scores: NDArray[np.float32], frr: float) -> ThresholdRecord:
-    mean, deviation = stats.norm.fit(scores.astype(np.float64))
-    value = float(np.float32(stats.norm.ppf(1.0 - frr, mean, max(deviation, np.finfo(np.float64).tiny))))
+    mean, deviation = scores.mean(dtype=np.float64), scores.std(dtype=np.float64)
+    value = float(np.float32(mean + deviation * special.ndtri(1.0 - frr)))
     if value == np.float32(mean):
         raise CalibrationError(
             f"a normal fit needs scores that differ, got {len(scores)} that hardly do, most of which its threshold would "

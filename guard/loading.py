@@ -21,7 +21,7 @@ from guard.predictors import Backend, Predictor, wrap
 from guard.predictors.loading import load_backend
 from guard.predictors.predictor import DEFAULT_MEMORY_LIMIT, bytes_per_image
 from guard.predictors.screening import file_sha256
-from guard.profile import ModelRecord, Profile, array_to_overlays, load_profile
+from guard.profile import ModelRecord, Profile, array_to_overlays, read_profile
 from guard.quarantine import Quarantine
 from guard.records import OVERLAYS, ActivationFilterRecord, DetectorRecord, FeatureSqueezingRecord, StripRecord
 from guard.verdict import Policy
@@ -68,7 +68,7 @@ def _load(
     seed: int | None,
     memory_limit: int,
 ) -> Guard:
-    profile, arrays = load_profile(folder)
+    profile, arrays = read_profile(folder)
     _refuse_blind(profile, policy or profile.policy, folder)
     check_memory_limit(memory_limit, profile.input)
     watched = replace(load_predictor(folder, profile.model, profile.input, model, device), memory_limit=memory_limit)

@@ -179,21 +179,11 @@ def load_profile(folder: str | Path) -> tuple[Profile, dict[str, Tensor]]:
         ProfileError: Missing, damaged, edited, or of a newer schema.
     """
     place = Path(folder)
-    return read_settled(place, lambda: _read(place))
+    return read_settled(place, lambda: read_profile(place))
 
 
-def overlays_to_array(overlays: Tensor) -> Tensor:
-    """A copy of overlays, or of other images, as uint8 where that is exact, to keep profiles small."""
-    pixels = overlays.mul(255.0).round()
-    return pixels.to(torch.uint8) if bool(((pixels / 255.0) - overlays).abs().max() < 1e-6) else overlays.clone()
-
-
-def array_to_overlays(array: Tensor) -> Tensor:
-    """The inverse of `overlays_to_array`."""
-    return array.to(torch.float32) / 255.0 if array.dtype == torch.uint8 else array
-
-
-def _read(folder: Path) -> tuple[Profile, dict[str, Tensor]]:
+def read_profile(folder: Path) -> tuple[Profile, dict[str, Tensor]]:
+    """The same once, for those who read more of a folder than that, and anew where it was replaced meanwhile."""
     path, arrays_path = folder / _JSON, folder / _ARRAYS
     try:
         data = path.read_bytes()
@@ -209,6 +199,17 @@ def _read(folder: Path) -> tuple[Profile, dict[str, Tensor]]:
         return profile, load(arrays)
     except (OSError, SafetensorError) as error:
         raise ProfileError(f"expected {_ARRAYS} in {folder}, got none that can be read: calibrate again") from error
+
+
+def overlays_to_array(overlays: Tensor) -> Tensor:
+    """A copy of overlays, or of other images, as uint8 where that is exact, to keep profiles small."""
+    pixels = overlays.mul(255.0).round()
+    return pixels.to(torch.uint8) if bool(((pixels / 255.0) - overlays).abs().max() < 1e-6) else overlays.clone()
+
+
+def array_to_overlays(array: Tensor) -> Tensor:
+    """The inverse of `overlays_to_array`."""
+    return array.to(torch.float32) / 255.0 if array.dtype == torch.uint8 else array
 
 
 def _encode(profile: Profile) -> bytes:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 from calibration.division import missing_classes
@@ -100,7 +100,7 @@ def forgotten(labels: Tensor, before: Tensor, after: Sequence[Tensor]) -> tuple[
     lost = []
     for label in every:
         own = kept[known & (labels == label)]
-        by_chance = stats.binom.cdf(round(float(own.sum())), len(own), usual) * len(every)
+        by_chance = special.bdtr(round(float(own.sum())), len(own), usual) * len(every)
         if len(own) and float(own.mean()) < _KEPT and by_chance < _BY_CHANCE:
             lost.append(int(label))
     return tuple(lost)

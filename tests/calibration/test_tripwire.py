@@ -66,7 +66,7 @@ def test_the_verdicts_are_those_before_the_repair_and_the_answers_those_after(
     guard = made.guard(seed=0)
     assert verdicts(guard, digits) == before
     assert sum(before[150:]) >= 145
-    assert made.thresholds[0].value == calibration.thresholds[0].value
+    assert made.thresholds[0].value == pytest.approx(calibration.thresholds[0].value, rel=1e-5)
     without = calibrate(repaired, digits.clean, SETTINGS).guard()
     assert sum(verdicts(without, digits)[150:]) <= 0.2 * sum(before[150:])  # a model without a backdoor shows no trigger
 
