@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cli.demonstration import run as demonstration
 from cli.demonstration.digits import Digits
+from cli.main import main
 from export import export_mar
 from guard import Guard, Quarantine
 from guard.errors import RepairError, ServingError
@@ -44,11 +45,13 @@ class Demo:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     """Run once: it trains, serves and repairs."""
     place = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, "-P", "-m", "cli.main", "demo", "--engine", "asgi"]
-    command += ["--out", str(place / "demo"), "--model-store", str(place / "store")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stderr
-    return Demo(place / "demo", done.stdout)
+    command = ["guard", "demo", "--engine", "asgi", "--out", str(place / "demo"), "--model-store", str(place / "store")]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+        patch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert ended.value.code in (0, None)
+    return Demo(place / "demo", said.getvalue())
 
 
 def test_the_demo_reaches_its_figures(demo: Demo, guard: Command) -> None:
@@ -179,6 +182,7 @@ def asking_all_the_time(server: TorchServeProcess, images: Tensor) -> Iterator[l
 @pytest.mark.skipif(
     shutil.which("java") is None and "JAVA_HOME" not in os.environ, reason="TorchServe needs Java, and there is none"
 )
+@pytest.mark.slow
 def test_its_models_by_torchserve_from_one_to_the_other(
     demo: Demo, tmp_path: Path, digits: Digits, files: Files, guard: Command
 ) -> None:

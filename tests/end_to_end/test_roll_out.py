@@ -117,8 +117,9 @@ def test_a_busy_worker_finishes_before_it_is_ended(tmp_path: Path) -> None:
     for name, count in workers.items():
         archive(tmp_path / "store" / f"{name}.mar", "1.0", {"minWorkers": count, "maxWorkers": count, **shared})
     models = {name: f"{name}.mar" for name in workers}
-    with TorchServeProcess(tmp_path / "store", models, ServerOptions(model_api=True)) as server, ThreadPoolExecutor() as pool:
-        for name, count in workers.items():
+    with TorchServeProcess(tmp_path / "store", models, ServerOptions(model_api=True)) as server, ThreadPoolExecutor(6) as pool:
+
+        def rolled_out(name: str, count: int) -> None:
             busy, waits = pool.submit(ask_when_replaced, server, name), pool.submit(longest_wait, server, name)
             assert server.roll_out(name, archive(tmp_path / "next" / f"{name}.mar", "2.0")).replaced == "1.0"
             assert busy.result() == (200, {"version": "1.0"})
@@ -130,6 +131,8 @@ def test_a_busy_worker_finishes_before_it_is_ended(tmp_path: Path) -> None:
                 count, shared["batchSize"], shared["maxBatchDelay"], shared["responseTimeout"],
             ]  # fmt: skip
             assert len(after["workers"]) == count
+
+        list(pool.map(rolled_out, workers, workers.values()))
 
 
 @pytest.mark.slow

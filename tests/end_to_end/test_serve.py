@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import io
 import json
-import os
 import re
 import shlex
 import shutil
@@ -22,10 +21,12 @@ from PIL import Image
 from torch import Tensor
 
 from handlers.torchserve_rollout import archive_config
+from tests.cli.conftest import Command, guard
 from tests.toy import save_toy_profile, toy_images, toy_trigger
 
-GUARD = [sys.executable, "-c", "from cli.main import main; main()"]
-COMMAND = [*GUARD, "serve"]
+__all__ = ["guard"]  # a fixture
+
+COMMAND = [sys.executable, "-c", "from cli.main import main; main()", "serve"]
 
 
 def free_port() -> int:
@@ -103,41 +104,28 @@ def test_it_answers_and_a_signal_ends_it_all(tmp_path: Path, engine: str, number
     assert [line["outcome"] for line in lines if line["outcome"] != "invalid"] == ["accepted", "rejected"]
 
 
-def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
+def test_a_port_in_use_is_one_line(tmp_path: Path, guard: Command) -> None:
     profile = save_toy_profile(tmp_path / "toy")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
         for engine in ("asgi", "torchserve"):
-            done = subprocess.run(
-                [*COMMAND, str(profile), "--engine", engine, "--port", port],
-                capture_output=True,
-                text=True,
-                timeout=90,
-                check=False,
-                env={**os.environ, "TERM": "dumb"},
-            )
             if engine == "torchserve" and shutil.which("java") is None:
                 continue
-            assert done.returncode == 2, done.stderr
-            assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-            assert port in done.stderr
+            done = guard("serve", profile, "--engine", engine, "--port", port)
+            assert port in done.problem
+            assert len(done.err.strip().splitlines()) == 1
 
 
-def test_torchserve_stays_on_loopback(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [*COMMAND, str(save_toy_profile(tmp_path / "toy")), "--engine", "torchserve", "--host", "0.0.0.0"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "expected --host 127.0.0.1" in done.stderr
+def test_torchserve_stays_on_loopback(tmp_path: Path, guard: Command) -> None:
+    profile = save_toy_profile(tmp_path / "toy")
+    assert "expected --host 127.0.0.1" in guard("serve", profile, "--engine", "torchserve", "--host", "0.0.0.0").problem
 
 
-def test_the_commands_that_it_prints_make_a_version_that_guards_as_it_does(tmp_path: Path) -> None:
+def test_the_commands_that_it_prints_make_a_version_that_guards_as_it_does(
+    tmp_path: Path, guard: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its mode, its quarantine and its limits are on no other file than the server's own."""
     if shutil.which("java") is None:
         pytest.skip("TorchServe needs Java")
@@ -146,6 +134,7 @@ def test_the_commands_that_it_prints_make_a_version_that_guards_as_it_does(tmp_p
     command = [*COMMAND, str(profile), "--engine", "torchserve", "--updates", "--port", str(port), *options]
     with log.open("wb") as stream:
         server = subprocess.Popen(command, stderr=stream, stdout=stream, preexec_fn=listen_to_interrupts)
+    monkeypatch.chdir(tmp_path)
     try:
         deadline = time.monotonic() + 60
         while not (printed := re.findall(r"^(?:new versions|then): guard (.+)$", log.read_text(), re.MULTILINE))[1:]:
@@ -154,9 +143,9 @@ def test_the_commands_that_it_prints_make_a_version_that_guards_as_it_does(tmp_p
             time.sleep(0.2)
         for line in printed:
             words = shlex.split(line.replace("PROFILE", shlex.quote(str(profile))).replace("VERSION", "2.0"))
-            done = subprocess.run([*GUARD, *words], cwd=tmp_path, capture_output=True, text=True, timeout=90, check=False)
-            assert done.returncode == 0, done.stderr
-        assert "toy 2.0 serves now; 1.0 ended" in done.stdout
+            done = guard(*words)
+            assert done.code == 0, done.err
+        assert "toy 2.0 serves now; 1.0 ended" in done.out
         answer = post(port, png(toy_trigger(toy_images(4, seed=2)[0])[1]))
         assert answer is not None
         assert (answer[0], answer[1]["verdict"]) == (200, "accepted")

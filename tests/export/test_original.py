@@ -19,4 +19,4 @@ def test_the_overlays_of_all_detectors(tmp_path: Path, digits: Digits, backdoore
     calibration.save(tmp_path / "profile", source.file)
     original = Original.load(tmp_path / "profile")
     assert len(original.overlays) == sum(len(strip.overlays) for strip in calibration.strips) == 100
-    assert original.compare(source.backend) < 1e-6
+    assert original.compare(source.backend) < 1e-5  # but for rounding

@@ -30,6 +30,7 @@ def weights(gan: CycleGan) -> list[Tensor]:
     return [value for module in (gan.put_on, gan.take_off) for value in module.state_dict().values()]
 
 
+@pytest.mark.slow
 def test_it_puts_the_trigger_on_and_takes_it_off(engine: Engine) -> None:
     training = Training(epochs=24, width=12, blocks=1, batch=10, rate=1e-3)
     gan = train(grey(100, 0), stamped(grey(100, 1)), training, engine, seed=0)

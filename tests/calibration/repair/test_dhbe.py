@@ -309,6 +309,7 @@ def test_model_files_can_be_repaired(save: Callable[[Path], Backend], tmp_path: 
     assert any(not torch.equal(*pair) for pair in zip(weights(copied), before, strict=True))
 
 
+@pytest.mark.slow
 def test_the_trigger_loses_most_of_its_hold_without_any_data(engine: Engine, digits: Digits, backdoored: nn.Sequential) -> None:
     """In 160 turns the target's lead falls to a quarter, and it no longer leads for some of the images.
 
