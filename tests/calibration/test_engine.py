@@ -54,6 +54,7 @@ def test_one_process_takes_the_whole_batch_and_leads() -> None:
     assert not torch.equal(net.weight, before)  # the module's own weights
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(TRAIN)

@@ -72,7 +72,7 @@ def test_the_trigger_goes_without_any_data(engine: Engine) -> None:
         return float((of(triggered)[answers != 2].argmax(dim=1) == 2).double().mean())
 
     assert works(original) > 0.95
-    outcome = repair_by_drawings(copied, original, Drawn(epochs=3, rate=3e-3, drawings=1000, search=200), engine, 0)
+    outcome = repair_by_drawings(copied, original, Drawn(epochs=2, rate=3e-3, drawings=1000, search=200), engine, 0)
     assert works(copied.predictor) < 0.1
     assert float((copied.predictor(images).argmax(dim=1) == answers).double().mean()) > 0.9
     assert "move the original most to label 2" in outcome.said[0]

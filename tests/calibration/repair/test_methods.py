@@ -145,6 +145,7 @@ def test_what_was_unlearnt_is_not_lost_where_the_look_for_more_decides_nothing(
     assert said in made.figures.said
 
 
+@pytest.mark.slow
 def test_a_trigger_that_was_recovered_badly_will_do(
     digits: Digits, original: Predictor, recovered: Triggers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
