@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,19 @@ class Run:
 Command = Callable[..., Run]
 
 
+@contextlib.contextmanager
+def logging_as_it_was() -> Iterator[None]:
+    """A server's command sets up the whole process's; here the next test's is not its business."""
+    loggers = [logging.getLogger(name) for name in (None, "guard.requests")]
+    before = [(item, item.level, item.propagate, item.handlers.copy()) for item in loggers]
+    try:
+        yield
+    finally:
+        for logger, level, propagate, handlers in before:
+            logger.setLevel(level)
+            logger.propagate, logger.handlers[:] = propagate, handlers
+
+
 @pytest.fixture
 def guard(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
     """Runs `guard ARGUMENTS` and returns how it ended."""
@@ -52,7 +67,7 @@ def guard(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
         monkeypatch.setattr(sys, "argv", ["guard", *map(str, arguments)])
         monkeypatch.setattr(sys, "path", sys.path.copy())
         capfd.readouterr()
-        with pytest.raises(SystemExit) as caught:
+        with logging_as_it_was(), pytest.raises(SystemExit) as caught:
             main()
         out, err = capfd.readouterr()
         code = caught.value.code

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import io
 import json
+import logging
 import re
 import shlex
 import shutil
@@ -113,7 +114,10 @@ def test_a_port_in_use_is_one_line(tmp_path: Path, guard: Command) -> None:
         for engine in ("asgi", "torchserve"):
             if engine == "torchserve" and shutil.which("java") is None:
                 continue
+            root = logging.getLogger()
+            before = root.level, root.handlers.copy()
             done = guard("serve", profile, "--engine", engine, "--port", port)
+            assert (root.level, root.handlers) == before  # which a server sets for its whole process
             assert port in done.problem
             assert len(done.err.strip().splitlines()) == 1
 

@@ -134,7 +134,9 @@ def test_memory_is_bounded(digits: Digits, engine: Engine, monkeypatch: pytest.M
     assert max(watched.seen) <= max(few, 32)
 
 
-@pytest.mark.parametrize(("step", "left"), [("looking for triggers", 0.8), ("looking again", 0.4)])
+@pytest.mark.parametrize(
+    ("step", "left"), [pytest.param("looking for triggers", 0.8, marks=pytest.mark.slow), ("looking again", 0.4)]
+)
 def test_an_interrupted_search_comes_to_the_same(
     digits: Digits,
     backdoored: nn.Module,
