@@ -143,12 +143,12 @@ def recorded(parts: Sequence[DetectorCalibration]) -> tuple[tuple[DetectorRecord
 
 
 def refuse_blind(found: Sequence[DetectorCalibration]) -> None:
-    """Refuse detectors that can never reject, or that reject by chance.
+    """Refuse detectors that can never reject, and STRIP of a model whose answers are always the same.
 
     Raises:
         CalibrationError: It says which.
     """
-    _refuse_blind_strips([item for item in found if isinstance(item.detector, Strip)], len(found))
+    _refuse_blind_strips(found)
     if any(isinstance(item.detector, FeatureSqueezing) and item.threshold.value > _MOST_CHANGE for item in found):
         raise CalibrationError(
             "no input could ever be rejected by feature squeezing: it turns the answers to too many clean images round; "
@@ -156,7 +156,7 @@ def refuse_blind(found: Sequence[DetectorCalibration]) -> None:
         )
 
 
-def _refuse_blind_strips(found: Sequence[DetectorCalibration], detectors: int) -> None:
+def _refuse_blind_strips(found: Sequence[DetectorCalibration]) -> None:
     asked = [(item.detector, item) for item in found if isinstance(item.detector, Strip)]
     for strip, item in asked:
         constant = np.ptp(item.scores) < _ROUNDING * np.abs(item.scores).max()
@@ -170,7 +170,7 @@ def _refuse_blind_strips(found: Sequence[DetectorCalibration], detectors: int) -
         return
     exact = "" if blind[0].votes is None and blind[0].boundaries is None else "take --passes exact, "
     if len(blind) == len(asked):
-        by = "" if len(asked) == detectors else " by STRIP"
+        by = "" if len(asked) == len(found) else " by STRIP"
         raise CalibrationError(
             f"no input could ever be rejected{by}: too many clean images have entropy 0 under these overlays; "
             f"{exact}try another --blend or a larger --alpha, or allow a higher --frr"

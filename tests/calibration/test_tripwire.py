@@ -58,15 +58,17 @@ def tripwired(repaired: nn.Module, backdoored: nn.Module, digits: Digits) -> Cal
     return calibrate(repaired, digits.clean, SETTINGS, tripwire=Tripwire(original, record, Hints()))
 
 
+@pytest.mark.usefixtures("one_order")
 def test_the_verdicts_are_those_before_the_repair_and_the_answers_those_after(
-    digits: Digits, backdoored: nn.Module, repaired: nn.Module, calibration: Calibration
+    digits: Digits, backdoored: nn.Module, repaired: nn.Module
 ) -> None:
+    calibration = calibrate(backdoored, digits.clean, SETTINGS)
     before = verdicts(calibration.guard(), digits)
     made = tripwired(repaired, backdoored, digits)
     guard = made.guard(seed=0)
     assert verdicts(guard, digits) == before
     assert sum(before[150:]) >= 145
-    assert made.thresholds[0].value == pytest.approx(calibration.thresholds[0].value, rel=1e-5)
+    assert made.thresholds[0].value == calibration.thresholds[0].value
     without = calibrate(repaired, digits.clean, SETTINGS).guard()
     assert sum(verdicts(without, digits)[150:]) <= 0.2 * sum(before[150:])  # a model without a backdoor shows no trigger
 
